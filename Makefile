@@ -1,0 +1,38 @@
+# `make test` and `make demo` are all there is to know: both create the environment they need.
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= ../shared/data/checkpoints/babyllama-1m
+BIN    := $(VENV)/bin
+
+.PHONY: test demo bench format clean
+
+test: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/base
+	$(BIN)/python benchmarks/demo.py --model "$(MODEL)"
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/speed.py
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s3d_jax needs Python 3.11 or newer: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# torch comes with an exact version: without one, pip takes a build with several GB of CUDA.
+$(VENV)/dev: $(VENV)/base
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,95 @@
+"""HF checkpoints to native ones and back: the command `s3d-convert`, and the two functions below.
+
+    convert.convert("path/to/hf_folder", "models/mine")
+    convert.export("models/mine", "path/to/new_hf_folder")
+
+What they need is imported when they are called, so that `import convert` costs nothing.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from convert.to_native import Report
+
+__all__ = ["convert", "export"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    parity: bool = True,
+    progress: bool = True,
+) -> "Report":
+    """Writes a native checkpoint folder from other people's weights.
+
+    Works tensor by tensor: at most one layer (or the embedding table) is in memory. Nothing is
+    written before all names, shapes and settings have been checked, and `out` appears when it is
+    complete or not at all.
+
+    Args:
+        source: a HF folder, the id of a model on the HF hub, or a llama2.c `.bin` file.
+        out: the folder to write.
+        dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored.
+        tokenizer: a folder to take the tokenizer from, where `source` has none.
+        revision: branch, tag or commit on the hub.
+        overwrite: replace an existing checkpoint.
+        parity: compare with HF transformers at the end, where torch is there and memory allows.
+        progress: show a bar on a terminal.
+
+    Returns:
+        What was converted, with the parity measured.
+
+    Raises:
+        ConfigError: config.json has settings that are wrong, unknown, or not supported.
+        ConversionError: the weights are damaged or do not fit; lists all faults at once.
+        CheckpointError: `out` exists or cannot be written.
+    """
+    from convert.to_native import convert as run
+
+    return run(
+        source,
+        out,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        overwrite=overwrite,
+        parity=parity,
+        progress=progress,
+    )
+
+
+def export(
+    native: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes a HF folder (safetensors) from a native checkpoint, bit for bit.
+
+    Args:
+        native: a native checkpoint folder.
+        out: the folder to write.
+        max_shard_size: bytes per safetensors file, or a text such as "500MB"; a larger tensor gets
+            a file of its own.
+        overwrite: replace an existing checkpoint.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: no HF model family can express the model, or `max_shard_size` is no size.
+        CheckpointError: `native` is damaged, or `out` exists or cannot be written.
+    """
+    from convert.to_hf import export as run
+
+    return run(native, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)

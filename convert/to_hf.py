@@ -1,0 +1,175 @@
+"""The native checkpoint -> a HF folder. See `convert.export`."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.families import Family, Part, Table, family_for_export, family_of, row_pieces
+from convert.hf import DTYPES, SafetensorsWriter
+from s3d_jax.checkpoint import (
+    Header,
+    flatten,
+    read_group,
+    read_header,
+    tokenizer_files,
+    write_json,
+)
+from s3d_jax.errors import ConfigError
+from s3d_jax.staging import staged_folder
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def export(
+    native: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str,
+    overwrite: bool,
+    progress: bool,
+) -> Path:
+    limit = parse_size(max_shard_size)
+    header = read_header(native)
+    family, fields = _hf_config(header)
+    table = family.table(header.config)
+    tensors = {part.name: part.shape for parts in table.values() for part in parts}
+    itemsize = DTYPES[header.config.dtype].itemsize
+    sizes = {name: math.prod(shape) * itemsize for name, shape in tensors.items()}
+    shards = _shards(sizes, limit)
+    total = sum(sizes.values())
+    with (
+        staged_folder(out, overwrite=overwrite, needs=total) as folder,
+        tqdm(
+            total=total,
+            desc="exporting",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,  # None: only on a terminal
+            leave=False,
+        ) as bar,
+    ):
+        writer = _ShardWriter(folder, header.config.dtype, tensors, shards)
+        try:
+            for part, piece in _tensors(header, table):
+                writer.write(part.name, piece)
+                bar.update(piece.nbytes)
+        finally:
+            writer.close()
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
+        for file in tokenizer_files(header.path):
+            (folder / file.name).write_bytes(file.read_bytes())
+        if header.generation_config:
+            write_json(folder / "generation_config.json", header.generation_config)
+        write_json(folder / "config.json", fields)
+    return Path(out)
+
+
+def _hf_config(header: Header) -> tuple[Family, dict[str, Any]]:
+    """The family and config.json: the original one where it still describes the model."""
+    config = header.config
+    original = header.source.get("config")
+    if isinstance(original, dict):
+        try:
+            family = family_of(original)
+            same = family.config(original).replace(dtype=config.dtype) == config
+        except ConfigError:
+            same = False
+        if same:
+            spelling = "torch_dtype" if "torch_dtype" in original else "dtype"
+            return family, original | {spelling: config.dtype}
+    family = family_for_export(config)
+    special: dict[str, Any] = {
+        name: header.generation_config[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if name in header.generation_config
+    }
+    return family, {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write(config),
+        **special,
+        "dtype": config.dtype,
+    }
+
+
+def _tensors(header: Header, table: Table) -> Iterator[tuple[Part, np.ndarray]]:
+    """All tensors in the order of the table, one group of arrays in memory at a time."""
+    group, arrays = "", dict[str, np.ndarray]()
+    for path, parts in table.items():
+        if (here := path.partition("/")[0]) != group:
+            group = here
+            arrays.clear()  # before the next one is read
+            arrays.update(flatten(read_group(header, group), group))
+        yield from row_pieces(parts, arrays[path])
+
+
+def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File names -> tensors, filled in order."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {
+        f"model-{i:05d}-of-{count:05d}.safetensors": names
+        for i, names in enumerate(groups, start=1)
+    }
+
+
+class _ShardWriter:
+    """Writes tensors in order, one file open at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        tensors: dict[str, tuple[int, ...]],
+        shards: dict[str, list[str]],
+    ) -> None:
+        self._folder, self._dtype, self._tensors, self._shards = folder, dtype, tensors, shards
+        self._file_of = {name: file for file, names in shards.items() for name in names}
+        self._open = ""
+        self._writer: SafetensorsWriter | None = None
+
+    def write(self, name: str, array: Any) -> None:
+        file = self._file_of[name]
+        if file != self._open:
+            self.close()
+            announced = {n: (self._dtype, self._tensors[n]) for n in self._shards[file]}
+            self._open, self._writer = file, SafetensorsWriter(self._folder / file, announced)
+        assert self._writer is not None
+        self._writer.write(name, array)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "500MB", "2GiB" or 123.
+
+    Raises:
+        ConfigError: it is no size above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match and match[2].upper() in _UNITS:
+        count = int(float(match[1]) * _UNITS[match[2].upper()])
+        if count > 0:
+            return count
+    raise ConfigError(f"{size!r} is no size: write it like 500MB, 5GB or 2GiB")

@@ -1,0 +1,81 @@
+"""PyTorch's `.bin` checkpoints, read without executing the code that pickles can hold."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.hf import Tensor, cast, collect
+from s3d_jax.checkpoint import bullets
+from s3d_jax.errors import ConversionError
+
+_CHUNK = 1 << 22  # elements converted at a time
+
+
+class TorchSource:
+    """Tensors of one or many `.bin` files; they are mapped, and one file is open at a time.
+
+    Raises:
+        ConversionError: torch is missing, a file is damaged, or a tensor is in two files.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._load = functools.lru_cache(maxsize=1)(load)
+        self.tensors, problems = collect(files, self._header)
+        if problems:
+            raise ConversionError(f"damaged or contradicting weights:\n{bullets(problems)}")
+
+    def _header(self, file: Path) -> dict[str, Tensor]:
+        return {
+            name: Tensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), file)
+            for name, tensor in self._load(file).items()
+        }
+
+    def read(self, name: str, out: np.ndarray) -> None:
+        import torch
+
+        tensor = self._load(self.tensors[name].file)[name].contiguous().reshape(-1)
+        is_bfloat16 = tensor.dtype == torch.bfloat16  # which numpy knows only by ml_dtypes
+        values = tensor.view(torch.int16).numpy() if is_bfloat16 else tensor.numpy()
+        values = values.view(ml_dtypes.bfloat16) if is_bfloat16 else values
+        flat = out.reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            piece = slice(start, start + _CHUNK)
+            flat[piece] = cast(values[piece], out.dtype, name)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The tensors of one file, mapped into memory where its format allows.
+
+    Raises:
+        ConversionError: torch is missing, or the file is damaged or holds more than tensors.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"{path} needs torch to be read: pip install 's3d-jax[torch]', or use a checkpoint in "
+            "safetensors"
+        ) from error
+    try:
+        options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, mmap=True, **options)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            state = torch.load(path, **options)  # the format before torch 1.6
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # unpickling raises most kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise ConversionError(
+            f"{path} is damaged, or holds more than tensors, which is not loaded because it could "
+            f"execute code ({reason})"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ConversionError(f"{path} must hold a dict of tensors")
+    return state

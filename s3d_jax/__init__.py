@@ -1,0 +1,66 @@
+"""S3D self-speculative decoding in pure JAX.
+
+    lm = s3d_jax.load("path/to/native/checkpoint")
+    print(lm.generate("Once upon a time", max_new_tokens=64)[0].text)
+
+The names below are imported where they are first used, so that `import s3d_jax` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from s3d_jax.batch import GenerateOptions, Result, Stats
+    from s3d_jax.config import (
+        DraftConfig,
+        ModelConfig,
+        RopeConfig,
+        SamplingConfig,
+        symmetric_skip,
+    )
+    from s3d_jax.errors import (
+        CheckpointError,
+        ConfigError,
+        ConversionError,
+        InputError,
+        S3DError,
+    )
+    from s3d_jax.generate import LM, load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "batch": ("GenerateOptions", "Result", "Stats"),
+    "config": ("DraftConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "symmetric_skip"),
+    "errors": ("CheckpointError", "ConfigError", "ConversionError", "InputError", "S3DError"),
+    "generate": ("LM", "load"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "LM",
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "DraftConfig",
+    "GenerateOptions",
+    "InputError",
+    "ModelConfig",
+    "Result",
+    "RopeConfig",
+    "S3DError",
+    "SamplingConfig",
+    "Stats",
+    "load",
+    "symmetric_skip",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,342 @@
+"""One running batch: its options, its compiled programs, and what its rows have produced so far."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax import decode
+from s3d_jax.config import SamplingConfig
+from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.sampling import batch_sampling
+from s3d_jax.text import TextRow
+
+if TYPE_CHECKING:
+    from s3d_jax.generate import LM
+
+Method = Literal["s3d", "ar"]
+METHODS = ("s3d", "ar")
+
+_SLOT_MULTIPLE = 64  # cache sizes are rounded up to it, so that nearby lengths share a compilation
+UNLIMITED = int(np.iinfo(np.int32).max)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `generate`, `stream` and `chat`; a list holds one entry per prompt.
+
+    Attributes:
+        max_new_tokens: new tokens at most (default 128).
+        method: "s3d" (default), or "ar" for plain decoding, one token per pass.
+        gamma: draft tokens per iteration; None takes the draft's own.
+        skip: one entry per layer, True = the draft jumps over it; None takes the draft's own.
+        stop: strings that end a text; they are not part of it.
+        eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
+        seed: equal seeds, prompts and settings give equal outputs. From one number each row gets a
+            key of its own; entries of a list are the rows' own seeds, whatever else is in the
+            batch.
+        temperature ... logit_bias: as in SamplingConfig; logit_bias is a dict from token id to
+            bias. The default is greedy.
+    """
+
+    max_new_tokens: int | Sequence[int]
+    method: Method
+    gamma: int | None
+    skip: Sequence[bool] | None
+    stop: str | Sequence[str]
+    eos_token_ids: Sequence[int] | None
+    seed: int | Sequence[int]
+    temperature: float | Sequence[float]
+    top_k: int | Sequence[int]
+    top_p: float | Sequence[float]
+    min_p: float | Sequence[float]
+    repetition_penalty: float | Sequence[float]
+    presence_penalty: float | Sequence[float]
+    frequency_penalty: float | Sequence[float]
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What one row cost. Times and memory are the whole batch's: its rows run together.
+
+    Attributes:
+        prompt_tokens, new_tokens: tokens in and out.
+        iterations: passes of the full model behind the prefill.
+        drafted: draft tokens proposed, γ per iteration.
+        accepted: draft tokens accepted and committed (what a stop string cut off afterwards
+            included).
+        accepted_per_position: the same for each of the γ positions; each was proposed `iterations`
+            times.
+        prefill_seconds, decode_seconds: without compilation.
+        compile_seconds: spent on programs that did not exist yet.
+        peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
+            the peak resident set of this process.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    iterations: int
+    drafted: int
+    accepted: int
+    accepted_per_position: tuple[int, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def tokens_per_iteration(self) -> float:
+        """τ, mean tokens committed per iteration, the bonus token counted."""
+        return self.new_tokens / self.iterations if self.iterations else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this row, while decoding."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        derived = {
+            "tokens_per_iteration": self.tokens_per_iteration,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        return dataclasses.asdict(self) | derived
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One row's output.
+
+    Attributes:
+        tokens: the new ids, with the end-of-text token where one ended the row.
+        text: their text, without special tokens and without the stop string; None without a
+            tokenizer.
+        finish_reason: "stop" (end-of-text token or stop string) or "length" (max_new_tokens, or the
+            end of the cache).
+        stopped_by: the token id or the stop string behind "stop".
+        stats: what it cost.
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: Literal["stop", "length"]
+    stopped_by: int | str | None
+    stats: Stats
+
+
+class Batch:
+    """Runs B prompts through prefill and decoding.
+
+    Attributes:
+        tokens: new ids per row so far.
+        texts: the rows' texts, or None without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        lm: "LM",
+        prompts: list[np.ndarray],
+        *,
+        max_new_tokens: int | Sequence[int] = 128,
+        method: Method = "s3d",
+        gamma: int | None = None,
+        skip: Sequence[bool] | None = None,
+        stop: str | Sequence[str] = (),
+        eos_token_ids: Sequence[int] | None = None,
+        seed: int | Sequence[int] = 0,
+        **sampling: Any,
+    ) -> None:
+        if method not in METHODS:
+            raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
+        rows = len(prompts)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops and lm.tokenizer is None:
+            raise InputError("stop strings need a tokenizer, and this checkpoint has none")
+        if not all(isinstance(s, str) and s for s in stops):
+            raise InputError(f"stop must be a non-empty text or a list of such, got {stop!r}")
+        limits = _per_row("max_new_tokens", max_new_tokens, rows)
+        if not all(isinstance(n, int | np.integer) and n >= 1 for n in limits):
+            raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
+
+        # Settings are checked also where the method does not use them: a wrong γ is a mistake
+        # either way.
+        draft = lm.draft_config
+        if gamma is not None:
+            draft = draft.replace(gamma=gamma)
+        if skip is not None:
+            draft = draft.replace(skip=tuple(bool(s) for s in skip))
+        draft.validate_for(lm.config)
+        params, features = batch_sampling(
+            _sampling_rows(sampling, rows), _row_keys(seed, rows), lm.config.vocab_size
+        )
+        self._stop_ids = tuple(lm.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._spec = decode.DecodeSpec(
+            config=lm.config,
+            draft=draft if method == "s3d" else None,
+            features=features,
+            stop_ids=self._stop_ids,
+        )
+        self._lm = lm
+        self._prompts = prompts
+        self._has_stop_strings = bool(stops)
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.texts = (
+            None
+            if lm.tokenizer is None
+            else [TextRow(lm.tokenizer, prompt.tolist(), stops) for prompt in prompts]
+        )
+        self._stopped = [False] * rows  # by a stop string; the device knows nothing of those
+
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self._chunks = decode.prefill_chunks(int(lengths.max()) - 1)
+        total = np.minimum(lengths + np.array(limits), lm.max_length)
+        # From the padded prompt, so that prompts within one bucket get equal caches and equal
+        # programs.
+        padded = sum(self._chunks) + 1
+        wanted = min(padded + max(limits), max(padded, lm.max_length)) + self._spec.gamma + 1
+        self._slots = -(-wanted // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+        self._state = decode.init_state(self._spec, prompts, self._slots, total, params)
+        self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
+
+    def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
+        """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
+        if self._has_stop_strings:
+            iterations_per_call = 1  # the text must be looked at after every step
+        self._prefill()
+        program = self._program(
+            decode.decode_jit,
+            (self._spec, len(self._prompts), self._slots),
+            *(self._spec, self._lm.params, self._lm.draft_params, self._state, jnp.int32(0)),
+        )
+        limit = jnp.int32(iterations_per_call)
+        finished = False
+        while not finished:
+            start = time.perf_counter()
+            self._state = program(self._lm.params, self._lm.draft_params, self._state, limit)
+            tokens, lengths, done = jax.device_get(
+                (self._state.tokens, self._state.cache.length, self._state.done)
+            )
+            self._decode_seconds += time.perf_counter() - start
+            yield [self._take(b, tokens[b], int(lengths[b])) for b in range(len(tokens))]
+            done = done | np.array(self._stopped)
+            finished = bool(done.all())
+            if any(self._stopped) and not finished:
+                self._state = self._state.replace(done=jnp.asarray(done))
+        for text in self.texts or ():
+            text.finish()
+
+    def results(self) -> list[Result]:
+        """One Result per row; call it when `run` has ended."""
+        iterations, accepted = jax.device_get((self._state.iterations, self._state.accepted))
+        memory = peak_memory_bytes()
+        results = []
+        for b, tokens in enumerate(self.tokens):
+            stopped_by: int | str | None = self.texts[b].stopped_by if self.texts else None
+            if stopped_by is None and tokens and tokens[-1] in self._stop_ids:
+                stopped_by = tokens[-1]
+            stats = Stats(
+                prompt_tokens=len(self._prompts[b]),
+                new_tokens=len(tokens),
+                iterations=int(iterations[b]),
+                drafted=int(iterations[b]) * self._spec.gamma,
+                accepted=int(accepted[b].sum()),
+                accepted_per_position=tuple(int(n) for n in accepted[b]),
+                prefill_seconds=self._prefill_seconds,
+                decode_seconds=self._decode_seconds,
+                compile_seconds=self._compile_seconds,
+                peak_memory_bytes=memory,
+            )
+            text = self.texts[b].text if self.texts else None
+            reason: Literal["stop", "length"] = "length" if stopped_by is None else "stop"
+            results.append(Result(tokens, text, reason, stopped_by, stats))
+        return results
+
+    def _prefill(self) -> None:
+        offset = 0
+        for chunk in self._chunks:
+            block = np.zeros((len(self._prompts), chunk), np.int32)
+            for b, prompt in enumerate(self._prompts):
+                part = prompt[offset : offset + chunk]
+                block[b, : len(part)] = part
+            program = self._program(
+                decode.prefill_jit,
+                (chunk, len(self._prompts), self._slots),
+                *(self._lm.config, self._lm.params, block, self._state.cache, np.int32(offset)),
+            )
+            start = time.perf_counter()
+            cache = program(self._lm.params, block, self._state.cache, np.int32(offset))
+            self._state = self._state.replace(cache=jax.block_until_ready(cache))
+            self._prefill_seconds += time.perf_counter() - start
+            offset += chunk
+
+    def _program(self, function: Any, key: tuple[Any, ...], *args: Any) -> Callable[..., Any]:
+        """The compiled program, from the model's store or made now; its time is kept apart."""
+        programs, key = self._lm.programs, (function, *key)
+        if key not in programs:
+            start = time.perf_counter()
+            programs[key] = function.lower(*args).compile()
+            self._compile_seconds += time.perf_counter() - start
+        return programs[key]
+
+    def _take(self, b: int, row: np.ndarray, length: int) -> list[int]:
+        """Appends what the device committed to row b since the last call; returns it."""
+        if self._stopped[b]:
+            return []
+        first = len(self._prompts[b]) + len(self.tokens[b])
+        new = []
+        for token in row[first : length + 1].tolist():
+            new.append(token)
+            if self.texts and self.texts[b].add(token):
+                self._stopped[b] = True
+                break
+        self.tokens[b] += new
+        return new
+
+
+def _per_row(name: str, value: Any, rows: int) -> list[Any]:
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        if len(value) != rows:
+            raise InputError(f"{name} has {len(value)} entries for {rows} prompts")
+        return list(value)
+    return [value] * rows
+
+
+def _sampling_rows(options: dict[str, Any], rows: int) -> list[SamplingConfig]:
+    known = [field.name for field in dataclasses.fields(SamplingConfig)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        options_known = sorted({*GenerateOptions.__annotations__})
+        raise ConfigError(f"unknown generation options {unknown}; known are {options_known}")
+    columns = {name: _per_row(name, value, rows) for name, value in options.items()}
+    if "logit_bias" in columns:
+        columns["logit_bias"] = [
+            tuple(sorted((bias or {}).items())) for bias in columns["logit_bias"]
+        ]
+    return [SamplingConfig(**{k: v[b] for k, v in columns.items()}) for b in range(rows)]
+
+
+def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    if isinstance(seed, int | np.integer):
+        return jax.random.split(jax.random.key(seed), rows)
+    return jnp.stack(
+        [jax.random.split(jax.random.key(s), 1)[0] for s in _per_row("seed", seed, rows)]
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory: of the device's allocator, else the process's peak resident set."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes

@@ -1,0 +1,281 @@
+"""The command `s3d`: generate, chat, info."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from s3d_jax import __version__
+from s3d_jax.errors import InputError, S3DError
+
+if TYPE_CHECKING:
+    from s3d_jax.generate import LM
+
+_DESCRIPTION = """\
+S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
+skipped, then verifies them in one full pass. The text is that of plain decoding, in fewer
+passes."""
+
+_GENERATE_EPILOG = """\
+examples:
+  s3d generate "Once upon a time" --model models/babyllama
+  s3d generate "Once upon a time" "The dog" --model models/babyllama --temperature 0.8 --json
+  echo "Once upon a time" | s3d generate - --model models/babyllama --method ar"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 2 wrong input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except S3DError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="s3d", description=_DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"s3d_jax {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue one or more prompts",
+        description="Continues one or more prompts, all in one batch, and prints the texts.",
+        epilog=_GENERATE_EPILOG,
+        formatter_class=raw,
+    )
+    generate.add_argument(
+        "prompt", nargs="+", metavar="PROMPT", help="a text; - reads standard input"
+    )
+    _add_model(generate)
+    _add_decoding(generate)
+    generate.add_argument(
+        "--ids",
+        action="store_true",
+        help='prompts and output are token ids ("1 15 7"), for checkpoints without a tokenizer',
+    )
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per prompt: text, tokens, finish_reason, stats",
+    )
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model that has a chat template",
+        description="A conversation in the terminal. An empty line or Ctrl-D ends it.",
+    )
+    _add_model(chat)
+    _add_decoding(chat)
+    chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
+    chat.set_defaults(run=_chat)
+
+    info = commands.add_parser(
+        "info",
+        help="what a checkpoint is: shape, size, draft",
+        description="Prints what a native checkpoint holds, without loading its weights.",
+    )
+    _add_model(info)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR", help="native checkpoint folder, as written by s3d-convert"
+    )
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--method",
+        choices=("s3d", "ar"),
+        default="s3d",
+        help="ar: one token per pass (default: s3d)",
+    )
+    group.add_argument(
+        "--gamma",
+        type=int,
+        metavar="G",
+        help="draft tokens per iteration (default: the draft's own)",
+    )
+    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (default: 0)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated"
+    )
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens per row at most (default: the model's)"
+    )
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights while loading"
+    )
+
+
+def _load(arguments: argparse.Namespace) -> "LM":
+    from s3d_jax.generate import load
+
+    lm = load(_model(arguments), dtype=arguments.dtype, max_length=arguments.max_length)
+    if arguments.gamma is not None:
+        lm.draft_config = lm.draft_config.replace(gamma=arguments.gamma)
+    return lm
+
+
+def _model(arguments: argparse.Namespace) -> str:
+    if arguments.model is None:
+        raise InputError(
+            "no model: give --model DIR, a folder made with `s3d-convert HF_DIR_OR_ID DIR`"
+        )
+    return arguments.model
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = "method max_new_tokens temperature top_k top_p min_p repetition_penalty seed stop"
+    return {name: getattr(arguments, name) for name in names.split()}
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    texts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in arguments.prompt]
+    prompts = [_parse_ids(text) for text in texts] if arguments.ids else texts
+    lm = _load(arguments)
+    total = arguments.max_new_tokens * len(prompts)
+    with tqdm(
+        total=total, unit=" tokens", disable=not sys.stderr.isatty(), leave=False, delay=1
+    ) as bar:
+        results = lm.generate(
+            prompts, progress=lambda n: bar.update(n - bar.n) and None, **_options(arguments)
+        )
+    for text, result in zip(texts, results, strict=True):
+        if arguments.json:
+            print(
+                json.dumps(
+                    {
+                        "prompt": text,
+                        "text": result.text,
+                        "tokens": result.tokens,
+                        "finish_reason": result.finish_reason,
+                        "stopped_by": result.stopped_by,
+                        "stats": result.stats.to_dict(),
+                    }
+                )
+            )
+        elif arguments.ids or result.text is None:
+            print(*result.tokens)
+        else:
+            print(text + result.text)
+    if not arguments.json:
+        stats = [result.stats for result in results]
+        new, iterations = sum(s.new_tokens for s in stats), sum(s.iterations for s in stats)
+        seconds = stats[0].decode_seconds
+        print(
+            f"[{arguments.method}: {new} tokens in {seconds:.2f} s ({new / seconds:.1f}/s), "
+            f"{new / max(iterations, 1):.2f} per iteration; "
+            f"prefill {stats[0].prefill_seconds:.2f} s, "
+            f"compilation {stats[0].compile_seconds:.1f} s]",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise InputError(f"--ids takes numbers, got {text!r}") from error
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    lm = _load(arguments)
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    # A model that cannot chat should say so now and not after the first question.
+    lm.chat_prompt([*messages, {"role": "user", "content": "?"}])
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            question = input("> " if interactive else "").strip()
+        except EOFError:
+            return 0
+        if not question:
+            return 0
+        messages.append({"role": "user", "content": question})
+        stream = lm.stream(lm.chat_prompt(messages), **_options(arguments))
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": stream.result.text or ""})
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from s3d_jax import checkpoint, model
+    from s3d_jax.generate import default_draft
+
+    header = checkpoint.read_header(_model(arguments))
+    config = header.config
+    draft = default_draft(config)
+    parameters = model.num_params(config)
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    facts = {
+        "model": str(arguments.model),
+        "parameters": parameters,
+        "weight_bytes": parameters * size,
+        "cache_bytes_per_token": cache,
+        "config": config.to_dict(),
+        "draft": {"trained": False, "draft_depth": draft.draft_depth, **draft.to_dict()},
+        "tokenizer": header.has_tokenizer,
+        "eos_token_ids": list(header.eos_token_ids),
+        "generation_config_ignored": header.generation_config_ignored,
+        "source": header.source,
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+        return 0
+    kept = [i for i, skipped in enumerate(draft.skip) if not skipped]
+    rows = [
+        ("model", arguments.model),
+        ("parameters", f"{parameters:,} in {config.dtype}, {parameters * size / 2**20:,.1f} MiB"),
+        (
+            "shape",
+            f"{config.num_layers} layers, width {config.hidden_size}, feed-forward "
+            f"{config.intermediate_size}, {config.num_heads} heads / {config.num_kv_heads} "
+            f"key-value heads of {config.head_dim}, vocabulary {config.vocab_size}",
+        ),
+        ("context", f"{config.max_position_embeddings} tokens, rope {config.rope.type}"),
+        ("cache", f"{cache / 1024:,.1f} KiB per token and row"),
+        ("draft", f"untrained, layers {kept} of {config.num_layers}, gamma {draft.gamma}"),
+        ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
+        ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
+    ]
+    if header.generation_config_ignored:
+        ignored = ", ".join(f"{k}={v}" for k, v in header.generation_config_ignored.items())
+        rows.append(("not used", f"from generation_config.json: {ignored} (pass what you want)"))
+    for name, value in rows:
+        print(f"{name:12} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

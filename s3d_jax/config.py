@@ -1,0 +1,326 @@
+"""What is to be computed: frozen, hashable, validated settings without arrays.
+
+Every class here may be a static argument of `jax.jit`. Array letters as everywhere in the project:
+L layers, D model width, F feed-forward width, V vocabulary, N query heads, K key/value heads, H
+head size.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, Self
+
+from s3d_jax.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+class _Record:
+    """JSON in and out for the frozen dataclasses below; an unknown field is an error."""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{cls.__name__}: expected a JSON object, got {fields!r}")
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(fields) - set(known))
+        _check(not unknown, f"{cls.__name__}: unknown fields {unknown}; known are {sorted(known)}")
+        required = {
+            name
+            for name, f in known.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        missing = sorted(required - set(fields))
+        _check(not missing, f"{cls.__name__}: missing fields {missing}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig(_Record):
+    """Rotary position embedding (Su et al., arXiv 2104.09864) and the ways to stretch it.
+
+    Attributes:
+        type: "default"; "linear" (positions divided by `factor`); "dynamic" (NTK-aware base that
+            grows with the sequence once it passes `original_max_position_embeddings`); "llama3"
+            (Llama 3.1: long wavelengths divided by `factor`, with a smooth band between the two
+            frequency factors).
+        theta: base of the geometric series of wavelengths.
+        rotary_fraction: leading part of each head that is rotated (partial rotary; 1.0 is all of
+            it).
+        factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: of the scaled
+            types.
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    rotary_fraction: float = 1.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
+        )
+        _check(
+            _is_finite(self.theta) and self.theta > 0, f"rope theta must be > 0, got {self.theta}"
+        )
+        _check(
+            _is_finite(self.factor) and self.factor > 0,
+            f"rope factor must be > 0, got {self.factor}",
+        )
+        _check(
+            0 < self.rotary_fraction <= 1,
+            f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}",
+        )
+        if self.type in ("dynamic", "llama3"):
+            original = self.original_max_position_embeddings
+            _check(
+                isinstance(original, int) and original > 0,
+                f"rope type {self.type!r} needs original_max_position_embeddings, got {original}",
+            )
+        if self.type == "llama3":
+            _check(
+                0 < self.low_freq_factor < self.high_freq_factor,
+                "rope type 'llama3' needs 0 < low_freq_factor < high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Record):
+    """A decoder of the Llama kind; the defaults are Llama's, the switches its relatives'.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size: V, D, F.
+        num_layers, num_heads, num_kv_heads, head_dim: L, N, K, H. H need not be D / N.
+        max_position_embeddings: longest sequence the model was made for; the default cache size.
+        activation: of the gated MLP, "silu", "gelu" (erf) or "gelu_tanh".
+        tie_embeddings: the output head is the embedding table.
+        qkv_bias, attention_out_bias, mlp_bias: which linear layers carry a bias.
+        qk_norm: RMS norm over each query and key head before the rotation (Qwen 3, Gemma 3).
+        norm_offset: added to each norm's scale (1.0 in Gemma, whose scales are stored around 0).
+        post_norms: norms also after attention and after the MLP (Gemma 2 and 3).
+        embedding_scale: token embeddings are multiplied by it (sqrt(D) in Gemma).
+        attention_scale: multiplies q·k; None means 1 / sqrt(H).
+        attention_softcap, logit_softcap: c · tanh(x / c) on scores or logits (Gemma 2); None is
+            off.
+        sliding_window: one entry per layer, window size or None; a plain None means no layer has
+            one.
+        local_rope: rotary settings of the layers with a window, where they differ (Gemma 3).
+        dtype: of weights, activations and cache. Norms, rotations, softmax and logits are float32.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: tuple[int | None, ...] | None = None
+    local_rope: RopeConfig | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+            *("num_kv_heads", "head_dim", "max_position_embeddings"),
+        ):
+            value = getattr(self, name)
+            _check(
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                f"{name} must be a positive integer, got {value!r}",
+            )
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of "
+            f"num_kv_heads ({self.num_kv_heads})",
+        )
+        _check(
+            self.activation in ACTIVATIONS,
+            f"activation {self.activation!r} is unknown; known are {ACTIVATIONS}",
+        )
+        _check(self.dtype in DTYPES, f"dtype {self.dtype!r} is unknown; known are {DTYPES}")
+        _check(
+            _is_finite(self.norm_eps) and self.norm_eps > 0,
+            f"norm_eps must be > 0, got {self.norm_eps}",
+        )
+        if self.sliding_window is not None:
+            _check(
+                len(self.sliding_window) == self.num_layers,
+                f"sliding_window has {len(self.sliding_window)} entries, "
+                f"the model {self.num_layers} layers",
+            )
+            _check(
+                all(w is None or w > 0 for w in self.sliding_window),
+                f"sliding_window entries must be None or > 0, got {self.sliding_window}",
+            )
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rotary_dim = int(self.head_dim * rope.rotary_fraction)
+                _check(
+                    rotary_dim % 2 == 0 and rotary_dim > 0,
+                    f"the rotated part of a head must be even, got {rotary_dim} of {self.head_dim}",
+                )
+
+    @property
+    def qkv_features(self) -> int:
+        """Rows of the fused query/key/value projection, (N + 2K)·H."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of `layer`, or None where it sees the whole context."""
+        return None if self.sliding_window is None else self.sliding_window[layer]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        fields = dict(fields)
+        for name in ("rope", "local_rope"):
+            if isinstance(fields.get(name), dict):
+                fields[name] = RopeConfig.from_dict(fields[name])
+        return super().from_dict(fields)
+
+
+def symmetric_skip(num_layers: int, num_skipped: int) -> tuple[bool, ...]:
+    """The middle `num_skipped` of `num_layers` layers, as a static skip mask.
+
+    Where the halves cannot be equal, the first half keeps the extra layer. S3D skips symmetrically
+    around the middle (arXiv 2405.20314, abstract).
+    """
+    _check(
+        0 <= num_skipped < num_layers,
+        f"can skip 0 to {num_layers - 1} of {num_layers} layers, not {num_skipped}",
+    )
+    first = (num_layers - num_skipped + 1) // 2
+    return tuple(first <= i < first + num_skipped for i in range(num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig(_Record):
+    """How the model drafts for itself.
+
+    Attributes:
+        skip: one entry per layer; True means that the draft pass jumps over the layer.
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+        block_attention: inside the draft block, "causal" or "bidirectional".
+    """
+
+    skip: tuple[bool, ...]
+    gamma: int = 4
+    block_attention: Literal["causal", "bidirectional"] = "causal"
+
+    def __post_init__(self) -> None:
+        _check(
+            isinstance(self.gamma, int) and not isinstance(self.gamma, bool) and self.gamma >= 1,
+            f"gamma must be an integer >= 1, got {self.gamma!r}; "
+            "for no speculation use method='ar'",
+        )
+        _check(
+            all(isinstance(s, bool) for s in self.skip),
+            f"skip must hold only True and False, got {self.skip}",
+        )
+        _check(not all(self.skip), f"skip {self.skip} keeps no layer; the draft needs at least one")
+        _check(
+            self.block_attention in ("causal", "bidirectional"),
+            f"block_attention must be 'causal' or 'bidirectional', got {self.block_attention!r}",
+        )
+
+    def validate_for(self, config: ModelConfig) -> None:
+        """Raises ConfigError unless `skip` has one entry per layer of the model."""
+        _check(
+            len(self.skip) == config.num_layers,
+            f"skip has {len(self.skip)} entries, the model has {config.num_layers} layers",
+        )
+
+    @property
+    def draft_depth(self) -> float:
+        """Fraction of the layers that the draft pass runs (β)."""
+        return 1.0 - sum(self.skip) / len(self.skip)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(_Record):
+    """How one row's next token is chosen from its logits. The defaults are greedy decoding.
+
+    Applied in this order, in float32: logit bias, repetition penalty, frequency and presence
+    penalty; then temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: 0 is greedy (argmax); otherwise logits are divided by it.
+        top_k: keep the k most likely tokens (ties at the border are kept); 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps
+            all.
+        min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: logits of tokens in prompt or output are divided (if > 0) or
+            multiplied (if < 0) by it (Keskar et al., arXiv 1909.05858); 1 is off.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output,
+            once or per occurrence (as in the OpenAI API); 0 is off.
+        logit_bias: (token id, bias) pairs, added to the logits; -inf forbids a token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(
+            _is_finite(self.temperature) and self.temperature >= 0,
+            f"temperature must be >= 0 and finite, got {self.temperature}",
+        )
+        _check(
+            isinstance(self.top_k, int) and self.top_k >= 0,
+            f"top_k must be an integer >= 0 (0 is off), got {self.top_k}",
+        )
+        _check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _check(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
+        _check(
+            _is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            f"repetition_penalty must be > 0 and finite, got {self.repetition_penalty}",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(
+                _is_finite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}"
+            )
+        for token, bias in self.logit_bias:
+            _check(
+                isinstance(token, int) and token >= 0 and not math.isnan(bias) and bias < math.inf,
+                f"logit_bias needs (token id >= 0, bias < inf) pairs, got ({token!r}, {bias!r})",
+            )

@@ -1,0 +1,341 @@
+"""Decoding over token ids: prefill, draft, verify, accept, commit; and the loop around them.
+
+One speculative step serves everything. Plain autoregressive decoding (AR) is the step without a
+draft; the stream is the loop with one iteration per call. The state is donated, so no second cache
+is ever alive. Texts, tokenizers and stop strings live in generate.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.cache import KVCache, init_cache
+from s3d_jax.config import DraftConfig, ModelConfig
+from s3d_jax.model import DraftParams, Params, forward
+from s3d_jax.sampling import (
+    SamplingFeatures,
+    SamplingParams,
+    accept_greedy,
+    accept_sampled,
+    categorical,
+    penalize,
+    warp,
+)
+
+PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+
+
+class DecodeState(flax.struct.PyTreeNode):
+    """Everything that changes while a batch decodes.
+
+    With n = cache.length: tokens 0 … n of a row are committed, keys and values of 0 … n-1 are in
+    the cache.
+
+    Attributes:
+        tokens: int32 [B, S], prompt and output; behind position n it holds scratch.
+        cache: the key/value cache, S slots.
+        done: bool [B], rows that have finished; they stay as they are.
+        limit: int32 [B], tokens (prompt included) at which a row ends.
+        sampling: the rows' sampling settings and keys.
+        prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
+            the context; [B, 0] where no row is penalized.
+        iterations: int32 [B], verify passes a row took part in.
+        accepted: int32 [B, γ], how often the draft token at each position was accepted and
+            committed.
+    """
+
+    tokens: jax.Array
+    cache: KVCache
+    done: jax.Array
+    limit: jax.Array
+    sampling: SamplingParams
+    prompt_tokens: jax.Array
+    output_counts: jax.Array
+    iterations: jax.Array
+    accepted: jax.Array
+
+
+class Proposal(NamedTuple):
+    """What a proposer returns.
+
+    Attributes:
+        tokens: int32 [B, γ].
+        logits: float32 [B, γ, V], warped; their softmax is what the tokens were drawn from. None
+            where the tokens were chosen without chance.
+        cache: the cache, whose scratch slots may have been written.
+    """
+
+    tokens: jax.Array
+    logits: jax.Array | None
+    cache: KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSpec:
+    """Static description of a decoding program; equal specs share one compilation.
+
+    Attributes:
+        config: the model.
+        draft: how to draft; None is plain AR.
+        features: which sampling code is needed.
+        stop_ids: tokens that end a row (they are committed, nothing behind them is).
+        proposer: who proposes the γ tokens, `draft_pass` unless somebody else does.
+    """
+
+    config: ModelConfig
+    draft: DraftConfig | None = None
+    features: SamplingFeatures = SamplingFeatures()
+    stop_ids: tuple[int, ...] = ()
+    proposer: "Callable[[DecodeSpec, Params, DraftParams | None, DecodeState], Proposal] | None" = (
+        None
+    )
+
+    @property
+    def gamma(self) -> int:
+        """Draft tokens per iteration; 0 for AR."""
+        return 0 if self.draft is None else self.draft.gamma
+
+
+def init_state(
+    spec: DecodeSpec,
+    prompts: list[np.ndarray],
+    slots: int,
+    limit: np.ndarray,
+    sampling: SamplingParams,
+) -> DecodeState:
+    """The state before prefill.
+
+    Args:
+        spec: the program.
+        prompts: B arrays of token ids, each with at least one.
+        slots: S. Must hold every row's limit and γ+1 slots of slack.
+        limit: int [B], tokens (prompt included) at which each row ends.
+        sampling: from `batch_sampling`.
+
+    Raises:
+        ValueError: S is too small; a write near the end would be clamped onto committed slots.
+    """
+    batch, vocab = len(prompts), spec.config.vocab_size
+    if slots < int(np.max(limit)) + spec.gamma + 1:
+        raise ValueError(
+            f"{slots} slots cannot hold {np.max(limit)} tokens and {spec.gamma + 1} of slack"
+        )
+    tokens = np.zeros((batch, slots), np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    seen = np.zeros((batch, vocab if spec.features.penalized else 0), bool)
+    for b, prompt in enumerate(prompts):
+        tokens[b, : len(prompt)] = prompt
+        if spec.features.penalized:
+            seen[b, prompt] = True
+    return DecodeState(
+        tokens=jnp.asarray(tokens),
+        cache=init_cache(spec.config, batch, slots, jnp.asarray(lengths)),
+        done=jnp.asarray(lengths >= limit),
+        limit=jnp.asarray(limit, jnp.int32),
+        sampling=sampling,
+        prompt_tokens=jnp.asarray(seen),
+        output_counts=jnp.zeros(seen.shape, jnp.int32),
+        iterations=jnp.zeros((batch,), jnp.int32),
+        accepted=jnp.zeros((batch, spec.gamma), jnp.int32),
+    )
+
+
+# --- prefill --------------------------------------------------------------------------------------
+
+
+def prefill_chunks(length: int) -> list[int]:
+    """Chunk sizes, each one of PREFILL_BUCKETS, that together cover `length` tokens.
+
+    Only the last chunk is padded, so any two lengths within one bucket run the same programs.
+    """
+    largest = PREFILL_BUCKETS[-1]
+    full, rest = divmod(length, largest)
+    tail = [next(b for b in PREFILL_BUCKETS if b >= rest)] if rest else []
+    return [largest] * full + tail
+
+
+def prefill_chunk(
+    config: ModelConfig, params: Params, tokens: jax.Array, cache: KVCache, offset: jax.Array
+) -> KVCache:
+    """Puts keys and values of positions offset … offset+T-1 of every row into the cache.
+
+    Rows whose prompt ends before write scratch there. The last token of a prompt stays out of the
+    cache: it is x_n, the input of the first step.
+
+    Args:
+        config: the model (static).
+        params: the model's parameters.
+        tokens: int [B, T], padded with anything behind a row's prompt.
+        cache: donated by `prefill_jit`. offset + T must not exceed its slots.
+        offset: int scalar, the same for all rows.
+    """
+    here = cache.replace(length=jnp.full_like(cache.length, offset))
+    _, here = forward(config, params, tokens, here, compute_logits=False)
+    return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
+
+
+# --- one iteration --------------------------------------------------------------------------------
+
+
+def _row_keys(state: DecodeState, purpose: int) -> jax.Array:
+    """Fresh keys [B], from a row's own key and position: its neighbours do not matter."""
+
+    def fold(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, position), purpose)
+
+    return jax.vmap(fold)(state.sampling.keys, state.cache.length)
+
+
+_DRAFT, _ACCEPT, _BONUS = range(3)  # purposes of _row_keys
+
+
+def _process(
+    spec: DecodeSpec, logits: jax.Array, state: DecodeState, draft: jax.Array | None = None
+) -> jax.Array:
+    """Logit bias and penalties on [B, T, V]; position t has seen draft[:, :t] as well."""
+    sampling = state.sampling
+    if spec.features.biased:
+        logits = logits + sampling.logit_bias[:, None, :]
+    if spec.features.penalized:
+        counts = jnp.broadcast_to(state.output_counts[:, None], logits.shape)
+        if draft is not None:
+            one_hot = jax.nn.one_hot(draft, logits.shape[-1], dtype=jnp.int32)
+            counts = counts.at[:, 1:].add(jnp.cumsum(one_hot, axis=1))
+        logits = penalize(logits, sampling, state.prompt_tokens, counts)
+    return logits
+
+
+def _last_token(state: DecodeState) -> jax.Array:
+    """x_n of each row, int32 [B, 1]."""
+    return jnp.take_along_axis(state.tokens, state.cache.length[:, None], axis=1)
+
+
+def draft_pass(
+    spec: DecodeSpec, params: Params, draft_params: DraftParams | None, state: DecodeState
+) -> Proposal:
+    """The model drafts for itself: x_n and γ-1 mask tokens, kept layers, one pass."""
+    assert spec.draft is not None and draft_params is not None
+    masks = draft_params.mask_embeddings
+    rows = np.minimum(np.arange(spec.gamma - 1), masks.shape[0] - 1)
+    logits, cache = forward(
+        spec.config,
+        params,
+        _last_token(state),
+        state.cache,
+        skip=spec.draft.skip,
+        mask_embeddings=masks[rows],
+        bidirectional=spec.draft.block_attention == "bidirectional",
+    )
+    assert logits is not None
+    # A broken draft may cost speed but never correctness: without this, NaN would reach the
+    # residual.
+    logits = _process(spec, jnp.nan_to_num(logits), state)
+    if not spec.features.sampled:
+        return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None, cache)
+    logits = warp(logits, state.sampling, spec.features)
+    return Proposal(categorical(_row_keys(state, _DRAFT), logits), logits, cache)
+
+
+def verify_pass(
+    spec: DecodeSpec, params: Params, state: DecodeState, draft: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """The full model over x_n and the draft: logits float32 [B, γ+1, V], and cache."""
+    block = jnp.concatenate([_last_token(state), draft], axis=1)
+    logits, cache = forward(spec.config, params, block, state.cache)
+    assert logits is not None
+    return _process(spec, logits, state, draft), cache
+
+
+def accept(
+    spec: DecodeSpec, state: DecodeState, proposal: Proposal, logits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """How many draft tokens stand, and the bonus token: int32 [B] each."""
+    if not spec.features.sampled:
+        return accept_greedy(proposal.tokens, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
+    if proposal.logits is None:
+        q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
+    else:
+        q = jax.nn.softmax(proposal.logits, axis=-1)
+    keys = _row_keys(state, _ACCEPT), _row_keys(state, _BONUS)
+    return accept_sampled(proposal.tokens, q, p, *keys)
+
+
+def commit(
+    spec: DecodeSpec, state: DecodeState, draft: jax.Array, accepted: jax.Array, bonus: jax.Array
+) -> DecodeState:
+    """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token."""
+    gamma = spec.gamma
+    length = state.cache.length
+    block = jnp.pad(draft, ((0, 0), (0, 1)))
+    column = jnp.arange(gamma + 1, dtype=jnp.int32)
+    block = jnp.where(column == accepted[:, None], bonus[:, None], block)
+    count = jnp.minimum(accepted + 1, state.limit - (length + 1))
+    stops = jnp.isin(block, jnp.asarray(spec.stop_ids, jnp.int32)) & (column < count[:, None])
+    stopped = jnp.any(stops, axis=1)
+    count = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count)
+    count = jnp.where(state.done, 0, count)
+
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    counts = state.output_counts
+    if spec.features.penalized:
+        rows = jnp.arange(block.shape[0])[:, None]
+        counts = counts.at[rows, block].add((column < count[:, None]).astype(jnp.int32))
+    new_length = length + count
+    return state.replace(
+        tokens=put(state.tokens, block, length + 1),
+        cache=state.cache.replace(length=new_length),
+        done=state.done | stopped | (new_length + 1 >= state.limit),
+        output_counts=counts,
+        iterations=state.iterations + ~state.done,
+        accepted=state.accepted + (column[:gamma] < jnp.minimum(accepted, count)[:, None]),
+    )
+
+
+def step(
+    spec: DecodeSpec, params: Params, draft_params: DraftParams | None, state: DecodeState
+) -> DecodeState:
+    """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens."""
+    if spec.draft is None:
+        nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
+        proposal = Proposal(nothing, None, state.cache)
+    else:
+        proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state)
+        state = state.replace(cache=proposal.cache)
+    logits, cache = verify_pass(spec, params, state, proposal.tokens)
+    state = state.replace(cache=cache)
+    accepted, bonus = accept(spec, state, proposal, logits)
+    return commit(spec, state, proposal.tokens, accepted, bonus)
+
+
+def decode(
+    spec: DecodeSpec,
+    params: Params,
+    draft_params: DraftParams | None,
+    state: DecodeState,
+    max_iterations: jax.Array,
+) -> DecodeState:
+    """Steps until every row is done, `max_iterations` steps at most (1 streams).
+
+    A pure function; `decode_jit` is the compiled one, which donates the state.
+    """
+
+    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        i, state = carry
+        return (i < max_iterations) & ~jnp.all(state.done)
+
+    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        i, state = carry
+        return i + 1, step(spec, params, draft_params, state)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+# For those who do not jit their own. Both donate what they return anew.
+prefill_jit: Any = jax.jit(prefill_chunk, static_argnames="config", donate_argnames="cache")
+decode_jit: Any = jax.jit(decode, static_argnames="spec", donate_argnames="state")

@@ -1,0 +1,21 @@
+"""The exceptions of s3d_jax. Every message says what was wrong, where, and what to do about it."""
+
+
+class S3DError(Exception):
+    """Base class of every error that s3d_jax raises on purpose."""
+
+
+class ConfigError(S3DError, ValueError):
+    """A model, draft or sampling setting that is unknown, contradictory or out of range."""
+
+
+class InputError(S3DError, ValueError):
+    """A prompt or generation argument that cannot be used."""
+
+
+class CheckpointError(S3DError):
+    """A checkpoint folder that is missing, incomplete, corrupt, or of another format."""
+
+
+class ConversionError(CheckpointError):
+    """Weights that cannot be converted; lists every offending tensor at once."""

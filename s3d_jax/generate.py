@@ -1,0 +1,276 @@
+"""LM: a model with its tokenizer and draft, ready to generate, stream and chat."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, Unpack
+
+import numpy as np
+
+from s3d_jax import checkpoint
+from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
+from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
+from s3d_jax.errors import CheckpointError, ConfigError, InputError
+from s3d_jax.model import DraftParams, Params, untrained_draft
+
+Prompt = str | Sequence[int] | np.ndarray
+Message = Mapping[str, str]
+_Piece = TypeVar("_Piece")
+
+
+def default_draft(config: ModelConfig) -> DraftConfig:
+    """The draft of a model that has none of its own: the middle half is skipped, γ = 4."""
+    return DraftConfig(skip=symmetric_skip(config.num_layers, config.num_layers // 2), gamma=4)
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: str | None = None, max_length: int | None = None
+) -> "LM":
+    """Loads a native checkpoint, as `s3d-convert` writes it, onto the default device.
+
+    From HF's generation_config.json only the end-of-text ids are taken: sampling is what the caller
+    says, greedy by default. `s3d info` lists what was not used.
+
+    Args:
+        path: the checkpoint folder.
+        dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
+        max_length: tokens (prompt and output) that a row may have; None takes the length the model
+            was made for. Each batch allocates only what it needs of it.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
+            folder the message says how to convert it.
+    """
+    loaded = checkpoint.load(path, dtype)
+    return LM(
+        loaded.config,
+        loaded.params,
+        tokenizer=_load_tokenizer(loaded.header) if loaded.header.has_tokenizer else None,
+        eos_token_ids=loaded.header.eos_token_ids,
+        max_length=max_length,
+    )
+
+
+def _load_tokenizer(header: checkpoint.Header) -> Any:
+    import transformers
+
+    kinds = [transformers.AutoTokenizer]
+    if (header.path / "tokenizer.json").is_file():
+        # AutoTokenizer asks config.json for the class where tokenizer_config.json names none, and
+        # ours is not HF's; the file alone is enough.
+        kinds.append(transformers.PreTrainedTokenizerFast)
+    errors = []
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(header.path, local_files_only=True)
+        except Exception as error:  # transformers raises most kinds for files it cannot read
+            errors.append(f"{type(error).__name__}: {error}")
+    raise CheckpointError(f"cannot read the tokenizer in {header.path}: {errors[-1]}")
+
+
+class LM:
+    """A model ready to generate. Make one with `load`, or from arrays.
+
+    Attributes:
+        config, params: the target model.
+        draft_config, draft_params: the draft; γ and skip may be overridden per call. Without one of
+            its own, the untrained draft: always exact, seldom right.
+        tokenizer: a transformers tokenizer, or None (then only ids go in and come out).
+        eos_token_ids: tokens that end a text.
+        max_length: tokens (prompt and output) that a row may have at most.
+        programs: the compiled programs so far; their number is the number of compilations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        draft_config: DraftConfig | None = None,
+        draft_params: DraftParams | None = None,
+        tokenizer: Any = None,
+        eos_token_ids: Sequence[int] = (),
+        max_length: int | None = None,
+    ) -> None:
+        self.config = config
+        self.params = params
+        self.draft_config = draft_config or default_draft(config)
+        self.draft_config.validate_for(config)
+        self.draft_params = untrained_draft(params) if draft_params is None else draft_params
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_length = config.max_position_embeddings if max_length is None else max_length
+        if self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
+        self.programs: dict[tuple[Any, ...], Any] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        progress: Callable[[int], None] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Result]:
+        """Continues one or many prompts, all in one batch.
+
+        The output does not depend on the method, γ or skip: under greedy decoding it is token for
+        token that of plain decoding, under sampling it has the same distribution.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either. Lengths may differ.
+            progress: called now and then with the number of new tokens so far, all rows together.
+            **options: see GenerateOptions (max_new_tokens, method, gamma, temperature, stop, seed,
+                ...).
+
+        Returns:
+            One Result per prompt, in order (a list also for a single prompt).
+
+        Raises:
+            InputError: a prompt that is empty, too long, or holds ids outside the vocabulary, ...
+            ConfigError: an option that is unknown or out of range.
+        """
+        batch = Batch(self, self._token_ids(prompts), **options)
+        for _ in batch.run(UNLIMITED if progress is None else 16):
+            if progress:
+                progress(sum(len(tokens) for tokens in batch.tokens))
+        return batch.results()
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> "Stream[str]":
+        """Continues one prompt; yields pieces of text as soon as they are certain.
+
+        Args:
+            prompt: a text or a list of token ids.
+            **options: as in `generate`.
+
+        Returns:
+            An iterator of strings, which together are the text. When it has ended, its `result` is
+            what `generate` would have returned.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer: use stream_tokens, which yields ids")
+        batch = self._single(prompt, options)
+        assert batch.texts is not None
+        row = batch.texts[0]
+
+        def pieces() -> Iterator[str]:
+            shown = 0
+            for _ in batch.run(1):
+                if len(row.text) > shown:
+                    yield row.text[shown:]
+                    shown = len(row.text)
+            if len(row.text) > shown:
+                yield row.text[shown:]
+
+        return Stream(pieces(), batch)
+
+    def stream_tokens(
+        self, prompt: Prompt, **options: Unpack[GenerateOptions]
+    ) -> "Stream[list[int]]":
+        """As `stream`, but yields the new ids of each iteration, 1 to γ+1 of them."""
+        batch = self._single(prompt, options)
+        return Stream((rows[0] for rows in batch.run(1)), batch)
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Result:
+        """Answers a conversation.
+
+        Args:
+            messages: {"role": ..., "content": ...} each, the last one the user's.
+            **options: as in `generate`.
+        """
+        return self.generate([self.chat_prompt(messages)], **options)[0]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, written out by the tokenizer's template up to the answer.
+
+        Raises:
+            InputError: no tokenizer, no chat template, or messages that the template refuses.
+        """
+        if self.tokenizer is None:
+            raise InputError("chat needs a tokenizer, and this checkpoint has none")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                "this model's tokenizer has no chat template, so it was not made for chat: use "
+                "generate with a text, or set lm.tokenizer.chat_template"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # the template is a program of its own and may raise anything
+            raise InputError(f"the chat template refuses these messages: {error}") from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _single(self, prompt: Prompt, options: GenerateOptions) -> Batch:
+        rows = self._token_ids(prompt)
+        if len(rows) != 1:
+            raise InputError(
+                f"a stream takes one prompt, got {len(rows)}: use generate for a batch"
+            )
+        return Batch(self, rows, **options)
+
+    def _token_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+        if len(prompts) == 0 and not isinstance(prompts, str):
+            raise InputError("no prompt: give a text, a list of token ids, or a list of either")
+        single = isinstance(prompts, str) or isinstance(prompts[0], int | float | np.number)
+        rows = []
+        for i, prompt in enumerate([prompts] if single else prompts):
+            if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise InputError(
+                        f"prompt {i} is a text, but the checkpoint has no tokenizer: give ids"
+                    )
+                if not prompt:
+                    raise InputError(f"prompt {i} is empty")
+                prompt = self.tokenizer.encode(prompt)
+            rows.append(self._checked(i, np.asarray(prompt)))
+        return rows
+
+    def _checked(self, i: int, ids: np.ndarray) -> np.ndarray:
+        vocab = self.config.vocab_size
+        if ids.size == 0:
+            raise InputError(f"prompt {i} is empty: it needs at least one token")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"prompt {i} must be a text or a flat list of integers, got {ids!r:.80}"
+            )
+        outside = ids[(ids < 0) | (ids >= vocab)]
+        if outside.size:
+            raise InputError(
+                f"prompt {i} holds token id {outside[0]}; the vocabulary is 0 to {vocab - 1}"
+            )
+        if len(ids) >= self.max_length:
+            raise InputError(
+                f"prompt {i} has {len(ids)} tokens, and the cache holds {self.max_length} with at "
+                "least one new token: shorten it, or load the model with a larger max_length"
+            )
+        return ids.astype(np.int32)
+
+
+class Stream(Generic[_Piece]):
+    """An iterator over the pieces of one continuation; `result` is there when it has ended."""
+
+    def __init__(self, pieces: Iterator[_Piece], batch: Batch) -> None:
+        self._pieces = pieces
+        self._batch = batch
+        self._result: Result | None = None
+
+    def __iter__(self) -> Iterator[_Piece]:
+        return self
+
+    def __next__(self) -> _Piece:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            if self._result is None:
+                self._result = self._batch.results()[0]
+            raise
+
+    @property
+    def result(self) -> Result:
+        """The whole output with its statistics.
+
+        Raises:
+            RuntimeError: the stream has not ended yet.
+        """
+        if self._result is None:
+            raise RuntimeError("the stream has not ended: iterate over it first")
+        return self._result

@@ -1,0 +1,83 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), in float32."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each rotated pair, float32 [R/2], R = head_dim · rotary_fraction.
+
+    For "dynamic" these are the unscaled frequencies; the growth with the sequence is in
+    `rotary_table`.
+    """
+    rotary_dim = int(head_dim * rope.rotary_fraction)
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    if rope.type == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.type == "llama3":
+        # Llama 3.1: wavelengths that never completed a turn inside the original context are
+        # stretched by `factor`, short ones are left alone, and between the two limits the frequency
+        # is interpolated.
+        original = rope.original_max_position_embeddings
+        assert original is not None  # RopeConfig checks it
+        turns = original * frequencies / np.float32(2 * math.pi)
+        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0).astype(np.float32)
+        return (1 - smooth) * (frequencies / np.float32(rope.factor)) + smooth * frequencies
+    return frequencies
+
+
+def rotary_table(
+    rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for the given positions.
+
+    Args:
+        rope: the settings.
+        head_dim: H.
+        positions: int [B, T], counted from 0.
+        prompt_length: int [B], tokens in each row's prompt. Only "dynamic" looks at it: there the
+            base depends on the length of the sequence, and a key keeps the rotation of the moment
+            it was computed. A prompt is rotated for its whole length, a generated token at p for
+            p + 1, which is what token-by-token decoding does; so a block of several tokens gives
+            the same keys.
+
+    Returns:
+        (cos, sin), each float32 [B, T, R/2].
+    """
+    frequencies: jax.Array | np.ndarray = inverse_frequencies(rope, head_dim)
+    if rope.type == "dynamic":
+        rotary_dim = 2 * frequencies.shape[0]
+        original = rope.original_max_position_embeddings
+        assert original is not None  # RopeConfig checks it
+        length = jnp.maximum(jnp.maximum(positions + 1, prompt_length[:, None]), original)
+        growth = rope.factor * length.astype(jnp.float32) / original - (rope.factor - 1)
+        base = rope.theta * growth ** (rotary_dim / (rotary_dim - 2))
+        exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+        frequencies = 1.0 / base[..., None] ** exponents
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the leading R entries of each head, first half against second half (the HF layout).
+
+    Args:
+        x: [B, T, heads, H].
+        cos, sin: float32 [B, T, R/2].
+
+    Returns:
+        The rotated heads, in the shape and dtype of `x`.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)

@@ -1,0 +1,253 @@
+"""Logits processors, warpers and the acceptance rules: pure functions of arrays and keys.
+
+Letters: B batch, T positions of a block, γ draft tokens, V vocabulary. All arithmetic is float32.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.config import SamplingConfig
+from s3d_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFeatures:
+    """Static: which parts of the sampling code a batch needs. Unused parts are not compiled.
+
+    Attributes:
+        sampled: some row has a temperature above 0.
+        filtered: some row uses top-k, top-p or min-p.
+        penalized: some row uses a penalty (the state then carries token counts).
+        biased: some row uses a logit bias.
+    """
+
+    sampled: bool = False
+    filtered: bool = False
+    penalized: bool = False
+    biased: bool = False
+
+
+class SamplingParams(flax.struct.PyTreeNode):
+    """One SamplingConfig per row, as arrays [B], so that new values compile nothing.
+
+    Attributes:
+        keys: typed PRNG keys [B].
+        logit_bias: float32 [B, V], or [B, 0] where no row has one.
+        others: as in SamplingConfig.
+    """
+
+    keys: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    logit_bias: jax.Array
+
+
+def batch_sampling(
+    rows: Sequence[SamplingConfig], keys: jax.Array, vocab_size: int
+) -> tuple[SamplingParams, SamplingFeatures]:
+    """Stacks the rows' settings.
+
+    Args:
+        rows: B settings.
+        keys: typed PRNG keys [B].
+        vocab_size: V.
+
+    Raises:
+        InputError: a logit bias names a token outside the vocabulary.
+    """
+    biased = any(row.logit_bias for row in rows)
+    bias = np.zeros((len(rows), vocab_size if biased else 0), np.float32)
+    for i, row in enumerate(rows):
+        for token, value in row.logit_bias:
+            if token >= vocab_size:
+                raise InputError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
+            bias[i, token] = value
+    features = SamplingFeatures(
+        sampled=any(row.temperature > 0 for row in rows),
+        filtered=any(
+            row.temperature > 0 and (row.top_k > 0 or row.top_p < 1 or row.min_p > 0)
+            for row in rows
+        ),
+        penalized=any(
+            (row.repetition_penalty, row.presence_penalty, row.frequency_penalty) != (1.0, 0.0, 0.0)
+            for row in rows
+        ),
+        biased=biased,
+    )
+
+    def column(name: str, dtype: type = np.float32) -> jax.Array:
+        return jnp.asarray(np.asarray([getattr(row, name) for row in rows], dtype))
+
+    params = SamplingParams(
+        keys=keys,
+        temperature=column("temperature"),
+        top_k=jnp.minimum(column("top_k", np.int32), vocab_size),
+        top_p=column("top_p"),
+        min_p=column("min_p"),
+        repetition_penalty=column("repetition_penalty"),
+        presence_penalty=column("presence_penalty"),
+        frequency_penalty=column("frequency_penalty"),
+        logit_bias=jnp.asarray(bias),
+    )
+    return params, features
+
+
+# --- processors: what the target's distribution is, before it is warped ---------------------------
+
+
+def penalize(
+    logits: jax.Array, params: SamplingParams, prompt_tokens: jax.Array, output_counts: jax.Array
+) -> jax.Array:
+    """Repetition, frequency and presence penalties.
+
+    Args:
+        logits: float32 [B, T, V].
+        params: the rows' settings.
+        prompt_tokens: bool [B, V], tokens of the prompt.
+        output_counts: int32 [B, T, V], occurrences in the output before each position.
+    """
+    in_output = output_counts > 0
+    repeated = in_output | prompt_tokens[:, None, :]
+    repetition = params.repetition_penalty[:, None, None]
+    scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(repeated, scaled, logits)
+    logits = logits - params.frequency_penalty[:, None, None] * output_counts
+    return logits - params.presence_penalty[:, None, None] * in_output
+
+
+# --- warpers: temperature, top-k, top-p, min-p ----------------------------------------------------
+
+
+def _keep_largest(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The smallest set {x >= t} of the largest logits that is `enough`; everything if none is.
+
+    Finds the threshold by bisection over the bit pattern of float32, exact after 32 steps. A sort
+    of the vocabulary would do the same and is several times slower on CPU and GPU.
+
+    Args:
+        logits: float32 [..., V].
+        enough: bool mask [..., V] -> bool [...], monotone: a larger set stays enough.
+
+    Returns:
+        bool [..., V].
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(
+        bits & sign, ~bits, bits | sign
+    )  # unsigned integers in the order of the floats
+
+    def halve(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (sign >> i.astype(jnp.uint32))
+        return jnp.where(enough(order >= candidate[..., None]), candidate, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, halve, jnp.zeros(logits.shape[:-1], jnp.uint32))
+    return order >= threshold[..., None]
+
+
+def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) -> jax.Array:
+    """Temperature, then top-k, top-p and min-p; a greedy row becomes a one-hot distribution.
+
+    Args:
+        logits: float32 [B, T, V].
+        params, features: the rows' settings.
+
+    Returns:
+        float32 [B, T, V]; their softmax is exactly what is sampled from.
+    """
+    greedy = params.temperature[:, None] == 0
+    best = jnp.argmax(logits, axis=-1)
+    x = logits / jnp.where(greedy, 1.0, params.temperature[:, None])[..., None]
+    if features.filtered:
+        top_k, top_p = params.top_k[:, None], params.top_p[:, None]
+        keep = _keep_largest(x, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
+        x = jnp.where(keep | (top_k == 0)[..., None], x, -jnp.inf)
+        probs = jax.nn.softmax(x, axis=-1)
+        keep = _keep_largest(x, lambda kept: jnp.sum(probs, axis=-1, where=kept) >= top_p)
+        x = jnp.where(keep | (top_p >= 1)[..., None], x, -jnp.inf)
+        ratio = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+        x = jnp.where(ratio >= params.min_p[:, None, None], x, -jnp.inf)
+    one_hot = jnp.arange(logits.shape[-1]) == best[..., None]
+    return jnp.where(greedy[..., None], jnp.where(one_hot, 0.0, -jnp.inf), x)
+
+
+# --- acceptance -----------------------------------------------------------------------------------
+
+
+def accept_greedy(draft: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The longest prefix of the draft that the target would have chosen itself.
+
+    Args:
+        draft: int [B, γ].
+        target: int [B, γ+1], the target's choice at each position.
+
+    Returns:
+        (accepted, bonus): int [B] in 0 … γ, and the target's token behind the accepted prefix, int
+        [B].
+    """
+    gamma = draft.shape[1]
+    accepted = jnp.sum(jnp.cumprod(draft == target[:, :gamma], axis=1, dtype=jnp.int32), axis=1)
+    bonus = jnp.take_along_axis(target, accepted[:, None], axis=1)[:, 0]
+    return accepted, bonus
+
+
+def accept_sampled(
+    draft: jax.Array, q: jax.Array, p: jax.Array, accept_keys: jax.Array, bonus_keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Rejection sampling of a draft (Leviathan et al., arXiv 2211.17192).
+
+    Draft token i is accepted with probability min(1, p_i / q_i); at the first rejection the bonus
+    token is drawn from norm(max(0, p - q)), after γ acceptances from the last row of p. The
+    committed tokens are then distributed as p, whatever q is, provided that the draft was drawn
+    from q.
+
+    Args:
+        draft: int [B, γ], drawn from q.
+        q: float32 [B, γ, V], probabilities the draft was drawn from.
+        p: float32 [B, γ+1, V], the target's probabilities.
+        accept_keys, bonus_keys: typed PRNG keys [B].
+
+    Returns:
+        (accepted, bonus), as in `accept_greedy`.
+    """
+    gamma = draft.shape[1]
+    p_draft = jnp.take_along_axis(p[:, :gamma], draft[..., None], axis=-1)[..., 0]
+    q_draft = jnp.take_along_axis(q, draft[..., None], axis=-1)[..., 0]
+    # u is in [0, 1), so q == p always accepts and p == 0 never does; no division, q may underflow
+    # to 0.
+    u = jax.vmap(lambda key: jax.random.uniform(key, (gamma,)))(accept_keys)
+    ok = u * q_draft < p_draft
+    accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
+
+    row = accepted[:, None, None]
+    p_row = jnp.take_along_axis(p, row, axis=1)[:, 0]
+    q_row = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), row, axis=1)[:, 0]
+    residual = jnp.maximum(p_row - q_row, 0.0)
+    # p <= q everywhere can only be rounding (both sum to 1): then p is as good as its own residual.
+    residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p_row)
+    return accepted, categorical(bonus_keys, jnp.log(residual))
+
+
+def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """Draws from softmax(logits) with one key per row.
+
+    Args:
+        keys: typed PRNG keys [B].
+        logits: float32 [B, ..., V].
+
+    Returns:
+        int32 [B, ...].
+    """
+    return jax.vmap(lambda key, row: jax.random.categorical(key, row).astype(jnp.int32))(
+        keys, logits
+    )

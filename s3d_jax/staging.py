@@ -1,0 +1,122 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from s3d_jax.errors import CheckpointError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full: free some space, or write to another disk",
+    errno.EDQUOT: "the disk quota is used up: free some space, or write to another disk",
+    errno.EACCES: "no permission to write there: choose another place, or change its permissions",
+    errno.EPERM: "no permission to write there: choose another place, or change its permissions",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter one",
+}
+
+
+def _write_error(out: str | os.PathLike[str], error: OSError) -> CheckpointError:
+    """A CheckpointError that says in plain words why `out` could not be written."""
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return CheckpointError(f"cannot write {out}: {reason}")
+
+
+@contextlib.contextmanager
+def staged_folder(
+    out: str | os.PathLike[str], *, overwrite: bool = False, needs: int = 0
+) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well.
+
+    It lies beside `out` as `<name>.partial-<random>`. At the end all of it is flushed to disk and
+    renamed, so `out` is never seen half written. After any exception it is removed; after a kill or
+    a power cut it may stay behind under its partial name. An `out` that is to be replaced lives on
+    until the new one is complete.
+
+    Args:
+        out: the folder to write; missing parents are made.
+        overwrite: replace an existing checkpoint folder. Other folders are never replaced.
+        needs: bytes that will be written, to notice early that they will not fit.
+
+    Raises:
+        CheckpointError: `out` exists, or cannot be written (permission, disk full, ...). An OSError
+            of the block is taken for a failure to write and becomes a CheckpointError too.
+    """
+    shown, out = out, Path(os.path.realpath(out))
+    _check_replaceable(out, overwrite)
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if needs > free:
+            raise CheckpointError(
+                f"cannot write {shown}: it needs {needs / 1e9:.1f} GB, and the disk has "
+                f"{free / 1e9:.1f} GB free: free some space, or write to another disk"
+            )
+        partial.mkdir()
+        yield partial
+        _flush(partial)
+        _replace(partial, out)
+    except OSError as error:
+        raise _write_error(shown, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there only if something went wrong
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    try:
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise CheckpointError(f"cannot write {out}: it exists and is not a folder")
+        if not any(out.iterdir()):
+            return
+        is_checkpoint = (out / "config.json").is_file()
+    except OSError as error:
+        raise _write_error(out, error) from error
+    if not overwrite:
+        raise CheckpointError(
+            f"{out} exists and is not empty: choose another folder, or replace it with --overwrite "
+            "(overwrite=True)"
+        )
+    if not is_checkpoint:
+        raise CheckpointError(
+            f"{out} holds no config.json, so it is no checkpoint and is not replaced: choose "
+            "another folder"
+        )
+
+
+def _flush(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for path in (*(os.path.join(parent, name) for name in files), parent):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Renames; an old folder is moved aside first, and put back if that was in vain."""
+    aside = None
+    if out.exists() and any(out.iterdir()):
+        aside = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
+        out.rename(aside)
+    try:
+        partial.rename(out)
+    except BaseException:
+        if aside is not None:
+            aside.rename(out)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

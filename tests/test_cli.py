@@ -1,0 +1,143 @@
+"""The command `s3d`: output, JSON, exit codes, help."""
+
+import io
+import json
+
+import pytest
+
+import convert
+import s3d_jax
+from s3d_jax.cli import main
+
+STATS = {
+    *("iterations", "drafted", "accepted", "tokens_per_iteration", "prefill_seconds"),
+    *("decode_seconds", "compile_seconds", "peak_memory_bytes"),
+}
+
+
+@pytest.fixture(scope="module")
+def native(data_dir, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("cli") / "baby"
+    source = data_dir / "checkpoints" / "babyllama-1m"
+    convert.convert(source, folder, parity=False, progress=False)
+    return str(folder)
+
+
+def test_generate_prints_the_text(native, capsys):
+    code = main(["generate", "Once upon a time", "--model", native, "--max-new-tokens", "40"])
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert (
+        out == "Once upon a time, there was a little girl named Lily. She\n"[: len(out) - 1] + "\n"
+    )
+    assert len(out) == len("Once upon a time") + 40 + 1
+    assert "40 tokens" in err and "per iteration" in err
+
+
+def test_generate_json_one_object_per_prompt_and_methods_agree(native, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("The dog\n"))
+    texts = {}
+    for method in ("s3d", "ar"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("The dog\n"))
+        arguments = ["generate", "Once", "-", "--model", native, "--max-new-tokens", "25", "--json"]
+        assert main([*arguments, "--method", method, "--gamma", "3"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["prompt"] for row in rows] == ["Once", "The dog"]
+        for row in rows:
+            assert set(row["stats"]) >= STATS
+            assert len(row["tokens"]) == 25 and row["finish_reason"] == "length"
+            assert row["stats"]["drafted"] == (
+                3 * row["stats"]["iterations"] if method == "s3d" else 0
+            )
+        texts[method] = [(row["text"], row["tokens"]) for row in rows]
+    assert texts["ar"] == texts["s3d"]
+
+
+def test_sampling_options_reach_the_model(native, capsys):
+    base = ["generate", "Once", "--model", native, "--max-new-tokens", "30", "--json"]
+    seen = set()
+    for extra in ([], ["--temperature", "1.5"], ["--temperature", "1.5", "--seed", "1"]):
+        assert main(base + extra) == 0
+        seen.add(json.loads(capsys.readouterr().out)["text"])
+    assert len(seen) == 3
+    assert main([*base, "--temperature", "1.5", "--top-k", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] in seen  # top-1 is greedy
+    assert main([*base, "--stop", "a"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["finish_reason"], row["stopped_by"]) == ("stop", "a") and "a" not in row["text"]
+
+
+def test_ids_in_and_out(native, capsys):
+    assert main(["generate", "1, 15 7", "--ids", "--model", native, "--max-new-tokens", "5"]) == 0
+    assert len([int(word) for word in capsys.readouterr().out.split()]) == 5
+
+
+def test_info(native, capsys):
+    assert main(["info", "--model", native]) == 0
+    text = capsys.readouterr().out
+    assert "934,656" in text or "parameters" in text
+    assert "layers [0, 1, 4] of 5" in text
+    assert main(["info", "--model", native, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["config"]["num_layers"] == 5 and facts["tokenizer"] is True
+    assert facts["eos_token_ids"] == [2]
+
+
+def test_chat_without_a_template_says_so_before_the_first_question(native, capsys):
+    assert main(["chat", "--model", native]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_chat_remembers_the_conversation(native, capsys, monkeypatch, tmp_path):
+    import shutil
+
+    folder = tmp_path / "chatty"
+    shutil.copytree(native, folder)
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\nThe dog\n"))
+    assert main(["chat", "--model", str(folder), "--max-new-tokens", "20"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert len(first) == 20 and len(second) == 20
+    lm = s3d_jax.load(folder)
+    # Without special tokens of the tokenizer's own: a template writes them out.
+    so_far = lm.tokenizer.encode(f"Once upon a time {first} The dog ", add_special_tokens=False)
+    assert lm.generate(so_far, max_new_tokens=20)[0].text == second
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "x"], "s3d-convert"),
+        (["generate", "x", "--model", "nowhere"], "no such folder"),
+        (["generate", "", "--model", "NATIVE"], "empty"),
+        (["generate", "x" * 300, "--model", "NATIVE"], "larger max_length"),
+        (["generate", "x", "--model", "NATIVE", "--gamma", "0"], "gamma"),
+        (["generate", "x", "--model", "NATIVE", "--temperature", "-1"], "temperature"),
+        (["generate", "1 two", "--ids", "--model", "NATIVE"], "numbers"),
+        (["generate", "9999", "--ids", "--model", "NATIVE"], "vocabulary is 0 to 104"),
+        (["info", "--model", "nowhere"], "no such folder"),
+    ],
+)
+def test_errors_are_one_clear_line_and_exit_code_2(native, arguments, message, capsys):
+    assert main([native if a == "NATIVE" else a for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and message in err
+    assert "Traceback" not in err
+
+
+def test_a_hf_folder_is_told_how_to_convert(data_dir, capsys):
+    source = str(data_dir / "checkpoints" / "babyllama-1m")
+    assert main(["generate", "x", "--model", source]) == 2
+    assert f"s3d-convert {source}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: s3d" in text
+    assert command == [] or "--model" in text

@@ -1,0 +1,306 @@
+"""Decoding is exact whatever the draft is; nothing is compiled or copied twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s3d_jax import decode, model
+from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
+from s3d_jax.decode import DecodeSpec
+from s3d_jax.model import DraftParams, forward
+from s3d_jax.sampling import batch_sampling
+from tests.tiny import greedy_reference, outputs, proposer_of, run, tiny_config, tiny_params
+
+CONFIG = tiny_config()
+PARAMS = tiny_params(CONFIG)
+PROMPTS = [[3], [5, 9, 2], list(range(1, 18)), [7] * 40]  # one token, short, two buckets
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[list[int]]:
+    return [greedy_reference(CONFIG, PARAMS, prompt, NEW) for prompt in PROMPTS]
+
+
+def test_ar_equals_decoding_without_cache(truth):
+    assert outputs(run(CONFIG, PARAMS, PROMPTS, NEW), PROMPTS) == truth
+
+
+@pytest.mark.parametrize("block_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("gamma", [1, 3, 6])
+@pytest.mark.parametrize("skipped", [0, 2, 3])
+def test_s3d_equals_decoding_without_cache(truth, gamma, skipped, block_attention):
+    draft = DraftConfig(symmetric_skip(4, skipped), gamma, block_attention)
+    assert outputs(run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft), PROMPTS) == truth
+
+
+def truth_table(truth, slots: int = 128) -> jax.Array:
+    table = np.zeros((len(PROMPTS), slots), np.int32)
+    for b, (prompt, output) in enumerate(zip(PROMPTS, truth, strict=True)):
+        table[b, : len(prompt) + NEW] = prompt + output
+    return jnp.asarray(table)
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 5])
+def test_oracle_liar_and_noise_drafts(truth, gamma):
+    """All accepted: τ = γ+1. None accepted: τ = 1. Neither changes a token, nor does noise."""
+    table = truth_table(truth)
+
+    def oracle(at, gamma):
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i,), (gamma,)))(table, at)
+
+    def liar(at, gamma):
+        return (oracle(at, gamma) + 1) % CONFIG.vocab_size
+
+    def noise(at, gamma):
+        return (at[:, None] * 7 + jnp.arange(gamma) * 11) % CONFIG.vocab_size
+
+    draft = DraftConfig(symmetric_skip(4, 2), gamma)
+    new = NEW // (gamma + 1) * (gamma + 1)  # whole blocks, so that no block is cut by the limit
+    taus = {}
+    for propose in (oracle, liar, noise):
+        state = run(CONFIG, PARAMS, PROMPTS, new, draft=draft, proposer=proposer_of(propose))
+        assert outputs(state, PROMPTS) == [row[:new] for row in truth], propose.__name__
+        taus[propose.__name__] = new / np.asarray(state.iterations)
+        accepted = np.asarray(state.accepted)
+        committed = accepted.sum(axis=1) + np.asarray(state.iterations)
+        assert (committed == new).all()
+        if propose is oracle:
+            assert (accepted == np.asarray(state.iterations)[:, None]).all()
+    assert (taus["oracle"] == gamma + 1).all()
+    assert (taus["liar"] == 1).all()
+    assert (taus["noise"] <= gamma + 1).all()
+
+
+def test_broken_draft_embeddings_change_nothing(truth):
+    draft = DraftConfig(symmetric_skip(4, 2), 3)
+    for value in (np.nan, np.inf, 1e30):
+        broken = DraftParams(mask_embeddings=jnp.full((2, CONFIG.hidden_size), value))
+        state = run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft, draft_params=broken)
+        assert outputs(state, PROMPTS) == truth
+        rows = [SamplingConfig(temperature=1.0, top_p=0.9)] * len(PROMPTS)
+        state = run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft, draft_params=broken, rows=rows)
+        tokens = outputs(state, PROMPTS)
+        assert all(len(row) == NEW and max(row) < CONFIG.vocab_size for row in tokens)
+        assert min(len(set(row)) for row in tokens) > 1
+
+
+def test_dynamic_rope_does_not_depend_on_the_block():
+    """A key's rotation is that of token-by-token decoding, also where a block crosses the limit."""
+    rope = RopeConfig("dynamic", factor=4.0, original_max_position_embeddings=16)
+    config = tiny_config(rope=rope)
+    params = tiny_params(config)
+    ar = outputs(run(config, params, PROMPTS, NEW), PROMPTS)
+    for gamma in (2, 5):
+        draft = DraftConfig((False,) * 4, gamma)  # nothing skipped: many acceptances
+        state = run(config, params, PROMPTS, NEW, draft=draft)
+        assert outputs(state, PROMPTS) == ar
+
+
+def test_sliding_window_and_soft_caps_stay_exact():
+    config = tiny_config(
+        sliding_window=(5, None, 5, None),
+        local_rope=RopeConfig(theta=500.0),
+        attention_softcap=5.0,
+        logit_softcap=10.0,
+        post_norms=True,
+        qk_norm=True,
+        norm_offset=1.0,
+        embedding_scale=24**0.5,
+        activation="gelu_tanh",
+        tie_embeddings=True,
+    )
+    params = tiny_params(config)
+    truth = [greedy_reference(config, params, prompt, NEW) for prompt in PROMPTS]
+    draft = DraftConfig(symmetric_skip(4, 2), 4)
+    assert outputs(run(config, params, PROMPTS, NEW), PROMPTS) == truth
+    assert outputs(run(config, params, PROMPTS, NEW, draft=draft), PROMPTS) == truth
+
+
+def test_cache_equals_that_of_a_fresh_prefill():
+    draft = DraftConfig(symmetric_skip(4, 2), 4)
+    state = run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft)
+    lengths = np.asarray(state.cache.length)
+    assert (lengths == [len(p) + NEW - 1 for p in PROMPTS]).all()
+    fresh = run(CONFIG, PARAMS, np.asarray(state.tokens)[:, : lengths.max() + 1], 0)
+    for ours, theirs in (
+        (state.cache.keys, fresh.cache.keys),
+        (state.cache.values, fresh.cache.values),
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            for row, length in enumerate(lengths):
+                # same numbers through other matrix shapes: float32 rounding and nothing else
+                np.testing.assert_allclose(a[row, :, :length], b[row, :, :length], atol=2e-5)
+
+
+def test_rows_stop_at_the_end_of_the_cache(truth):
+    """With the smallest cache allowed no committed slot is overwritten by a clamped write."""
+    gamma, new = 6, 9
+    draft = DraftConfig((False,) * 4, gamma)
+    slots = max(map(len, PROMPTS)) + new + gamma + 1
+    slots = max(slots, sum(decode.prefill_chunks(39)))
+    state = run(CONFIG, PARAMS, PROMPTS, new, draft=draft, slots=slots)
+    assert outputs(state, PROMPTS) == [row[:new] for row in truth]
+    with pytest.raises(ValueError, match="slack"):
+        run(CONFIG, PARAMS, PROMPTS, new, draft=draft, slots=max(map(len, PROMPTS)) + new + gamma)
+
+
+def test_stop_tokens_cut_inside_the_block(truth):
+    stops = tuple(sorted({truth[0][4], truth[1][7], truth[2][2]}))
+    expected = []
+    for row in truth:
+        ends = [i for i, token in enumerate(row) if token in stops]
+        expected.append(row[: ends[0] + 1] if ends else row)
+    assert min(map(len, expected)) < NEW
+    table = truth_table(truth)
+
+    def oracle(at, gamma):
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i,), (gamma,)))(table, at)
+
+    draft = DraftConfig(symmetric_skip(4, 2), 5)
+    state = run(
+        CONFIG, PARAMS, PROMPTS, NEW, draft=draft, proposer=proposer_of(oracle), stop_ids=stops
+    )
+    assert outputs(state, PROMPTS) == expected
+    assert np.asarray(state.done).all()
+    iterations = np.asarray(state.iterations)
+    assert (iterations == [-(-len(row) // 6) for row in expected]).all()
+
+
+def make_state(prompts, gamma, vocab=CONFIG.vocab_size, limit=50, stop_ids=(), penalized=False):
+    rows = [SamplingConfig(presence_penalty=1.0 if penalized else 0.0)] * len(prompts)
+    sampling, features = batch_sampling(
+        rows, jax.random.split(jax.random.key(0), len(prompts)), vocab
+    )
+    draft = DraftConfig((False,) * 4, gamma) if gamma else None
+    spec = DecodeSpec(CONFIG, draft, features, stop_ids)
+    arrays = [np.asarray(p, np.int32) for p in prompts]
+    limits = np.broadcast_to(np.asarray(limit), (len(prompts),))
+    return spec, decode.init_state(spec, arrays, 70, limits, sampling)
+
+
+_commit = jax.jit(decode.commit, static_argnums=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_commit_against_plain_python(data):
+    gamma, rows = 3, 3  # fixed shapes: nothing is compiled anew per example
+    token = st.integers(0, 6)
+    prompts = [data.draw(st.lists(token, min_size=1, max_size=5)) for _ in range(rows)]
+    limits = [len(p) + data.draw(st.integers(0, 8)) for p in prompts]
+    stop_ids = data.draw(st.sampled_from([(), (3,), (0, 5)]))
+    spec, state = make_state(prompts, gamma, limit=limits, stop_ids=stop_ids, penalized=True)
+    # x_n is the last prompt token and not in the cache
+    state = state.replace(cache=state.cache.replace(length=state.cache.prompt_length - 1))
+    expected = [list(p) for p in prompts]
+    done = [len(p) >= n for p, n in zip(prompts, limits, strict=True)]
+    for _ in range(2):
+        draft = [[data.draw(token) for _ in range(gamma)] for _ in range(rows)]
+        accepted = [data.draw(st.integers(0, gamma)) for _ in range(rows)]
+        bonus = [data.draw(token) for _ in range(rows)]
+        arrays = (jnp.asarray(x, jnp.int32) for x in (draft, accepted, bonus))
+        state = _commit(spec, state, *arrays)
+        for b in range(rows):
+            for new in [*draft[b][: accepted[b]], bonus[b]]:
+                if not done[b]:
+                    expected[b].append(new)
+                    done[b] = new in stop_ids or len(expected[b]) >= limits[b]
+    for b in range(rows):
+        length = int(state.cache.length[b]) + 1
+        assert np.asarray(state.tokens)[b, :length].tolist() == expected[b]
+        counts = np.bincount(expected[b][len(prompts[b]) :], minlength=CONFIG.vocab_size)
+        assert (np.asarray(state.output_counts)[b] == counts).all()
+    assert np.asarray(state.done).tolist() == done
+
+
+def test_loop_and_single_steps_give_the_same():
+    draft = DraftConfig(symmetric_skip(4, 2), 3)
+    rows = [SamplingConfig(temperature=t, top_k=9) for t in (0.0, 0.7, 1.0, 1.3)]
+    whole = run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft, rows=rows)
+    keys = jax.random.split(jax.random.key(0), len(PROMPTS))
+    sampling, features = batch_sampling(rows, keys, CONFIG.vocab_size)
+    spec = DecodeSpec(CONFIG, draft, features)
+    limit = np.array([len(p) + NEW for p in PROMPTS])
+    arrays = [np.asarray(p, np.int32) for p in PROMPTS]
+    state = decode.init_state(spec, arrays, whole.cache.slots, limit, sampling)
+    offset = 0
+    for chunk in decode.prefill_chunks(39):
+        block = state.tokens[:, offset : offset + chunk]
+        cache = decode.prefill_jit(CONFIG, PARAMS, block, state.cache, jnp.int32(offset))
+        state, offset = state.replace(cache=cache), offset + chunk
+    draft_params = model.untrained_draft(PARAMS)
+    calls = 0
+    while not np.asarray(state.done).all():
+        state = decode.decode_jit(spec, PARAMS, draft_params, state, jnp.int32(1))
+        calls += 1
+    assert outputs(state, PROMPTS) == outputs(whole, PROMPTS)
+    assert calls == np.asarray(whole.iterations).max()
+
+
+def test_the_state_is_donated_and_no_second_cache_lives():
+    draft = DraftConfig(symmetric_skip(4, 2), 3)
+    spec, state = make_state([[1, 2]], 3, limit=40)
+    spec = DecodeSpec(CONFIG, draft, spec.features)
+    state = state.replace(cache=state.cache.replace(length=jnp.zeros((1,), jnp.int32)))
+    shape = state.cache.keys[0].shape
+    draft_params = model.untrained_draft(PARAMS)
+    before = [x.unsafe_buffer_pointer() for x in (*state.cache.keys, *state.cache.values)]
+    old = state
+    state = decode.decode_jit(spec, PARAMS, draft_params, state, jnp.int32(2))
+    jax.block_until_ready(state)
+    assert all(x.is_deleted() for x in (*old.cache.keys, *old.cache.values, old.tokens))
+    after = [x.unsafe_buffer_pointer() for x in (*state.cache.keys, *state.cache.values)]
+    assert after == before
+    live = [x for x in jax.live_arrays() if x.shape == shape and not x.is_deleted()]
+    assert len(live) == 2 * CONFIG.num_layers
+
+
+def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monkeypatch):
+    blocks, passes = [], []
+    real_call, real_forward = model.Block.__call__, decode.forward
+
+    def counted_block(self, *args):
+        blocks.append(self.name)
+        return real_call(self, *args)
+
+    def counted_forward(*args, **kwargs):
+        passes.append(kwargs.get("skip"))
+        return real_forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.Block, "__call__", counted_block)
+    monkeypatch.setattr(decode, "forward", counted_forward)
+    skip = (False, True, True, False)
+    spec, state = make_state([[1, 2]], 2)
+    spec = DecodeSpec(CONFIG, DraftConfig(skip, 2), spec.features)
+    jax.jit(decode.decode, static_argnames="spec").lower(
+        spec, PARAMS, model.untrained_draft(PARAMS), state, jnp.int32(1)
+    )
+    assert passes == [skip, None]
+    kept = ["layers_0", "layers_3"]
+    assert blocks == kept + [f"layers_{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 17, 512, 513, 1300])
+def test_prefill_chunks_cover_the_prompt_with_known_sizes(length):
+    chunks = decode.prefill_chunks(length)
+    assert set(chunks) <= set(decode.PREFILL_BUCKETS)
+    assert length <= sum(chunks) < length + decode.PREFILL_BUCKETS[-1]
+    assert all(chunk == 512 for chunk in chunks[:-1])
+
+
+def test_chunked_prefill_equals_one_pass():
+    config = tiny_config(max_position_embeddings=2048)
+    params = tiny_params(config)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 31, 1100).tolist(), rng.integers(0, 31, 530).tolist(), [4, 5]]
+    state = run(config, params, prompts, 3)
+    for b, prompt in enumerate(prompts):
+        alone = model.init_cache(config, 1, len(prompt), jnp.array([len(prompt)]))
+        _, alone = forward(config, params, jnp.asarray([prompt]), alone)
+        for a, c in zip(state.cache.keys, alone.keys, strict=True):
+            n = len(prompt) - 1
+            np.testing.assert_allclose(a[b, :, :n], c[0, :, :n], atol=2e-5)

@@ -1,0 +1,321 @@
+"""LM: lossless on real checkpoints; options, stops, streams, errors, compilations."""
+
+import numpy as np
+import pytest
+
+import convert
+import s3d_jax
+from s3d_jax.batch import Batch
+from s3d_jax.config import symmetric_skip
+from s3d_jax.errors import ConfigError, InputError
+from tests.tiny import tiny_lm
+
+REAL = ("babyllama-1m", "stories260k")
+SKIPS = {
+    "none": (False,) * 5,
+    "middle": symmetric_skip(5, 2),
+    "all but the first": (False, *(True,) * 4),
+}
+
+
+@pytest.fixture(scope="module")
+def real(data_dir, tmp_path_factory) -> dict[str, s3d_jax.LM]:
+    models = {}
+    for name in REAL:
+        native = tmp_path_factory.mktemp(name) / "native"
+        convert.convert(data_dir / "checkpoints" / name, native, parity=False, progress=False)
+        models[name] = s3d_jax.load(native)
+    return models
+
+
+@pytest.fixture(scope="module")
+def baby(real) -> s3d_jax.LM:
+    return real["babyllama-1m"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> s3d_jax.LM:
+    return tiny_lm()
+
+
+def ragged_prompts(lm: s3d_jax.LM) -> list[list[int]]:
+    texts = (
+        "O",
+        "Once upon a time",
+        "The",
+        "Lily and Tom went to the",
+        "A dog",
+        "He",
+        "One day, a girl",
+    )
+    return [lm.tokenizer.encode(t) for t in texts] + [[1]]
+
+
+# --- lossless -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 4, 7])
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("name", REAL)
+def test_s3d_equals_ar_on_real_checkpoints(real, name, skip, gamma):
+    """Batch 1 and a ragged batch of 8; the compiled loop, and the stream of single steps."""
+    lm = real[name]
+    prompts = ragged_prompts(lm)
+    ar = dict(max_new_tokens=100, method="ar")
+    expected = [r.tokens for r in lm.generate(prompts, **ar)]
+    options = dict(max_new_tokens=100, gamma=gamma, skip=SKIPS[skip])
+    results = lm.generate(prompts, **options)
+    assert [r.tokens for r in results] == expected
+    assert all(1 <= r.stats.tokens_per_iteration <= gamma + 1 for r in results)
+    streamed = Batch(lm, [np.asarray(p, np.int32) for p in prompts], **options)
+    pieces = list(streamed.run(1))
+    assert [sum((p[b] for p in pieces), []) for b in range(8)] == expected
+    assert max(len(p[b]) for p in pieces for b in range(8)) <= gamma + 1
+
+    alone = lm.generate(prompts[1], **options)[0]
+    assert alone.tokens == expected[1] == lm.generate(prompts[1], **ar)[0].tokens
+    stream = lm.stream(prompts[1], **options)
+    assert "".join(stream) == alone.text == stream.result.text
+    assert stream.result.tokens == alone.tokens
+
+
+def test_statistics_add_up(baby):
+    result = baby.generate("Once upon a time", max_new_tokens=100, gamma=4)[0]
+    stats = result.stats
+    assert stats.new_tokens == len(result.tokens) == 100
+    assert stats.iterations + stats.accepted == 100
+    assert stats.drafted == 4 * stats.iterations
+    assert sum(stats.accepted_per_position) == stats.accepted
+    assert list(stats.accepted_per_position) == sorted(stats.accepted_per_position, reverse=True)
+    assert (
+        stats.tokens_per_iteration == 100 / stats.iterations > 1.1
+    )  # the untrained draft is right at times
+    ar = baby.generate("Once upon a time", max_new_tokens=100, method="ar")[0].stats
+    assert (ar.iterations, ar.drafted, ar.tokens_per_iteration) == (100, 0, 1.0)
+    assert ar.peak_memory_bytes > 50 * 2**20
+
+
+def test_text_continues_the_prompt(baby):
+    prompt = "Once upon a time"
+    result = baby.generate(prompt, max_new_tokens=60)[0]
+    ids = baby.tokenizer.encode(prompt)
+    assert (
+        baby.tokenizer.decode(ids + result.tokens, skip_special_tokens=True) == prompt + result.text
+    )
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_rows_do_not_depend_on_their_neighbours(tiny):
+    prompts, seeds, temperatures = [[1, 2], [3], [4, 5, 6]], [7, 8, 9], [0.0, 0.8, 1.2]
+    options = dict(max_new_tokens=[9, 14, 20], gamma=3)
+    batch = tiny.generate(prompts, seed=seeds, temperature=temperatures, **options)
+    for b, prompt in enumerate(prompts):
+        own = dict(max_new_tokens=options["max_new_tokens"][b], gamma=3, seed=[seeds[b]])
+        alone = tiny.generate([prompt], temperature=temperatures[b], **own)[0]
+        assert alone.tokens == batch[b].tokens
+    assert [len(r.tokens) for r in batch] == [9, 14, 20]
+
+
+def test_seeds(tiny):
+    options = dict(max_new_tokens=20, temperature=1.5)
+    first = tiny.generate([[1, 2]] * 3, seed=1, **options)
+    again = tiny.generate([[1, 2]] * 3, seed=1, **options)
+    other = tiny.generate([[1, 2]] * 3, seed=2, **options)
+    assert [r.tokens for r in first] == [r.tokens for r in again]
+    assert len({tuple(r.tokens) for r in [*first, *other]}) == 6
+
+
+@pytest.mark.parametrize("method", ["ar", "s3d"])
+def test_logit_bias_forbids_and_forces(tiny, method):
+    plain = tiny.generate([1, 2], max_new_tokens=12, method=method)[0].tokens
+    biased = tiny.generate(
+        [1, 2], max_new_tokens=12, method=method, logit_bias={plain[0]: -float("inf")}
+    )[0].tokens
+    assert plain[0] not in biased
+    forced = tiny.generate([1, 2], max_new_tokens=12, method=method, logit_bias={5: 1e4})[0].tokens
+    assert forced == [5] * 12
+
+
+def test_penalties_act_and_are_the_same_for_both_methods(tiny):
+    plain = tiny.generate([1, 2], max_new_tokens=30, method="ar")[0].tokens
+    for penalty in (
+        {"repetition_penalty": 1.8},
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 4.0},
+    ):
+        ar = tiny.generate([1, 2], max_new_tokens=30, method="ar", **penalty)[0].tokens
+        s3d = tiny.generate([1, 2], max_new_tokens=30, gamma=5, skip=(False,) * 4, **penalty)[
+            0
+        ].tokens
+        assert ar == s3d
+        assert len(set(ar)) > len(set(plain))
+
+
+def test_eos_ends_a_row_inside_the_block(tiny):
+    plain = tiny.generate([[1, 2], [9]], max_new_tokens=30, method="ar")
+    eos = plain[0].tokens[6]
+    for method in ("ar", "s3d"):
+        results = tiny.generate(
+            [[1, 2], [9]], max_new_tokens=30, method=method, eos_token_ids=[eos, 30]
+        )
+        for result, full in zip(results, plain, strict=True):
+            ends = [i for i, t in enumerate(full.tokens) if t in (eos, 30)]
+            assert result.tokens == (full.tokens[: ends[0] + 1] if ends else full.tokens)
+            assert result.finish_reason == ("stop" if ends else "length")
+            assert result.stopped_by == (result.tokens[-1] if ends else None)
+
+
+@pytest.mark.parametrize("method", ["ar", "s3d"])
+def test_stop_strings(baby, method):
+    plain = baby.generate("Once upon a time", max_new_tokens=120, method="ar")[0]
+    stop = plain.text[20:27]  # characters are tokens here, so this goes across their borders
+    result = baby.generate(
+        "Once upon a time", max_new_tokens=120, method=method, stop=["@@", stop]
+    )[0]
+    end = plain.text.index(stop)
+    assert result.text == plain.text[:end]
+    assert (result.finish_reason, result.stopped_by) == ("stop", stop)
+    assert result.tokens == plain.tokens[: len(result.tokens)]
+    assert baby.tokenizer.decode(result.tokens).endswith(stop)
+    pieces = list(baby.stream("Once upon a time", max_new_tokens=120, method=method, stop=stop))
+    assert "".join(pieces) == plain.text[:end]
+    assert len(pieces) > 3
+    batch = baby.generate(
+        ["Once upon a time", "A dog"], max_new_tokens=120, method=method, stop=stop
+    )
+    assert batch[0].tokens == result.tokens
+    alone = baby.generate("A dog", max_new_tokens=120, method=method, stop=stop)[0]
+    assert batch[1].tokens == alone.tokens
+
+
+def test_the_end_of_the_cache_ends_a_row():
+    lm = tiny_lm(max_position_embeddings=40)
+    expected = tiny_lm().generate([[1, 2], [3] * 30], max_new_tokens=60, method="ar")
+    for method in ("ar", "s3d"):
+        results = lm.generate([[1, 2], [3] * 30], max_new_tokens=60, method=method)
+        assert [len(r.tokens) for r in results] == [38, 10]
+        assert all(r.finish_reason == "length" for r in results)
+        assert all(
+            r.tokens == e.tokens[: len(r.tokens)] for r, e in zip(results, expected, strict=True)
+        )
+
+
+def test_prompts_may_be_anything_of_the_kind(baby):
+    ids = baby.tokenizer.encode("Once upon")
+    expected = baby.generate("Once upon", max_new_tokens=8)[0].tokens
+    for prompt in (ids, [ids], np.array(ids), [np.array(ids)], ["Once upon"], ("Once upon",)):
+        results = baby.generate(prompt, max_new_tokens=8)
+        assert len(results) == 1
+        assert results[0].tokens == expected
+    mixed = baby.generate(["Once upon", ids], max_new_tokens=8)
+    assert [r.tokens for r in mixed] == [expected, expected]
+
+
+def test_a_model_without_tokenizer_works_with_ids(tiny):
+    result = tiny.generate([1, 2], max_new_tokens=5)[0]
+    assert result.text is None and len(result.tokens) == 5
+    stream = tiny.stream_tokens([1, 2], max_new_tokens=5)
+    with pytest.raises(RuntimeError, match="not ended"):
+        _ = stream.result
+    assert sum(stream, []) == result.tokens == stream.result.tokens
+
+
+def test_chat_uses_the_template(baby):
+    with pytest.raises(InputError, match="no chat template"):
+        baby.chat([{"role": "user", "content": "Hi"}])
+    baby.tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    try:
+        messages = [{"role": "user", "content": "Tell a story"}]
+        ids = baby.chat_prompt(messages)
+        assert baby.tokenizer.decode(ids).strip() == "user: Tell a story assistant:"
+        answer = baby.chat(messages, max_new_tokens=10)
+        assert answer.tokens == baby.generate(ids, max_new_tokens=10)[0].tokens
+        with pytest.raises(InputError, match="no robots"):
+            baby.chat([{"role": "robot", "content": "x"}])
+    finally:
+        baby.tokenizer.chat_template = None
+
+
+# --- compilations ---------------------------------------------------------------------------------
+
+
+def test_programs_are_compiled_once():
+    lm = tiny_lm()
+    lm.generate([1] * 20, max_new_tokens=20)
+    assert len(lm.programs) == 2  # prefill of a bucket; draft and verify in one
+    assert lm.generate([2] * 25, max_new_tokens=20)[0].stats.compile_seconds == 0
+    lm.generate([3] * 33, max_new_tokens=20)  # the largest prompt of this bucket: 32 and x_n
+    assert sum(lm.stream_tokens([2] * 22, max_new_tokens=17), [])
+    assert len(lm.programs) == 2
+    lm.generate([1] * 20, max_new_tokens=20, method="ar")  # shares the prefill
+    assert len(lm.programs) == 3
+    lm.generate([1] * 20, max_new_tokens=20, temperature=1.0)
+    assert len(lm.programs) == 4
+    lm.generate([1] * 20, max_new_tokens=20, temperature=0.3, seed=4)
+    assert len(lm.programs) == 4
+    lm.generate([1] * 40, max_new_tokens=20)  # another bucket, and a cache of another size
+    assert len(lm.programs) == 6
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "no prompt"),
+        ([[]], "prompt 0 is empty"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[1, 31]], "token id 31; the vocabulary is 0 to 30"),
+        ([[-1]], "token id -1"),
+        ([[1.5]], "flat list of integers"),
+        ([[[1]]], "flat list of integers"),
+        ("text", "no tokenizer"),
+        ([[1] * 128], "128 tokens, and the cache holds 128"),
+    ],
+)
+def test_bad_prompts(tiny, prompts, message):
+    with pytest.raises(InputError, match=message):
+        tiny.generate(prompts)
+
+
+def test_an_empty_text_is_refused(baby):
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        baby.generate("")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gamma": 0}, "gamma must be an integer >= 1"),
+        ({"gamma": 2.5}, "gamma"),
+        ({"gamma": 0, "method": "ar"}, "gamma"),
+        ({"skip": (True, False)}, "skip has 2 entries, the model has 4 layers"),
+        ({"skip": (True,) * 4}, "keeps no layer"),
+        ({"method": "medusa"}, "method must be one of"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": [1, 2]}, "2 entries for 1 prompts"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"typical_p": 0.5}, "unknown generation options.*typical_p"),
+        ({"stop": "x"}, "need a tokenizer"),
+        ({"logit_bias": {99: 1.0}}, "token 99"),
+        ({"seed": [1, 2]}, "seed has 2 entries"),
+    ],
+)
+def test_bad_options(tiny, options, message):
+    with pytest.raises((InputError, ConfigError), match=message):
+        tiny.generate([[1]], **options)
+
+
+def test_streams_take_one_prompt(tiny):
+    with pytest.raises(InputError, match="one prompt"):
+        tiny.stream_tokens([[1], [2]])
+    with pytest.raises(InputError, match="stream_tokens"):
+        tiny.stream([1])

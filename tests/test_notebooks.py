@@ -1,0 +1,20 @@
+"""The notebooks run from top to bottom, on the small model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path, data_dir, monkeypatch, capsys):
+    monkeypatch.setenv("S3D_MODEL", str(data_dir / "checkpoints" / "babyllama-1m"))
+    cells = json.loads(path.read_text())["cells"]
+    assert all(not cell.get("outputs") for cell in cells)  # committed without outputs
+    names: dict = {}
+    for i, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{path.name}[{i}]", "exec"), names)
+    assert "there was a little girl" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""The package as people get it: light to import, and complete in the wheel."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "orbax", "matplotlib", "huggingface_hub", "safetensors", "optax")
+
+
+def python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | env
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_costs_little_more_than_jax():
+    code = "import sys, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    seconds = {"jax": [], "s3d_jax": []}
+    for _ in range(3):
+        for name, values in seconds.items():
+            values.append(float(python(code.format(name))))
+    assert min(seconds["s3d_jax"]) < 0.5 * min(seconds["jax"])
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    code = (
+        "import sys, s3d_jax; assert 'jax' not in sys.modules\n"
+        "from s3d_jax import LM, load\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    assert python(code).strip() == "[]"
+    assert (
+        python(
+            f"import sys, convert; print([m for m in {('jax', *HEAVY)} if m in sys.modules])"
+        ).strip()
+        == "[]"
+    )
+
+
+def test_public_names_are_there():
+    import s3d_jax
+
+    assert sorted(dir(s3d_jax)) == sorted([*s3d_jax.__all__, "__version__"])
+    for name in s3d_jax.__all__:
+        assert getattr(s3d_jax, name).__name__ == name
+
+
+def test_the_installed_wheel_generates_text(data_dir, tmp_path):
+    """Built, installed apart from the checkout, and run by its commands in another folder."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
+    subprocess.run([*install, wheel], check=True)
+    env = os.environ | {"PYTHONPATH": str(site)}
+
+    def command(name: str, *arguments: str) -> str:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, site / "bin" / name, *arguments],
+            capture_output=True, text=True, cwd=tmp_path, env=env,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        print(f"{name}: {time.perf_counter() - start:.1f} s")
+        return done.stdout
+
+    where = "import s3d_jax, convert; print(s3d_jax.__file__, convert.__file__)"
+    output = subprocess.run(
+        [sys.executable, "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env
+    ).stdout
+    assert output.count(str(site)) == 2
+    command("s3d-convert", str(data_dir / "checkpoints" / "babyllama-1m"), "native", "--no-parity")
+    options = ("--model", "native", "--max-new-tokens", "30", "--json")
+    output = command("s3d", "generate", "Once upon a time", *options)
+    assert json.loads(output)["text"] == ", there was a little girl named"[:30]

@@ -1,0 +1,286 @@
+"""Warpers, penalties, and the acceptance rule: exact against plain Python, and in distribution."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s3d_jax import sampling
+from s3d_jax.config import DraftConfig, SamplingConfig
+from s3d_jax.decode import Proposal
+from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.model import forward_logits
+from s3d_jax.sampling import batch_sampling, warp
+from tests.tiny import outputs, run, tiny_config, tiny_params
+
+
+def reference_distribution(
+    logits: np.ndarray, row: SamplingConfig, prompt: list[int], output: list[int]
+) -> np.ndarray:
+    """What one token is drawn from, in float64 and plain Python, written from the definitions."""
+    x = logits.astype(np.float64).copy()
+    for token, bias in row.logit_bias:
+        x[token] += bias
+    for token in set(prompt) | set(output):
+        x[token] = (
+            x[token] / row.repetition_penalty if x[token] > 0 else x[token] * row.repetition_penalty
+        )
+    for token in set(output):
+        x[token] -= row.frequency_penalty * output.count(token) + row.presence_penalty
+    if row.temperature == 0:
+        p = np.zeros(len(x))
+        p[np.argmax(x)] = 1
+        return p
+    x /= row.temperature
+    if row.top_k:
+        x[x < np.sort(x)[::-1][min(row.top_k, len(x)) - 1]] = -np.inf
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept = 0.0
+    for token in order:
+        if kept >= row.top_p:
+            p[token] = 0
+        kept += p[token]
+    p[p < row.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+ROWS = [
+    SamplingConfig(),
+    SamplingConfig(temperature=0.7),
+    SamplingConfig(temperature=1.0, top_k=4),
+    SamplingConfig(temperature=1.5, top_p=0.8),
+    SamplingConfig(temperature=0.6, min_p=0.1),
+    SamplingConfig(temperature=1.3, top_k=7, top_p=0.9, min_p=0.05),
+    SamplingConfig(temperature=2.0, top_k=1),
+    SamplingConfig(temperature=1.0, top_k=1000, top_p=1e-6),
+]
+
+
+def test_warp_against_the_definitions():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (len(ROWS), 5, 40)).astype(np.float32)
+    params, features = batch_sampling(ROWS, jax.random.split(jax.random.key(0), len(ROWS)), 40)
+    probs = np.asarray(jax.nn.softmax(warp(jnp.asarray(logits), params, features), axis=-1))
+    for b, row in enumerate(ROWS):
+        for t in range(5):
+            expected = reference_distribution(logits[b, t], row, [], [])
+            assert ((probs[b, t] > 0) == (expected > 0)).all(), row
+            np.testing.assert_allclose(probs[b, t], expected, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(-50, 50, width=32), min_size=9, max_size=9),
+    k=st.integers(1, 9),
+)
+def test_threshold_keeps_exactly_the_largest(values, k):
+    """Also with ties, zeros of both signs and negative numbers."""
+    x = np.asarray(values, np.float32)
+    keep = sampling._keep_largest(jnp.asarray(x)[None], lambda m: jnp.sum(m, axis=-1) >= k)[0]
+    border = np.sort(x)[::-1][k - 1]
+    keep = np.asarray(keep)
+    assert keep[x > border].all() and not keep[x < border].any()
+    assert keep.sum() >= k
+
+
+def test_penalties_against_the_definitions():
+    rng = np.random.default_rng(1)
+    vocab, output = 12, [3, 3, 5, 7]
+    rows = [
+        SamplingConfig(repetition_penalty=1.4),
+        SamplingConfig(presence_penalty=0.7, frequency_penalty=0.3),
+        SamplingConfig(repetition_penalty=0.8, frequency_penalty=-0.5),
+    ]
+    logits = rng.normal(0, 2, (3, 1, vocab)).astype(np.float32)
+    params, features = batch_sampling(rows, jax.random.split(jax.random.key(0), 3), vocab)
+    assert features.penalized and not features.sampled
+    prompt = np.zeros((3, vocab), bool)
+    prompt[:, [1, 5]] = True
+    counts = np.broadcast_to(np.bincount(output, minlength=vocab), (3, 1, vocab))
+    ours = np.asarray(sampling.penalize(jnp.asarray(logits), params, prompt, jnp.asarray(counts)))
+    for b, row in enumerate(rows):
+        # at temperature 1 the reference returns the softmax; compare in that space
+        expected = reference_distribution(
+            logits[b, 0], row.replace(temperature=1.0), [1, 5], output
+        )
+        np.testing.assert_allclose(jax.nn.softmax(ours[b, 0]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_acceptance_rule_yields_the_target_distribution(hostile):
+    """One position: accepted draft or bonus is distributed as p, and α = Σ min(p, q)."""
+    rng = np.random.default_rng(2)
+    n, vocab = 200_000, 6
+    p = rng.dirichlet(np.ones(vocab)).astype(np.float32)
+    q = rng.dirichlet(np.ones(vocab) * 0.3).astype(np.float32)
+    if hostile:  # proposes what the target never says
+        p[:2] = 0
+        p /= p.sum()
+        q[:] = [0.6, 0.4, 0, 0, 0, 0]
+    keys = jax.random.split(jax.random.key(0), n)
+    draw, accept_keys, bonus_keys = (
+        jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(3)
+    )
+    draft = sampling.categorical(draw, jnp.broadcast_to(jnp.log(q), (n, 1, vocab)))
+    target = jnp.broadcast_to(p, (n, 2, vocab))
+    accepted, bonus = sampling.accept_sampled(
+        draft, jnp.broadcast_to(q, (n, 1, vocab)), target, accept_keys, bonus_keys
+    )
+    first = np.where(np.asarray(accepted) > 0, np.asarray(draft)[:, 0], np.asarray(bonus))
+    histogram = np.bincount(first, minlength=vocab) / n
+    sigma = np.sqrt(p * (1 - p) / n)
+    assert (np.abs(histogram - p) <= 4.5 * sigma + 1e-12).all()
+    alpha = np.minimum(p, q).sum()
+    assert (
+        abs(np.mean(np.asarray(accepted)) - alpha) <= 4.5 * np.sqrt(alpha * (1 - alpha) / n) + 1e-12
+    )
+
+
+# --- the whole decoder in distribution ------------------------------------------------------------
+
+VOCAB = 6
+CONFIG = tiny_config(
+    vocab_size=VOCAB,
+    num_layers=3,
+    hidden_size=8,
+    intermediate_size=12,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+)
+PARAMS = tiny_params(CONFIG, seed=3, scale=20.0)
+PROMPT = [1, 4, 2]
+SAMPLES = 6400
+
+
+def exact_distribution(row: SamplingConfig) -> np.ndarray:
+    """Probability of each of the V³ first three tokens, from the model's logits."""
+    pairs = np.array([[*PROMPT, a, b] for a, b in itertools.product(range(VOCAB), repeat=2)])
+    logits = np.asarray(forward_logits(CONFIG, PARAMS, jnp.asarray(pairs)))
+    joint = np.zeros((VOCAB,) * 3)
+    for i, (a, b) in enumerate(itertools.product(range(VOCAB), repeat=2)):
+        first = reference_distribution(logits[i, 2], row, PROMPT, [])
+        second = reference_distribution(logits[i, 3], row, PROMPT, [a])
+        joint[a, b] = (
+            first[a] * second[b] * reference_distribution(logits[i, 4], row, PROMPT, [a, b])
+        )
+    assert abs(joint.sum() - 1) < 1e-9
+    return joint
+
+
+def sampled_tokens(rows: list[SamplingConfig], proposer=None, samples: int = SAMPLES) -> np.ndarray:
+    """int [rows, samples, 3], all in one batch."""
+    batch = [row for row in rows for _ in range(samples)]
+    draft = DraftConfig((False, True, False), gamma=3)
+    state = run(
+        CONFIG, PARAMS, [PROMPT] * len(batch), 3, draft=draft, rows=batch, seed=5, proposer=proposer
+    )
+    return np.array(outputs(state, [PROMPT] * len(batch))).reshape(len(rows), samples, 3)
+
+
+def check_distribution(tokens: np.ndarray, exact: np.ndarray) -> None:
+    """Total variation must fall like 1/√n, down to what an exact sampler would show."""
+    ratios = []
+    for n in (SAMPLES // 16, SAMPLES // 4, SAMPLES):
+        flat = np.ravel_multi_index(tuple(tokens[:n].T), exact.shape)
+        histogram = np.bincount(flat, minlength=exact.size) / n
+        distance = 0.5 * np.abs(histogram - exact.ravel()).sum()
+        # E|x̂ - p| of a binomial share is √(2 p (1-p) / (π n)); for rare cells it is bounded by
+        # 2p(1-p)
+        p = exact.ravel()
+        noise = 0.5 * np.minimum(np.sqrt(2 * p * (1 - p) / (np.pi * n)), 2 * p * (1 - p)).sum()
+        ratios.append(distance / max(noise, 1e-12) if distance else 0.0)
+    assert max(ratios) < 1.6, ratios
+    assert ratios[-1] < 1.35, ratios
+
+
+DISTRIBUTIONS = {
+    "temperature": [SamplingConfig(temperature=t) for t in (0.6, 1.0, 1.5)],
+    "filters": [
+        SamplingConfig(temperature=t, **kind)
+        for t in (0.6, 1.0, 1.5)
+        for kind in ({"top_k": 3}, {"top_p": 0.75}, {"min_p": 0.15})
+    ],
+    "penalties, bias and greedy rows": [
+        SamplingConfig(),
+        SamplingConfig(temperature=1.0, repetition_penalty=1.5),
+        SamplingConfig(temperature=1.5, presence_penalty=0.8, frequency_penalty=0.6),
+        SamplingConfig(temperature=0.6, top_p=0.9, logit_bias=((0, 1.0), (2, -np.inf))),
+        SamplingConfig(frequency_penalty=1.2),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_s3d_samples_from_the_target(name):
+    rows = DISTRIBUTIONS[name]
+    for row, tokens in zip(rows, sampled_tokens(rows), strict=True):
+        check_distribution(tokens, exact_distribution(row))
+
+
+def test_hostile_drafts_do_not_bend_the_distribution():
+    """A constant draft, and one that is sampled from a wrong distribution."""
+    rows = [SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.6, top_k=3)]
+
+    def constant(spec, params, draft_params, state):
+        tokens = jnp.full((state.tokens.shape[0], spec.gamma), 2, jnp.int32)
+        return Proposal(tokens, None, state.cache)
+
+    def skewed(spec, params, draft_params, state):
+        batch = state.tokens.shape[0]
+        logits = jnp.broadcast_to(jnp.array([3.0, 0, -3, 2, 0, 1]), (batch, spec.gamma, VOCAB))
+        keys = jax.vmap(lambda k, n: jax.random.fold_in(k, n + 1000))(
+            state.sampling.keys, state.cache.length
+        )
+        return Proposal(sampling.categorical(keys, logits), logits, state.cache)
+
+    for proposer in (constant, skewed):
+        for row, tokens in zip(rows, sampled_tokens(rows, proposer), strict=True):
+            check_distribution(tokens, exact_distribution(row))
+
+
+def test_the_check_itself_notices_a_small_error():
+    """A sampler that is 3 % off must fail, or the tests above prove nothing."""
+    row = SamplingConfig(temperature=1.0)
+    exact = exact_distribution(row)
+    rng = np.random.default_rng(0)
+
+    def draw(p):
+        flat = rng.choice(exact.size, SAMPLES, p=p.ravel())
+        return np.stack(np.unravel_index(flat, exact.shape), axis=1)
+
+    check_distribution(draw(exact), exact)
+    wrong = exact * np.where(np.arange(VOCAB) % 2, 1.12, 0.88)[:, None, None]
+    with pytest.raises(AssertionError):
+        check_distribution(draw(wrong / wrong.sum()), exact)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("temperature", v) for v in (-1, float("nan"), float("inf"))),
+        *(("top_k", v) for v in (-1, 1.5)),
+        *(("top_p", v) for v in (0, 1.1, -1)),
+        *(("min_p", v) for v in (-0.1, 1.5)),
+        *(("repetition_penalty", v) for v in (0, -1, float("nan"))),
+        ("presence_penalty", float("inf")),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((1, float("nan")),)),
+    ],
+)
+def test_settings_out_of_range_are_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        SamplingConfig(**{field: value})
+
+
+def test_bias_outside_the_vocabulary_is_refused():
+    with pytest.raises(InputError, match="token 9"):
+        batch_sampling(
+            [SamplingConfig(logit_bias=((9, 1.0),))], jax.random.split(jax.random.key(0), 1), 9
+        )

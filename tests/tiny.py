@@ -1,0 +1,99 @@
+"""Small random models and exact references that several tests share."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax import decode
+from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig
+from s3d_jax.decode import DecodeSpec, DecodeState, Proposal
+from s3d_jax.generate import LM
+from s3d_jax.model import DraftParams, Params, forward_logits, init_params, untrained_draft
+from s3d_jax.sampling import batch_sampling
+
+
+def tiny_config(**changes) -> ModelConfig:
+    sizes = dict(vocab_size=31, hidden_size=24, intermediate_size=40, num_layers=4)
+    heads = dict(num_heads=6, num_kv_heads=2, head_dim=10, max_position_embeddings=128)
+    return ModelConfig(**(sizes | heads | changes))
+
+
+def tiny_params(config: ModelConfig, seed: int = 0, scale: float = 8.0) -> Params:
+    """Random weights, large enough that the distributions are far from uniform."""
+    params = init_params(config, jax.random.key(seed))
+    return jax.tree.map(lambda x: x * scale if x.ndim == 2 else x, params)
+
+
+def tiny_lm(seed: int = 0, **changes) -> LM:
+    config = tiny_config(**changes)
+    return LM(config, tiny_params(config, seed))
+
+
+def run(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    draft: DraftConfig | None = None,
+    draft_params: DraftParams | None = None,
+    proposer: Callable | None = None,
+    rows: Sequence[SamplingConfig] | None = None,
+    seed: int = 0,
+    slots: int | None = None,
+    stop_ids: tuple[int, ...] = (),
+) -> DecodeState:
+    """The pure functions alone, as somebody would use them who jits his own."""
+    rows = rows or [SamplingConfig()] * len(prompts)
+    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    sampling, features = batch_sampling(rows, keys, config.vocab_size)
+    spec = DecodeSpec(config, draft, features, stop_ids, proposer)
+    arrays = [np.asarray(p, np.int32) for p in prompts]
+    longest = max(map(len, arrays))
+    chunks = decode.prefill_chunks(longest - 1)
+    slots = slots or max(sum(chunks), longest + new_tokens) + spec.gamma + 1
+    limit = np.array([len(p) for p in arrays]) + new_tokens
+    state = decode.init_state(spec, arrays, slots, limit, sampling)
+    offset = 0
+    for chunk in chunks:
+        block = state.tokens[:, offset : offset + chunk]
+        cache = decode.prefill_jit(config, params, block, state.cache, jnp.int32(offset))
+        state = state.replace(cache=cache)
+        offset += chunk
+    if draft is not None and draft_params is None:
+        draft_params = untrained_draft(params)
+    return decode.decode_jit(spec, params, draft_params, state, jnp.int32(10**6))
+
+
+def outputs(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.cache.length)
+    return [tokens[b, len(p) : lengths[b] + 1].tolist() for b, p in enumerate(prompts)]
+
+
+def greedy_reference(
+    config: ModelConfig, params: Params, prompt: Sequence[int], new_tokens: int
+) -> list[int]:
+    """Greedy decoding without cache, loop or batch: the whole sequence anew for each token."""
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        row = np.zeros((1, 64), np.int32)  # one length for all, causality makes the rest harmless
+        row[0, : len(tokens)] = tokens
+        logits = _logits(config, params, jnp.asarray(row))
+        tokens.append(int(np.argmax(np.asarray(logits)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+_logits = jax.jit(forward_logits, static_argnums=0)
+
+
+def proposer_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> Callable:
+    """A proposer from (position of the first draft token [B], γ) -> tokens [B, γ]."""
+
+    def propose(
+        spec: DecodeSpec, params: Params, draft_params: DraftParams | None, state: DecodeState
+    ) -> Proposal:
+        return Proposal(tokens_at(state.cache.length + 1, spec.gamma), None, state.cache)
+
+    return propose
