@@ -4,12 +4,14 @@ Weights are stored `[out, in]`, as in HF checkpoints, so the LM head and the emb
 one array. docs/performance.md has the measurements behind the choices.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Up to this many rows a CPU has faster ways than XLA's plain matrix product.
-_CPU_FEW_ROWS = 16
+# Attention of more query heads than this is not unrolled: each product is compiled on its own.
+_MAX_UNROLLED = 16
 
 
 def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -24,7 +26,7 @@ def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
         [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= _CPU_FEW_ROWS:
+    if rows.shape[0] < (2 if weight.dtype == jnp.float32 else 4):
         y = jax.lax.platform_dependent(rows, weight, cpu=_few_rows_on_cpu, default=_matrix_product)
     else:
         y = _matrix_product(rows, weight)
@@ -43,24 +45,54 @@ def _matrix_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _few_rows_on_cpu(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Decoding reads every weight for a handful of rows, so it should run at the speed of memory.
+    """One row in float32 is a matrix-vector product, which reads the weights at memory speed.
 
-    In float32 one row does, as a matrix-vector product. For a few rows XLA's matrix product costs
-    two to three times that, while a multiplication fused into a sum over `in` streams the weights
-    once, in parallel, and is vectorised over rows if their number is a multiple of four or eight.
-    In the 16-bit types the matrix product is the fast one, but only from four rows on.
+    In the 16-bit types that path is slow, and so is a matrix product of fewer than four rows.
     """
-    count = rows.shape[0]
-    if weight.dtype != jnp.float32:
-        return _matrix_product(_pad_rows(rows, 4), weight)[:count]
-    if count == 1:
+    if weight.dtype == jnp.float32:
         return (weight @ rows[0])[None]
-    rows = _pad_rows(rows, 4 if count <= 4 else 8)
-    return jnp.sum(rows[:, None, :] * weight[None], axis=-1)[:count]
+    count = rows.shape[0]
+    return _matrix_product(jnp.pad(rows, ((0, -count % 4), (0, 0))), weight)[:count]
 
 
-def _pad_rows(rows: jax.Array, multiple: int) -> jax.Array:
-    return jnp.pad(rows, ((0, -rows.shape[0] % multiple), (0, 0)))
+def attention_product(
+    equation: str, rows: jax.Array, cached: jax.Array, one_token: bool
+) -> jax.Array:
+    """The product of each head's rows with its keys or values, accumulated in float32.
+
+    Args:
+        equation: "bkqh,bksh->bkqs" or "bkqs,bksh->bkqh".
+        rows, cached: its two operands, [B, K, Q, ...] and [B, K, S, H].
+        one_token: whether the rows are the query heads of a single token per batch row.
+
+    Returns:
+        float32, as the equation says.
+    """
+    b, k, q, _ = rows.shape
+    batched = functools.partial(_batched, equation)
+    if one_token and rows.dtype == jnp.float32 and b * k * q <= _MAX_UNROLLED:
+        by_row = functools.partial(_row_by_row, equation)
+        return jax.lax.platform_dependent(rows, cached, cpu=by_row, default=batched)
+    return batched(rows, cached)
+
+
+def _batched(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        equation,
+        rows,
+        cached,
+        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _row_by_row(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
+    """One matrix-vector product per row: XLA's batched ones are 2 to 5 times slower on CPUs."""
+    one = equation.replace("bkq", "").replace("bk", "")
+    b, k, q, _ = rows.shape
+    heads = [(i, j) for i in range(b) for j in range(k)]
+    products = [jnp.einsum(one, rows[h][r], cached[h]) for h in heads for r in range(q)]
+    return jnp.stack(products).reshape(b, k, q, -1)
 
 
 class Linear(nn.Module):

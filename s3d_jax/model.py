@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from s3d_jax.cache import KVCache, init_cache, write
 from s3d_jax.config import ModelConfig
-from s3d_jax.linear import Linear, project
+from s3d_jax.linear import Linear, attention_product, project
 from s3d_jax.rope import rotary_table, rotate
 
 Params = Mapping[str, Any]
@@ -74,18 +74,15 @@ def attend(
     """
     b, t, n, h = q.shape
     kv, s = k.shape[1], k.shape[2]
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     # The G queries that share a key head become rows of one matrix product per (row, key head).
     rows = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, n // kv * t, h)
-    scores = jnp.einsum(
-        "bkqh,bksh->bkqs", rows, k, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = attention_product("bkqh,bksh->bkqs", rows, k, t == 1)
     scores = scores.reshape(b, kv, n // kv, t, s) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, n // kv * t, s)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, v, precision=precision)
+    out = attention_product("bkqs,bksh->bkqh", weights, v, t == 1).astype(q.dtype)
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 

@@ -30,11 +30,11 @@ ROPES = {
 }
 SHAPES = {
     "gqa": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=14),
-    "mha, tied": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True),
+    "mha, tied": dict(num_attention_heads=6, num_key_value_heads=6, tie_word_embeddings=True),
     "mqa, biases": dict(
         num_attention_heads=5, num_key_value_heads=1, head_dim=6, attention_bias=True, mlp_bias=True
     ),
-    "gelu": dict(num_attention_heads=4, num_key_value_heads=2, hidden_act="gelu_pytorch_tanh"),
+    "gelu": dict(num_attention_heads=6, num_key_value_heads=3, hidden_act="gelu_pytorch_tanh"),
 }
 
 
