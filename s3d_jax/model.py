@@ -3,6 +3,7 @@
 Transformer > Block > Attention, MLP, RMSNorm. The model families differ in ModelConfig only.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -269,6 +270,7 @@ def forward(
     return output
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def forward_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """Logits of whole sequences, without decoding.
 

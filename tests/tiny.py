@@ -80,12 +80,9 @@ def greedy_reference(
     for _ in range(new_tokens):
         row = np.zeros((1, 64), np.int32)  # one length for all, causality makes the rest harmless
         row[0, : len(tokens)] = tokens
-        logits = _logits(config, params, jnp.asarray(row))
+        logits = forward_logits(config, params, jnp.asarray(row))
         tokens.append(int(np.argmax(np.asarray(logits)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
-
-
-_logits = jax.jit(forward_logits, static_argnums=0)
 
 
 def proposer_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> Callable:
