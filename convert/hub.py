@@ -63,8 +63,9 @@ def download(model_id: str, revision: str | None = None) -> Path:
         raise _error(
             model_id, f"no such folder here, nor a valid id of the hub: {error}"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise _error(model_id, f"the download failed ({error})") from error
+    except Exception as error:  # the HTTP library has kinds of its own, no subclasses of OSError
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise _error(model_id, f"the download failed ({reason})") from error
 
 
 def _error(model_id: str, reason: str) -> ConversionError:

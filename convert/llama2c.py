@@ -13,6 +13,9 @@ import numpy as np
 from convert.hf import Tensor, cast
 from s3d_jax.errors import ConversionError
 
+# Of sentencepiece. llama2.c's run.c stops at the first, which stands between its training texts.
+SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": [1, 2]}
+
 _HEADER = 7 * 4  # bytes
 _MAX_SIZE = 2**31 - 1
 
@@ -127,7 +130,6 @@ def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
         "rope_theta": 10000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **SPECIAL_TOKENS,
     }
     return fields, Llama2cSource(tensors, rotated)

@@ -152,7 +152,8 @@ def open_origin(source: str | os.PathLike[str], revision: str | None = None) -> 
                 f"{path} is a file: give the HF folder it lies in (or a llama2.c .bin file)"
             )
         fields, tensors = llama2c.open_file(path)
-        return Origin(path.name, "llama2.c", fields, {}, tensors, (), None)
+        special = dict(llama2c.SPECIAL_TOKENS)
+        return Origin(path.name, "llama2.c", fields, special, tensors, (), None)
     name = str(source)
     if path.is_dir():
         folder, name = path, path.resolve().name

@@ -207,10 +207,9 @@ class ModelConfig(_Record):
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        fields = dict(fields)
-        for name in ("rope", "local_rope"):
-            if isinstance(fields.get(name), dict):
-                fields[name] = RopeConfig.from_dict(fields[name])
+        if isinstance(fields, dict):
+            ropes = {k: fields[k] for k in ("rope", "local_rope") if fields.get(k) is not None}
+            fields = fields | {name: RopeConfig.from_dict(rope) for name, rope in ropes.items()}
         return super().from_dict(fields)
 
 

@@ -17,6 +17,7 @@ _REASONS = {
     errno.EPERM: "no permission to write there: choose another place, or change its permissions",
     errno.EROFS: "the file system is read-only: choose another place",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
+    errno.EEXIST: "a part of the path is a file, not a folder: choose another place",
     errno.ENAMETOOLONG: "the path is too long: choose a shorter one",
 }
 

@@ -1,6 +1,7 @@
 """Small HF folders, written without torch."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert.families import family_of
+from convert.hf import SafetensorsWriter
 
 FIELDS: dict[str, Any] = {
     "model_type": "llama",
@@ -58,3 +60,26 @@ def write_folder(
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_large_folder(folder: Path, num_layers: int, shards: int) -> int:
+    """A float32 folder of 50 MB per layer (and two tables of 66 MB); returns bytes of weights."""
+    sizes = dict(vocab_size=16_000, hidden_size=1024, intermediate_size=2816)
+    heads = dict(num_attention_heads=16, num_key_value_heads=16, head_dim=64)
+    fields = FIELDS | sizes | heads | {"num_hidden_layers": num_layers}
+    family = family_of(fields)
+    parts = [p for row in family.table(family.config(fields)).values() for p in row]
+    block = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(np.float32)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mine = parts[i * len(parts) // shards : (i + 1) * len(parts) // shards]
+        writer = SafetensorsWriter(folder / file, {p.name: ("float32", p.shape) for p in mine})
+        for part in mine:
+            writer.write(part.name, np.resize(block, part.shape))
+        writer.close()
+        weight_map |= {p.name: file for p in mine}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(4 * math.prod(p.shape) for p in parts)

@@ -1,0 +1,161 @@
+"""The command s3d-convert: what it prints, and what an interruption leaves behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import s3d_jax
+from convert.__main__ import main
+from s3d_jax import checkpoint
+from tests.convert.hf_folder import write_folder, write_large_folder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.parametrize("command", [[], ["export"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: s3d-convert" in text and "OUT_DIR" in text and "--overwrite" in text
+
+
+def test_there_and_back(tmp_path, data_dir, capsys):
+    pytest.importorskip("torch")
+    source, native = str(data_dir / "checkpoints" / "babyllama-1m"), str(tmp_path / "native")
+    assert main([source, native]) == 0
+    out, err = capsys.readouterr()
+    assert "936,448 parameters in float32, 3.6 MiB" in out
+    assert "same greedy token at 100.0% of the positions" in out
+    assert f"--model {native}" in out
+    assert err == ""
+    assert main(["export", native, str(tmp_path / "hf")]) == 0
+    assert "AutoModelForCausalLM" in capsys.readouterr().out
+    again = str(tmp_path / "again")
+    assert main([str(tmp_path / "hf"), again, "--no-parity", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    headers = [checkpoint.read_header(path) for path in (native, again)]
+    assert headers[0].checksums == headers[1].checksums
+
+
+def test_dtype_and_a_missing_tokenizer(tmp_path, capsys):
+    folder = write_folder(tmp_path / "hf")
+    arguments = [str(folder), str(tmp_path / "out"), "--no-parity", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "in bfloat16" in out and "no tokenizer" in out and "not asked for" in out
+    assert s3d_jax.load(tmp_path / "out").params["embed"]["embedding"].dtype == "bfloat16"
+
+
+def test_errors_go_to_stderr_with_exit_code_2(tmp_path, capsys):
+    folder = write_folder(tmp_path / "hf")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    cases = [
+        ([str(tmp_path / "nowhere"), str(tmp_path / "out")], "there is no such folder"),
+        ([str(folder), str(tmp_path / "full")], "--overwrite"),
+        (["export", str(folder), str(tmp_path / "out")], "is a HF checkpoint"),
+        (["export", "nowhere", str(tmp_path / "out")], "no such folder"),
+        (["export", "x", "y", "--max-shard-size", "5 apples"], "'5 apples' is no size"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and message in err
+
+
+# --- interruption ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """340 MB: half a second of writing."""
+    folder = tmp_path_factory.mktemp("large") / "hf"
+    write_large_folder(folder, num_layers=4, shards=2)
+    yield folder
+    remove_files(folder)
+
+
+def start(source: Path, out: Path) -> subprocess.Popen:
+    """Starts a conversion and waits until it is writing."""
+    command = [sys.executable, "-m", "convert", source, out, "--no-parity"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.parent.glob("out.partial-*/weights")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+def test_ctrl_c_leaves_nothing_behind(large, tmp_path):
+    process = start(large, tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_never_leaves_what_looks_complete(large, tmp_path):
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    for _ in range(5):
+        process = start(large, out)
+        time.sleep(rng.uniform(0, 0.6))
+        process.kill()
+        process.communicate(timeout=60)
+        if out.exists():  # it was faster; then it must be whole
+            checkpoint.load(out)
+            out.rename(tmp_path / f"done-{len(os.listdir(tmp_path))}")
+        for partial in tmp_path.glob("out.partial-*"):
+            assert not (partial / "config.json").exists() or (partial / "weights.json").exists()
+    assert list(tmp_path.glob("out.partial-*"))  # at least one was caught in the middle
+    assert main([str(large), str(out), "--no-parity", "--quiet"]) == 0
+    checkpoint.load(out)
+    remove_files(tmp_path)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, sys
+import jax, orbax.checkpoint, convert.to_native
+from s3d_jax.batch import peak_memory_bytes
+before = peak_memory_bytes()
+import convert
+convert.convert(sys.argv[1], sys.argv[2], parity=False, progress=False)
+print(json.dumps([before, peak_memory_bytes()]))
+"""
+
+
+@pytest.mark.slow
+def test_two_gigabytes_are_converted_in_less_than_one(tmp_path):
+    size = write_large_folder(tmp_path / "hf", num_layers=38, shards=4)
+    assert 2.0e9 < size < 2.2e9
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "hf", tmp_path / "out"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert done.returncode == 0, done.stderr
+        before, peak = json.loads(done.stdout)
+        print(f"{size / 1e9:.2f} GB: {(peak - before) / 1e6:.0f} MB above {before / 1e6:.0f} MB")
+        assert 0.05e9 < peak - before < 0.8e9
+        assert checkpoint.read_header(tmp_path / "out").config.num_layers == 38
+    finally:
+        remove_files(tmp_path)
+
+
+def remove_files(folder: Path) -> None:
+    """pytest keeps the folders of its last runs; these are too large for that."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.unlink()

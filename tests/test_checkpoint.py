@@ -1,0 +1,260 @@
+"""The native checkpoint: whole or not at all, and damage is noticed and named."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from s3d_jax import checkpoint
+from s3d_jax.errors import CheckpointError
+from tests.tiny import tiny_config, tiny_params
+
+CONFIG = tiny_config(num_layers=2)
+PARAMS = tiny_params(CONFIG)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    generation = {"eos_token_id": [2, 5], "temperature": 0.6, "bos_token_id": 1}
+    source = {"name": "tiny"}
+    return checkpoint.save(
+        tmp_path / "model", CONFIG, PARAMS, source=source, generation_config=generation
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_bit_identical(tmp_path, dtype):
+    config = CONFIG.replace(dtype=dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    loaded = checkpoint.load(checkpoint.save(tmp_path / "model", config, params))
+    assert loaded.config == config
+    ours, theirs = checkpoint.flatten(loaded.params), checkpoint.flatten(params)
+    assert ours.keys() == theirs.keys()
+    for path in theirs:
+        assert ours[path].dtype == theirs[path].dtype == dtype
+        assert np.asarray(ours[path]).tobytes() == np.asarray(theirs[path]).tobytes()
+
+
+def test_a_dtype_to_load_as(saved):
+    loaded = checkpoint.load(saved, "bfloat16")
+    assert loaded.config.dtype == "bfloat16" and loaded.header.config.dtype == "float32"
+    embedding = loaded.params["embed"]["embedding"]
+    assert embedding.dtype == "bfloat16"
+    expected = PARAMS["embed"]["embedding"].astype("bfloat16")
+    np.testing.assert_array_equal(np.asarray(embedding), np.asarray(expected))
+
+
+def test_the_header(saved):
+    header = checkpoint.read_header(saved)
+    assert header.config == CONFIG and header.source == {"name": "tiny"}
+    assert header.eos_token_ids == (2, 5)
+    assert header.generation_config_ignored == {"temperature": 0.6}
+    assert set(header.groups) == {"embed", "layers_0", "layers_1", "final_norm", "lm_head"}
+    assert header.arrays["embed/embedding"] == (31, 24)
+    assert not header.has_tokenizer
+    (saved / "tokenizer_config.json").write_text("{}")
+    assert not checkpoint.read_header(saved).has_tokenizer  # settings alone are none
+    (saved / "tokenizer.json").write_text("{}")
+    assert checkpoint.read_header(saved).has_tokenizer
+
+
+# --- wrong and damaged folders --------------------------------------------------------------------
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_wrong_folders(saved, tmp_path, data_dir):
+    hf = data_dir / "checkpoints" / "babyllama-1m"
+    (tmp_path / "empty").mkdir()
+    messages = {
+        tmp_path / "nowhere": "no such folder",
+        saved / "config.json": "is a file",
+        tmp_path / "empty": "is not a native checkpoint",
+        hf: f"s3d-convert {hf} babyllama-1m-s3d",
+    }
+    for path, message in messages.items():
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: edit(d / "config.json", version=2), "format version 2"),
+        (lambda d: edit(d / "config.json", model={}), "missing fields"),
+        (lambda d: edit(d / "config.json", model=3), "expected a JSON object"),
+        (
+            lambda d: edit(d / "config.json", model=CONFIG.replace(vocab_size=32).to_dict()),
+            r"embed/embedding: shape \(31, 24\), expected \(32, 24\)",
+        ),
+        (lambda d: (d / "config.json").unlink(), "it has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "weights.json").unlink(), "it has no weights.json"),
+        (lambda d: (d / "weights.json").write_text("[]"), "must hold a JSON object"),
+        (lambda d: (d / "weights.json").write_text('{"a": {}}'), r"weights\.json is damaged"),
+        (lambda d: (d / "weights.json").write_text("{}"), "embed/embedding: missing"),
+        (lambda d: edit(d / "generation_config.json", eos_token_id=31), "eos_token_id 31"),
+        (
+            lambda d: (d / "weights" / "layers_1").rename(d / "aside"),
+            "layers_1: missing from the folder",
+        ),
+    ],
+)
+def test_damage_is_named_without_reading_the_weights(saved, damage, message):
+    damage(saved)
+    with pytest.raises(CheckpointError, match=message):
+        _ = checkpoint.read_header(saved).eos_token_ids
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files that hold numbers: zarr's chunks."""
+    return sorted(p for p in (folder / "weights").rglob("*") if p.is_file() and "c" in p.parts)
+
+
+# A failed read of tensorstore's may outlive orbax's event loop, and complains of that.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_damaged_array_is_noticed(saved):
+    """Of every array: one bit flipped, the end cut off, the file gone."""
+    files = data_files(saved)
+    assert len(files) == len(checkpoint.read_header(saved).arrays) == 15
+    rng = np.random.default_rng(0)
+    for file in files:
+        good = file.read_bytes()
+        flipped = bytearray(good)
+        flipped[rng.integers(len(good))] ^= 1 << int(rng.integers(8))
+        group = file.relative_to(saved / "weights").parts[0]
+        for damaged in (bytes(flipped), good[:-3], None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=rf"weights/{group}"):
+                checkpoint.load(saved)
+        file.write_bytes(good)
+    checkpoint.load(saved)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_what_exists_is_not_overwritten(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        checkpoint.save(saved, CONFIG, PARAMS)
+    double = jax.tree.map(lambda x: 2 * x, PARAMS)
+    checkpoint.save(saved, CONFIG, double, overwrite=True)
+    loaded = checkpoint.load(saved)
+    np.testing.assert_array_equal(
+        loaded.params["final_norm"]["scale"], double["final_norm"]["scale"]
+    )
+    assert loaded.header.source == {}
+    assert os.listdir(tmp_path) == ["model"]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_text("miaow")
+    with pytest.raises(CheckpointError, match="is no checkpoint and is not replaced"):
+        checkpoint.save(photos, CONFIG, PARAMS, overwrite=True)
+    assert (photos / "cat.jpg").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()])
+def test_an_error_leaves_nothing_new(saved, tmp_path, error):
+    before = {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()}
+    for out in (tmp_path / "new", saved):
+        with (
+            pytest.raises(type(error)),
+            checkpoint.checkpoint_writer(out, CONFIG, overwrite=True) as writer,
+        ):
+            writer.write_group("embed", PARAMS["embed"])
+            assert len(os.listdir(tmp_path)) == 2
+            raise error
+        assert os.listdir(tmp_path) == ["model"]
+    assert {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()} == before
+
+
+def test_parameters_that_do_not_fit(tmp_path):
+    out = tmp_path / "out"
+    wrong = {**PARAMS, "final_norm": {"scale": np.zeros(25, np.float32)}}
+    half = {**PARAMS, "lm_head": {"weight": PARAMS["lm_head"]["weight"].astype("bfloat16")}}
+    less = {k: v for k, v in PARAMS.items() if k != "layers_1"}
+    more = {**PARAMS, "layers_2": PARAMS["layers_1"]}
+    for params, message in (
+        (wrong, r"final_norm/scale: shape \(25,\), expected \(24,\)"),
+        (half, "lm_head/weight: bfloat16, the model is float32"),
+        (less, r"missing:\n  layers_1/"),
+        (more, "layers_2/.*: unknown"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.save(out, CONFIG, params)
+        assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="exists and is not a folder"):
+        checkpoint.save(tmp_path / "file", CONFIG, PARAMS)
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+        checkpoint.save(tmp_path / "file" / "model", CONFIG, PARAMS)
+    with pytest.raises(CheckpointError, match="the path is too long"):
+        checkpoint.save(tmp_path / ("x" * 300), CONFIG, PARAMS)
+    with (
+        pytest.raises(CheckpointError, match=r"it needs 1000000000\.0 GB, and the disk has"),
+        checkpoint.checkpoint_writer(tmp_path / "out", CONFIG, needs=10**18),
+    ):
+        raise AssertionError("not reached")
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)  # the superuser, as in CI, may write anywhere
+    with pytest.raises(CheckpointError, match="no permission to write there"):
+        checkpoint.save(tmp_path / "out", CONFIG, PARAMS)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+FILLED_DISK = """
+import resource, signal, sys
+from s3d_jax import checkpoint
+from s3d_jax.errors import CheckpointError
+from tests.tiny import tiny_config, tiny_params
+config = tiny_config(num_layers=2, hidden_size=200)
+params = tiny_params(config)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    checkpoint.save(sys.argv[1], config, params)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_fails_in_the_middle(tmp_path):
+    """The kernel refuses (here: by a limit on the size of a file) while orbax is writing."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED_DISK, tmp_path / "out"], capture_output=True, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"cannot write {tmp_path / 'out'}: File too large")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_in_plain_words(tmp_path, monkeypatch):
+    real = Path.write_text
+
+    def full(self, *args, **kwargs):
+        if self.name == "weights.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        checkpoint.save(tmp_path / "out", CONFIG, PARAMS)
+    assert not list(tmp_path.iterdir())
