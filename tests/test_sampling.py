@@ -156,7 +156,7 @@ CONFIG = tiny_config(
 )
 PARAMS = tiny_params(CONFIG, seed=3, scale=20.0)
 PROMPT = [1, 4, 2]
-SAMPLES = 6400
+SAMPLES = 25_600
 
 
 def exact_distribution(row: SamplingConfig) -> np.ndarray:
@@ -185,19 +185,21 @@ def sampled_tokens(rows: list[SamplingConfig], proposer=None, samples: int = SAM
 
 
 def check_distribution(tokens: np.ndarray, exact: np.ndarray) -> None:
-    """Total variation must fall like 1/√n, down to what an exact sampler would show."""
-    ratios = []
-    for n in (SAMPLES // 16, SAMPLES // 4, SAMPLES):
-        flat = np.ravel_multi_index(tuple(tokens[:n].T), exact.shape)
-        histogram = np.bincount(flat, minlength=exact.size) / n
-        distance = 0.5 * np.abs(histogram - exact.ravel()).sum()
-        # E|x̂ - p| of a binomial share is √(2 p (1-p) / (π n)); for rare cells it is bounded by
-        # 2p(1-p)
-        p = exact.ravel()
-        noise = 0.5 * np.minimum(np.sqrt(2 * p * (1 - p) / (np.pi * n)), 2 * p * (1 - p)).sum()
-        ratios.append(distance / max(noise, 1e-12) if distance else 0.0)
-    assert max(ratios) < 1.6, ratios
-    assert ratios[-1] < 1.35, ratios
+    """Total variation must fall like 1/√n, as that of an exact sampler does.
+
+    What an exact sampler shows is simulated, since for some of these distributions, of a few likely
+    cells, it scatters widely. Five standard deviations: a right sampler fails once in 10⁵ checks.
+    """
+    rng = np.random.default_rng(0)
+    for first in (1, 2, 3):  # tokens looked at: few cells show a small error, many where it is
+        p = exact.sum(axis=tuple(range(first, 3))).ravel()
+        for n in (SAMPLES // 16, SAMPLES // 4, SAMPLES):
+            flat = np.ravel_multi_index(tuple(tokens[:n, :first].T), exact.shape[:first])
+            ours = np.bincount(flat, minlength=p.size)
+            histograms = np.vstack([ours, rng.multinomial(n, p, 500)])
+            distance, *noise = 0.5 * np.abs(histograms / n - p).sum(axis=1)
+            bound = np.mean(noise) + 5 * np.std(noise) + 1e-9
+            assert distance <= bound, (first, n, distance, np.mean(noise))
 
 
 DISTRIBUTIONS = {
@@ -246,7 +248,7 @@ def test_hostile_drafts_do_not_bend_the_distribution():
 
 
 def test_the_check_itself_notices_a_small_error():
-    """A sampler that is 3 % off must fail, or the tests above prove nothing."""
+    """A sampler that is 2 % off (in total variation) must fail, or the above proves nothing."""
     row = SamplingConfig(temperature=1.0)
     exact = exact_distribution(row)
     rng = np.random.default_rng(0)
@@ -256,7 +258,7 @@ def test_the_check_itself_notices_a_small_error():
         return np.stack(np.unravel_index(flat, exact.shape), axis=1)
 
     check_distribution(draw(exact), exact)
-    wrong = exact * np.where(np.arange(VOCAB) % 2, 1.12, 0.88)[:, None, None]
+    wrong = exact * np.where(np.arange(VOCAB) % 2, 1.06, 0.94)[:, None, None]
     with pytest.raises(AssertionError):
         check_distribution(draw(wrong / wrong.sum()), exact)
 
