@@ -2,8 +2,9 @@
 
     python benchmarks/speed.py [--data DIR] [--repeats N] [--json FILE]
 
-Everything is measured in one process, the contestants in turns, and reported as medians.
-Compilation is reported apart. Needs torch: pip install 's3d-jax[torch]'.
+Everything is measured in one process, the contestants in turns, and reported as medians. A turn is
+half a second of runs, the first of which does not count, so that nobody pays for the caches and
+threads of the one before. Compilation is reported apart. Needs torch: pip install 's3d-jax[torch]'.
 """
 
 import argparse
@@ -32,17 +33,20 @@ from s3d_jax import decode
 from s3d_jax.config import DraftConfig, symmetric_skip
 from s3d_jax.generate import LM
 
+TURN_SECONDS = 0.5
 DATA = Path(os.environ.get("S3D_TEST_DATA", "../shared/data"))
 
 
 def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Medians; each function returns its own seconds. One round of warm-up, then in turns."""
+    """Medians over `repeats` turns of each; a contestant is a run that returns its own seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(repeats + 1):
-        for name, function in contestants.items():
-            taken = function()
-            if round_:
-                seconds[name].append(taken)
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            run()
+            turn = [run()]
+            while sum(turn) < TURN_SECONDS:
+                turn.append(run())
+            seconds[name].append(statistics.median(turn))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -66,14 +70,13 @@ def against_hf(lm: LM, hf: Any, ids: list[int], new_tokens: int, repeats: int) -
     """Plain decoding here and there, and S3D with the draft of the checkpoint."""
     first = {m: ours(lm, ids, new_tokens, method=m)[0] for m in ("ar", "s3d")}
     theirs = hf_generate(hf, ids, new_tokens)[0]
-    seconds = median_seconds(
-        {
-            "hf": lambda: hf_generate(hf, ids, new_tokens)[1],
-            "ar": lambda: ours(lm, ids, new_tokens, method="ar")[1],
-            "s3d": lambda: ours(lm, ids, new_tokens, method="s3d")[1],
-        },
-        repeats,
-    )
+
+    contestants = {
+        "hf": lambda: hf_generate(hf, ids, new_tokens)[1],
+        "ar": lambda: ours(lm, ids, new_tokens, method="ar")[1],
+        "s3d": lambda: ours(lm, ids, new_tokens, method="s3d")[1],
+    }
+    seconds = median_seconds(contestants, repeats)
     speed = {name: new_tokens / value for name, value in seconds.items()}
     return {
         "new_tokens": new_tokens,
@@ -128,7 +131,7 @@ def pass_costs(lm: LM, repeats: int, slots: int = 256, context: int = 128) -> di
         "verify_8": timed(verify, 7),
         "draft_4": timed(draft, 4),
     }
-    return {name: 1e3 * s for name, s in median_seconds(contestants, 4 * repeats).items()}
+    return {name: 1e3 * s for name, s in median_seconds(contestants, repeats).items()}
 
 
 def machine() -> dict[str, str]:

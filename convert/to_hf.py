@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.families import Family, Part, Table, family_for_export, family_of, row_pieces
+from convert.families import Family, Part, Table, family_for_export, family_of, pieces
 from convert.hf import DTYPES, SafetensorsWriter
 from s3d_jax.checkpoint import (
     Header,
@@ -110,7 +110,7 @@ def _tensors(header: Header, table: Table) -> Iterator[tuple[Part, np.ndarray]]:
             group = here
             arrays.clear()  # before the next one is read
             arrays.update(flatten(read_group(header, group), group))
-        yield from row_pieces(parts, arrays[path])
+        yield from pieces(parts, arrays[path])
 
 
 def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:

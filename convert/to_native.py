@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import hf, hub, llama2c
-from convert.families import Family, Table, family_of, row_pieces
+from convert.families import Family, Table, family_of, native_shape, pieces
 from convert.parity import Parity, measure_parity
 from s3d_jax.checkpoint import (
     FORMAT,
@@ -25,6 +25,7 @@ from s3d_jax.config import DTYPES, ModelConfig
 from s3d_jax.errors import ConfigError, ConversionError
 
 _COMPARED_AT_ONCE = 1 << 24  # elements
+_BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,13 +267,19 @@ def _write_group(
     dtype: str,
     bar: Any,
 ) -> None:
-    """Reads each tensor straight into its rows of the native array."""
+    """Reads each tensor into its piece of the native array."""
     arrays = {}
     for path, parts in table.items():
-        rows = sum(part.shape[0] for part in parts)
-        array = np.empty((rows, *parts[0].shape[1:]), hf.DTYPES[dtype])
-        for part, piece in row_pieces(parts, array):
-            source.read(part.name, piece)
+        array = np.empty(native_shape(parts), hf.DTYPES[dtype])
+        for part, piece in pieces(parts, array):
+            if part.transposed:
+                tensor = np.empty(part.shape, array.dtype)
+                source.read(part.name, tensor)
+                for start in range(0, len(tensor), _BLOCK):
+                    block = slice(start, start + _BLOCK)
+                    piece[block] = tensor[block]
+            else:
+                source.read(part.name, piece)
             bar.update(piece.nbytes)
         arrays[path] = array
     writer.write_group(group, unflatten(arrays)[group])

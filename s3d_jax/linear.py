@@ -1,7 +1,6 @@
 """The one linear layer: storage layout, arithmetic, and all choices by backend.
 
-Weights are stored `[out, in]`, as in HF checkpoints, so the LM head and the embedding table can be
-one array. docs/performance.md has the measurements behind the choices.
+Weights are stored `[in, out]`. docs/performance.md has the measurements behind the choices.
 """
 
 import functools
@@ -14,45 +13,41 @@ import jax.numpy as jnp
 _MAX_UNROLLED = 16
 
 
-def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """`x @ weight.T`, accumulated in float32.
+def project(
+    x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype, *, transposed: bool = False
+) -> jax.Array:
+    """`x @ weight`, accumulated in float32.
 
     Args:
         x: [..., in].
-        weight: [out, in].
+        weight: [in, out]; [out, in] if `transposed` (an embedding table that is also the head).
         out_dtype: of the result.
 
     Returns:
         [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] < (2 if weight.dtype == jnp.float32 else 4):
-        y = jax.lax.platform_dependent(rows, weight, cpu=_few_rows_on_cpu, default=_matrix_product)
+    product = functools.partial(_matrix_product, transposed=transposed)
+    if rows.shape[0] == 1 and weight.dtype != jnp.float32:
+        # A single row of a 16-bit type costs a CPU seven times as much as two rows.
+        def padded(rows: jax.Array, weight: jax.Array) -> jax.Array:
+            return product(jnp.pad(rows, ((0, 1), (0, 0))), weight)[:1]
+
+        y = jax.lax.platform_dependent(rows, weight, cpu=padded, default=product)
     else:
-        y = _matrix_product(rows, weight)
-    return y.astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+        y = product(rows, weight)
+    return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
-def _matrix_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+def _matrix_product(rows: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
     # HIGHEST matters for float32 on GPUs, which would else multiply in TF32 and lose exactness.
     return jax.lax.dot_general(
         rows,
         weight,
-        (((1,), (1,)), ((), ())),
+        (((1,), (1 if transposed else 0,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def _few_rows_on_cpu(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """One row in float32 is a matrix-vector product, which reads the weights at memory speed.
-
-    In the 16-bit types that path is slow, and so is a matrix product of fewer than four rows.
-    """
-    if weight.dtype == jnp.float32:
-        return (weight @ rows[0])[None]
-    count = rows.shape[0]
-    return _matrix_product(jnp.pad(rows, ((0, -count % 4), (0, 0))), weight)[:count]
 
 
 def attention_product(
@@ -96,7 +91,7 @@ def _row_by_row(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """A linear layer with weight [out, in] and an optional bias [out]."""
+    """A linear layer with weight [in, out] and an optional bias [out]."""
 
     features: int
     use_bias: bool
@@ -105,7 +100,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(stddev=0.02)
-        weight = self.param("weight", init, (self.features, x.shape[-1]), jnp.dtype(self.dtype))
+        weight = self.param("weight", init, (x.shape[-1], self.features), jnp.dtype(self.dtype))
         y = project(x, weight, x.dtype)
         if self.use_bias:
             y = y + self.param(

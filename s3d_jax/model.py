@@ -189,7 +189,7 @@ class Transformer(nn.Module):
             values written behind `length`, which is unchanged: committing is the caller's decision.
         """
         cfg = self.config
-        embedding = _Table(cfg, "embedding", name="embed")()
+        embedding = Embedding(cfg, name="embed")()
         x = embedding[tokens]
         if mask_embeddings is not None:
             rows = (x.shape[0], *mask_embeddings.shape)
@@ -223,9 +223,9 @@ class Transformer(nn.Module):
 
         x = RMSNorm(cfg, name="final_norm")(x)
         if cfg.tie_embeddings:
-            logits = project(x, embedding, jnp.float32)
+            logits = project(x, embedding, jnp.float32, transposed=True)
         else:
-            logits = project(x, _Table(cfg, "weight", name="lm_head")(), jnp.float32)
+            logits = project(x, Head(cfg, name="lm_head")(), jnp.float32)
         if cfg.logit_softcap is not None:
             logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
         return logits, cache
@@ -239,18 +239,28 @@ class Transformer(nn.Module):
         return cfg.local_rope if local else cfg.rope
 
 
-class _Table(nn.Module):
-    """A bare parameter [V, D], so that embedding and head are named like every other module."""
+class Embedding(nn.Module):
+    """The table of token embeddings, [V, D]."""
 
     config: ModelConfig
-    param_name: str
 
     @nn.compact
     def __call__(self) -> jax.Array:
         cfg = self.config
-        init = nn.initializers.normal(stddev=0.02)
-        shape = (cfg.vocab_size, cfg.hidden_size)
-        return self.param(self.param_name, init, shape, jnp.dtype(cfg.dtype))
+        init, shape = nn.initializers.normal(stddev=0.02), (cfg.vocab_size, cfg.hidden_size)
+        return self.param("embedding", init, shape, jnp.dtype(cfg.dtype))
+
+
+class Head(nn.Module):
+    """The output head's weight, [D, V]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        cfg = self.config
+        init, shape = nn.initializers.normal(stddev=0.02), (cfg.hidden_size, cfg.vocab_size)
+        return self.param("weight", init, shape, jnp.dtype(cfg.dtype))
 
 
 def _in_window(

@@ -4,11 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.families import llama
-from convert.families.common import Family, Part, Table, row_pieces
+from convert.families.common import Family, Part, Table, native_shape, pieces
 from s3d_jax.config import ModelConfig
 from s3d_jax.errors import ConfigError
 
-__all__ = ["FAMILIES", "Family", "Part", "Table", "family_for_export", "family_of", "row_pieces"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Part",
+    "Table",
+    "family_for_export",
+    "family_of",
+    "native_shape",
+    "pieces",
+]
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.FAMILY,)}
 

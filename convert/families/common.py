@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,21 +189,35 @@ def rope_fields(rope: RopeConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A HF tensor that makes up some rows, or all, of a native array."""
+    """A HF tensor that makes up a native array, or a piece of one.
+
+    Attributes:
+        name: HF's name.
+        shape: HF's shape.
+        transposed: the native array holds it [in, out], and HF [out, in].
+    """
 
     name: str
     shape: tuple[int, ...]
+    transposed: bool = False
 
 
-# Path in the native parameter tree -> the HF tensors whose rows, stacked, are the array.
+# Path in the native parameter tree -> the HF tensors that, side by side along `out`, are the array.
 Table = dict[str, tuple[Part, ...]]
 
 
-def row_pieces(parts: Iterable[Part], array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
-    """Each part with its rows of the native array (a view)."""
+def native_shape(parts: Sequence[Part]) -> tuple[int, ...]:
+    """The shape of the array that the parts make up."""
+    out, rest = sum(part.shape[0] for part in parts), parts[0].shape[1:]
+    return (*rest, out) if parts[0].transposed else (out, *rest)
+
+
+def pieces(parts: Iterable[Part], array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+    """Each part with its piece of the native array: a view, in HF's orientation."""
     start = 0
     for part in parts:
-        yield part, array[start : start + part.shape[0]]
+        rows = array.T if part.transposed else array
+        yield part, rows[start : start + part.shape[0]]
         start += part.shape[0]
 
 
@@ -270,10 +284,12 @@ def decoder_table(config: ModelConfig, layer: Mapping[str, Iterable[str]]) -> Ta
             if len(hf) == 1:
                 rows = (sum(rows),)
             both = list(zip(hf, rows, strict=True))
-            table[f"{native}/weight"] = tuple(Part(f"{n}.weight", (r, columns)) for n, r in both)
+            weights = (Part(f"{n}.weight", (r, columns), transposed=True) for n, r in both)
+            table[f"{native}/weight"] = tuple(weights)
             if has_bias:
                 table[f"{native}/bias"] = tuple(Part(f"{n}.bias", (r,)) for n, r in both)
     table["final_norm/scale"] = (Part("model.norm.weight", (c.hidden_size,)),)
     if not c.tie_embeddings:
-        table["lm_head/weight"] = (Part("lm_head.weight", (c.vocab_size, c.hidden_size)),)
+        head = Part("lm_head.weight", (c.vocab_size, c.hidden_size), transposed=True)
+        table["lm_head/weight"] = (head,)
     return table
