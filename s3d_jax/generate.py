@@ -51,6 +51,8 @@ def load(
 
 
 def _load_tokenizer(header: checkpoint.Header) -> Any:
+    # Without torch, transformers advises to install it, which nothing here has a use for.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     kinds = [transformers.AutoTokenizer]
