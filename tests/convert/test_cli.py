@@ -96,12 +96,21 @@ def start(source: Path, out: Path) -> subprocess.Popen:
 
 
 def test_ctrl_c_leaves_nothing_behind(large, tmp_path):
-    process = start(large, tmp_path / "out")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted; nothing was written" in err and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        process = start(large, folder / "out")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        if process.returncode == 0:  # on a busy machine the signal may come when all is written
+            checkpoint.load(folder / "out")
+            remove_files(folder)
+            continue
+        assert process.returncode == 130
+        assert "interrupted; nothing was written" in err and "Traceback" not in err
+        assert not list(folder.iterdir())
+        return
+    pytest.fail("five interrupted conversions went on to the end")
 
 
 def test_a_kill_never_leaves_what_looks_complete(large, tmp_path):
