@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Method = Literal["s3d", "ar"]
 METHODS = ("s3d", "ar")
 
-_SLOT_MULTIPLE = 64  # cache sizes are rounded up to it, so that nearby lengths share a compilation
 UNLIMITED = int(np.iinfo(np.int32).max)
+_USUAL_SLACK = 16  # slots behind the last token, for γ up to 15
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -154,27 +154,31 @@ class Batch:
         if method not in METHODS:
             raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
         rows = len(prompts)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = _stop_strings(stop)
         if stops and lm.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this checkpoint has none")
-        if not all(isinstance(s, str) and s for s in stops):
-            raise InputError(f"stop must be a non-empty text or a list of such, got {stop!r}")
         limits = _per_row("max_new_tokens", max_new_tokens, rows)
-        if not all(isinstance(n, int | np.integer) and n >= 1 for n in limits):
+        if not all(type(n) is int and n >= 1 for n in limits):
             raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
+        limits = [min(n, lm.max_length) for n in limits]
 
         # Settings are checked also where the method does not use them: a wrong γ is a mistake
         # either way.
         draft = lm.draft_config
         if gamma is not None:
-            draft = draft.replace(gamma=gamma)
+            draft = draft.replace(gamma=_plain(gamma))
         if skip is not None:
-            draft = draft.replace(skip=tuple(bool(s) for s in skip))
+            layers = _plain(skip)
+            if not isinstance(layers, Sequence):
+                raise InputError(f"skip must be a list with one entry per layer, got {skip!r}")
+            draft = draft.replace(skip=tuple(layers))
         draft.validate_for(lm.config)
         params, features = batch_sampling(
             _sampling_rows(sampling, rows), _row_keys(seed, rows), lm.config.vocab_size
         )
-        self._stop_ids = tuple(lm.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._stop_ids = _stop_ids(
+            lm.eos_token_ids if eos_token_ids is None else eos_token_ids, lm.config.vocab_size
+        )
         self._spec = decode.DecodeSpec(
             config=lm.config,
             draft=draft if method == "s3d" else None,
@@ -195,12 +199,9 @@ class Batch:
         lengths = np.array([len(prompt) for prompt in prompts])
         self._chunks = decode.prefill_chunks(int(lengths.max()) - 1)
         total = np.minimum(lengths + np.array(limits), lm.max_length)
-        # From the padded prompt, so that prompts within one bucket get equal caches and equal
-        # programs.
-        padded = sum(self._chunks) + 1
-        wanted = min(padded + max(limits), max(padded, lm.max_length)) + self._spec.gamma + 1
-        self._slots = -(-wanted // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+        self._slots = _slots(lengths.tolist(), limits, lm.max_length, self._spec.gamma)
         self._state = decode.init_state(self._spec, prompts, self._slots, total, params)
+        self._signature = _signature((lm.params, lm.draft_params))
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
@@ -208,16 +209,19 @@ class Batch:
         if self._has_stop_strings:
             iterations_per_call = 1  # the text must be looked at after every step
         self._prefill()
-        program = self._program(
-            decode.decode_jit,
-            (self._spec, len(self._prompts), self._slots),
-            *(self._spec, self._lm.params, self._lm.draft_params, self._state, jnp.int32(0)),
-        )
+        params, draft_params = self._lm.params, self._lm.draft_params
         limit = jnp.int32(iterations_per_call)
+        used = max(len(prompt) for prompt in self._prompts) - 1
         finished = False
         while not finished:
+            visible = decode.visible_slots(used + self._spec.gamma + 1, self._slots)
+            program = self._program(
+                decode.decode_jit,
+                (self._spec, visible),
+                *(self._spec, params, draft_params, self._state, limit, visible),
+            )
             start = time.perf_counter()
-            self._state = program(self._lm.params, self._lm.draft_params, self._state, limit)
+            self._state = program(params, draft_params, self._state, limit)
             tokens, lengths, done = jax.device_get(
                 (self._state.tokens, self._state.cache.length, self._state.done)
             )
@@ -225,6 +229,7 @@ class Batch:
             yield [self._take(b, tokens[b], int(lengths[b])) for b in range(len(tokens))]
             done = done | np.array(self._stopped)
             finished = bool(done.all())
+            used = int(lengths[~done].max(initial=0))
             if any(self._stopped) and not finished:
                 self._state = self._state.replace(done=jnp.asarray(done))
         for text in self.texts or ():
@@ -263,20 +268,23 @@ class Batch:
             for b, prompt in enumerate(self._prompts):
                 part = prompt[offset : offset + chunk]
                 block[b, : len(part)] = part
+            visible = decode.visible_slots(offset + chunk, self._slots)
+            arguments = (self._lm.params, block, self._state.cache, np.int32(offset))
             program = self._program(
                 decode.prefill_jit,
-                (chunk, len(self._prompts), self._slots),
-                *(self._lm.config, self._lm.params, block, self._state.cache, np.int32(offset)),
+                (chunk, visible),
+                *(self._lm.config, *arguments, visible),
             )
             start = time.perf_counter()
-            cache = program(self._lm.params, block, self._state.cache, np.int32(offset))
+            cache = program(*arguments)
             self._state = self._state.replace(cache=jax.block_until_ready(cache))
             self._prefill_seconds += time.perf_counter() - start
             offset += chunk
 
     def _program(self, function: Any, key: tuple[Any, ...], *args: Any) -> Callable[..., Any]:
         """The compiled program, from the model's store or made now; its time is kept apart."""
-        programs, key = self._lm.programs, (function, *key)
+        programs = self._lm.programs
+        key = (function, *key, len(self._prompts), self._slots, self._signature)
         if key not in programs:
             start = time.perf_counter()
             programs[key] = function.lower(*args).compile()
@@ -298,8 +306,54 @@ class Batch:
         return new
 
 
+def _plain(value: Any) -> Any:
+    """Python numbers and lists of them, from those of numpy or jax."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
+        raise InputError(f"stop must be a non-empty text or a list of such, got {stop!r}")
+    return tuple(stops)
+
+
+def _stop_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """Sorted and without duplicates, since they are a part of the compiled program."""
+    ids = _plain(ids)
+    known = isinstance(ids, Sequence) and not isinstance(ids, str)
+    if not known or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise InputError(
+            f"eos_token_ids must be a list of ids from 0 to {vocab_size - 1}, got {ids!r:.80}"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def _slots(lengths: Sequence[int], limits: Sequence[int], max_length: int, gamma: int) -> int:
+    """Cache slots for these rows: of few different sizes, so that nearby lengths share programs.
+
+    From the padded prompts, so that prompts within one bucket get equal caches; with slack for any
+    usual γ, so that plain decoding and S3D do as well.
+    """
+    slack = max(_USUAL_SLACK, gamma + 1)
+    padded = [sum(decode.prefill_chunks(length - 1)) + 1 for length in lengths]
+    longest = max(*padded, max_length)
+    most = max(n + limit for n, limit in zip(padded, limits, strict=True))
+    size, power_of_two = 64, True  # 64, 96, 128, 192, 256, ...
+    while size < min(most, longest) + slack:
+        size, power_of_two = size * 3 // 2 if power_of_two else size // 3 * 4, not power_of_two
+    return min(size, longest + slack)
+
+
+def _signature(tree: Any) -> Hashable:
+    """What a compiled program depends on in its arguments."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+    value = _plain(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != rows:
             raise InputError(f"{name} has {len(value)} entries for {rows} prompts")
         return list(value)
@@ -314,18 +368,23 @@ def _sampling_rows(options: dict[str, Any], rows: int) -> list[SamplingConfig]:
         raise ConfigError(f"unknown generation options {unknown}; known are {options_known}")
     columns = {name: _per_row(name, value, rows) for name, value in options.items()}
     if "logit_bias" in columns:
-        columns["logit_bias"] = [
-            tuple(sorted((bias or {}).items())) for bias in columns["logit_bias"]
-        ]
+        columns["logit_bias"] = [_bias_pairs(bias) for bias in columns["logit_bias"]]
     return [SamplingConfig(**{k: v[b] for k, v in columns.items()}) for b in range(rows)]
 
 
+def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias must be a dict from token id to bias, got {bias!r:.80}")
+    return tuple(sorted(bias.items()))
+
+
 def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
-    if isinstance(seed, int | np.integer):
-        return jax.random.split(jax.random.key(seed), rows)
-    return jnp.stack(
-        [jax.random.split(jax.random.key(s), 1)[0] for s in _per_row("seed", seed, rows)]
-    )
+    seeds = _per_row("seed", seed, rows)
+    if not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
+        raise InputError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r:.80}")
+    if len(seeds) and not isinstance(_plain(seed), list | tuple):
+        return jax.random.split(jax.random.key(seeds[0]), rows)
+    return jnp.stack([jax.random.split(jax.random.key(s), 1)[0] for s in seeds])
 
 
 def peak_memory_bytes() -> int:

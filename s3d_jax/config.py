@@ -7,6 +7,7 @@ head size.
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Literal, Self
 
 from s3d_jax.errors import ConfigError
@@ -22,7 +23,13 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    """Python's and numpy's; True and False are no numbers here."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class _Record:
@@ -161,7 +168,7 @@ class ModelConfig(_Record):
         ):
             value = getattr(self, name)
             _check(
-                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                _is_integer(value) and value > 0,
                 f"{name} must be a positive integer, got {value!r}",
             )
         _check(
@@ -243,7 +250,7 @@ class DraftConfig(_Record):
 
     def __post_init__(self) -> None:
         _check(
-            isinstance(self.gamma, int) and not isinstance(self.gamma, bool) and self.gamma >= 1,
+            _is_integer(self.gamma) and self.gamma >= 1,
             f"gamma must be an integer >= 1, got {self.gamma!r}; "
             "for no speculation use method='ar'",
         )
@@ -302,24 +309,34 @@ class SamplingConfig(_Record):
     def __post_init__(self) -> None:
         _check(
             _is_finite(self.temperature) and self.temperature >= 0,
-            f"temperature must be >= 0 and finite, got {self.temperature}",
+            f"temperature must be a number >= 0, got {self.temperature!r}",
         )
         _check(
-            isinstance(self.top_k, int) and self.top_k >= 0,
-            f"top_k must be an integer >= 0 (0 is off), got {self.top_k}",
+            _is_integer(self.top_k) and 0 <= self.top_k < 2**31,
+            f"top_k must be an integer >= 0 (0 is off), got {self.top_k!r}",
         )
-        _check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
-        _check(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
+        _check(
+            _is_finite(self.top_p) and 0 < self.top_p <= 1,
+            f"top_p must be in (0, 1], got {self.top_p!r}",
+        )
+        _check(
+            _is_finite(self.min_p) and 0 <= self.min_p <= 1,
+            f"min_p must be in [0, 1], got {self.min_p!r}",
+        )
         _check(
             _is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty must be > 0 and finite, got {self.repetition_penalty}",
+            f"repetition_penalty must be a number > 0, got {self.repetition_penalty!r}",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             _check(
-                _is_finite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}"
+                _is_finite(getattr(self, name)),
+                f"{name} must be a number, got {getattr(self, name)!r}",
             )
         for token, bias in self.logit_bias:
+            # Larger ones overflow float32 on the way through temperature and softmax.
+            known = isinstance(bias, numbers.Real) and (abs(bias) <= 1e30 or bias == -math.inf)
             _check(
-                isinstance(token, int) and token >= 0 and not math.isnan(bias) and bias < math.inf,
-                f"logit_bias needs (token id >= 0, bias < inf) pairs, got ({token!r}, {bias!r})",
+                _is_integer(token) and token >= 0 and known,
+                "logit_bias needs (token id >= 0, bias within ±1e30 or -inf) pairs, "
+                f"got ({token!r}, {bias!r})",
             )

@@ -2,7 +2,7 @@
 
 One speculative step serves everything. Plain autoregressive decoding (AR) is the step without a
 draft; the stream is the loop with one iteration per call. The state is donated, so no second cache
-is ever alive. Texts, tokenizers and stop strings live in generate.py.
+is ever alive. Token ids only: the texts are made in batch.py and text.py.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from s3d_jax.sampling import (
 )
 
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+_FIRST_VISIBLE = 256  # slots; below, reading them all costs less than another program
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -84,16 +85,14 @@ class DecodeSpec:
         draft: how to draft; None is plain AR.
         features: which sampling code is needed.
         stop_ids: tokens that end a row (they are committed, nothing behind them is).
-        proposer: who proposes the γ tokens, `draft_pass` unless somebody else does.
+        proposer: who proposes the γ tokens, `draft_pass` or something with its arguments.
     """
 
     config: ModelConfig
     draft: DraftConfig | None = None
     features: SamplingFeatures = SamplingFeatures()
     stop_ids: tuple[int, ...] = ()
-    proposer: "Callable[[DecodeSpec, Params, DraftParams | None, DecodeState], Proposal] | None" = (
-        None
-    )
+    proposer: "Callable[..., Proposal] | None" = None
 
     @property
     def gamma(self) -> int:
@@ -159,8 +158,24 @@ def prefill_chunks(length: int) -> list[int]:
     return [largest] * full + tail
 
 
+def visible_slots(needed: int, slots: int) -> int:
+    """The slots that a program should read, where `needed` of a cache of `slots` are in use.
+
+    Powers of two, so that a long generation runs few programs and reads at most twice what it must.
+    """
+    visible = _FIRST_VISIBLE
+    while visible < needed:
+        visible *= 2
+    return min(visible, slots)
+
+
 def prefill_chunk(
-    config: ModelConfig, params: Params, tokens: jax.Array, cache: KVCache, offset: jax.Array
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    offset: jax.Array,
+    visible: int | None = None,
 ) -> KVCache:
     """Puts keys and values of positions offset … offset+T-1 of every row into the cache.
 
@@ -173,9 +188,10 @@ def prefill_chunk(
         tokens: int [B, T], padded with anything behind a row's prompt.
         cache: donated by `prefill_jit`. offset + T must not exceed its slots.
         offset: int scalar, the same for all rows.
+        visible: static, slots to read, at least offset + T; None reads all.
     """
     here = cache.replace(length=jnp.full_like(cache.length, offset))
-    _, here = forward(config, params, tokens, here, compute_logits=False)
+    _, here = forward(config, params, tokens, here, compute_logits=False, visible=visible)
     return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
 
 
@@ -216,7 +232,11 @@ def _last_token(state: DecodeState) -> jax.Array:
 
 
 def draft_pass(
-    spec: DecodeSpec, params: Params, draft_params: DraftParams | None, state: DecodeState
+    spec: DecodeSpec,
+    params: Params,
+    draft_params: DraftParams | None,
+    state: DecodeState,
+    visible: int | None = None,
 ) -> Proposal:
     """The model drafts for itself: x_n and γ-1 mask tokens, kept layers, one pass."""
     assert spec.draft is not None and draft_params is not None
@@ -230,6 +250,7 @@ def draft_pass(
         skip=spec.draft.skip,
         mask_embeddings=masks[rows],
         bidirectional=spec.draft.block_attention == "bidirectional",
+        visible=visible,
     )
     assert logits is not None
     # A broken draft may cost speed but never correctness: without this, NaN would reach the
@@ -242,11 +263,15 @@ def draft_pass(
 
 
 def verify_pass(
-    spec: DecodeSpec, params: Params, state: DecodeState, draft: jax.Array
+    spec: DecodeSpec,
+    params: Params,
+    state: DecodeState,
+    draft: jax.Array,
+    visible: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """The full model over x_n and the draft: logits float32 [B, γ+1, V], and cache."""
     block = jnp.concatenate([_last_token(state), draft], axis=1)
-    logits, cache = forward(spec.config, params, block, state.cache)
+    logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
     assert logits is not None
     return _process(spec, logits, state, draft), cache
 
@@ -298,16 +323,26 @@ def commit(
 
 
 def step(
-    spec: DecodeSpec, params: Params, draft_params: DraftParams | None, state: DecodeState
+    spec: DecodeSpec,
+    params: Params,
+    draft_params: DraftParams | None,
+    state: DecodeState,
+    visible: int | None = None,
 ) -> DecodeState:
-    """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens."""
+    """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens.
+
+    Args:
+        spec, params, draft_params, state: what decodes, and how far it is.
+        visible: static, slots to read, at least length + γ + 1 of every unfinished row; None reads
+            all.
+    """
     if spec.draft is None:
         nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
         proposal = Proposal(nothing, None, state.cache)
     else:
-        proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state)
+        proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
         state = state.replace(cache=proposal.cache)
-    logits, cache = verify_pass(spec, params, state, proposal.tokens)
+    logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
     state = state.replace(cache=cache)
     accepted, bonus = accept(spec, state, proposal, logits)
     return commit(spec, state, proposal.tokens, accepted, bonus)
@@ -319,23 +354,30 @@ def decode(
     draft_params: DraftParams | None,
     state: DecodeState,
     max_iterations: jax.Array,
+    visible: int | None = None,
 ) -> DecodeState:
     """Steps until every row is done, `max_iterations` steps at most (1 streams).
+
+    With `visible` (static) it also stops before a row would need more than so many slots; from
+    there on another program goes on (`visible_slots`).
 
     A pure function; `decode_jit` is the compiled one, which donates the state.
     """
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         i, state = carry
-        return (i < max_iterations) & ~jnp.all(state.done)
+        fits = state.cache.length + spec.gamma + 1 <= (visible or state.cache.slots)
+        return (i < max_iterations) & ~jnp.all(state.done) & jnp.all(fits | state.done)
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         i, state = carry
-        return i + 1, step(spec, params, draft_params, state)
+        return i + 1, step(spec, params, draft_params, state, visible)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
 # For those who do not jit their own. Both donate what they return anew.
-prefill_jit: Any = jax.jit(prefill_chunk, static_argnames="config", donate_argnames="cache")
-decode_jit: Any = jax.jit(decode, static_argnames="spec", donate_argnames="state")
+prefill_jit: Any = jax.jit(
+    prefill_chunk, static_argnames=("config", "visible"), donate_argnames="cache"
+)
+decode_jit: Any = jax.jit(decode, static_argnames=("spec", "visible"), donate_argnames="state")

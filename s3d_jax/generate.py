@@ -1,7 +1,7 @@
 """LM: a model with its tokenizer and draft, ready to generate, stream and chat."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, Unpack
 
 import numpy as np
@@ -101,13 +101,13 @@ class LM:
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_length = config.max_position_embeddings if max_length is None else max_length
-        if self.max_length < 2:
-            raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ConfigError(f"max_length must be an integer >= 2, got {self.max_length!r}")
         self.programs: dict[tuple[Any, ...], Any] = {}
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         *,
         progress: Callable[[int], None] | None = None,
         **options: Unpack[GenerateOptions],
@@ -209,10 +209,20 @@ class LM:
             )
         return Batch(self, rows, **options)
 
-    def _token_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
-        if len(prompts) == 0 and not isinstance(prompts, str):
+    def _token_ids(self, prompts: Any) -> list[np.ndarray]:
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        elif hasattr(prompts, "tolist"):  # arrays
+            prompts = prompts.tolist()
+        if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+            raise InputError(
+                f"a prompt is a text or a list of token ids, and prompts are a list of such, got "
+                f"{prompts!r:.80}"
+            )
+        prompts = list(prompts)
+        if not prompts:
             raise InputError("no prompt: give a text, a list of token ids, or a list of either")
-        single = isinstance(prompts, str) or isinstance(prompts[0], int | float | np.number)
+        single = isinstance(prompts[0], int | float | np.number)
         rows = []
         for i, prompt in enumerate([prompts] if single else prompts):
             if isinstance(prompt, str):
@@ -222,7 +232,10 @@ class LM:
                     )
                 if not prompt:
                     raise InputError(f"prompt {i} is empty")
-                prompt = self.tokenizer.encode(prompt)
+                try:
+                    prompt = self.tokenizer.encode(prompt)
+                except (TypeError, UnicodeError) as error:
+                    raise InputError(f"prompt {i} is no valid text ({error})") from error
             rows.append(self._checked(i, np.asarray(prompt)))
         return rows
 

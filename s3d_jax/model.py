@@ -101,6 +101,7 @@ class Attention(nn.Module):
         start: jax.Array,
         mask: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
+        visible: int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
         b, t, _ = x.shape
@@ -113,7 +114,8 @@ class Attention(nn.Module):
         keys = write(keys, k.swapaxes(1, 2), start)
         values = write(values, v.swapaxes(1, 2), start)
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-        out = attend(q, keys, values, mask, scale, cfg.attention_softcap).reshape(b, t, n * h)
+        k, v = keys[:, :, :visible], values[:, :, :visible]
+        out = attend(q, k, v, mask, scale, cfg.attention_softcap).reshape(b, t, n * h)
         out = Linear(cfg.hidden_size, cfg.attention_out_bias, cfg.dtype, name="out")(out)
         return out, keys, values
 
@@ -146,10 +148,12 @@ class Block(nn.Module):
         start: jax.Array,
         mask: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
+        visible: int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
         y = RMSNorm(cfg, name="attention_norm")(x)
-        y, keys, values = Attention(cfg, name="attention")(y, keys, values, start, mask, rotary)
+        attention = Attention(cfg, name="attention")
+        y, keys, values = attention(y, keys, values, start, mask, rotary, visible)
         x = x + (RMSNorm(cfg, name="post_attention_norm")(y) if cfg.post_norms else y)
         y = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x))
         x = x + (RMSNorm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
@@ -171,6 +175,7 @@ class Transformer(nn.Module):
         mask_embeddings: jax.Array | None = None,
         bidirectional: bool = False,
         compute_logits: bool = True,
+        visible: int | None = None,
     ) -> tuple[jax.Array | None, KVCache]:
         """Runs a block of tokens that follows each row's committed tokens.
 
@@ -183,6 +188,9 @@ class Transformer(nn.Module):
                 tokens).
             bidirectional: the block's tokens see each other both ways, not only backwards.
             compute_logits: False where only the cache is wanted (prefill).
+            visible: static; only the first `visible` slots of the cache are read, so that long
+                caches cost nothing while they are empty. The block must end before it. None reads
+                all.
 
         Returns:
             (logits, cache): float32 [B, T+M, V] or None; and the cache with the block's keys and
@@ -202,10 +210,10 @@ class Transformer(nn.Module):
         start = cache.length
         positions = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         last = positions[:, -1:] if bidirectional else positions
-        slots = jnp.arange(cache.slots, dtype=jnp.int32)
-        visible = slots[None, None, :] <= last[:, :, None]
+        slots = jnp.arange(visible or cache.slots, dtype=jnp.int32)
+        seen = slots[None, None, :] <= last[:, :, None]
         # Equal windows and equal rotary settings share one mask and one table.
-        windows = {w: _in_window(visible, slots, positions, w) for w in set(self._windows())}
+        windows = {w: _in_window(seen, slots, positions, w) for w in set(self._windows())}
         rotary = {
             rope: rotary_table(rope, cfg.head_dim, positions, cache.prompt_length)
             for rope in {self._rope(i) for i in range(cfg.num_layers)}
@@ -215,7 +223,7 @@ class Transformer(nn.Module):
             if skip is not None and skip[i]:
                 continue
             x, keys[i], values[i] = Block(cfg, name=f"layers_{i}")(
-                x, keys[i], values[i], start, windows[cfg.window(i)], rotary[self._rope(i)]
+                x, keys[i], values[i], start, windows[cfg.window(i)], rotary[self._rope(i)], visible
             )
         cache = cache.replace(keys=tuple(keys), values=tuple(values))
         if not compute_logits:
@@ -264,12 +272,12 @@ class Head(nn.Module):
 
 
 def _in_window(
-    visible: jax.Array, slots: jax.Array, positions: jax.Array, window: int | None
+    seen: jax.Array, slots: jax.Array, positions: jax.Array, window: int | None
 ) -> jax.Array:
     """Takes away the slots that lie `window` or more positions back."""
     if window is None:
-        return visible
-    return visible & (slots[None, None, :] > positions[:, :, None] - window)
+        return seen
+    return seen & (slots[None, None, :] > positions[:, :, None] - window)
 
 
 def forward(

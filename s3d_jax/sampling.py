@@ -72,6 +72,8 @@ def batch_sampling(
             if token >= vocab_size:
                 raise InputError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
             bias[i, token] = value
+        if biased and np.isneginf(bias[i]).all():
+            raise InputError("logit_bias forbids every token of the vocabulary")
     features = SamplingFeatures(
         sampled=any(row.temperature > 0 for row in rows),
         filtered=any(

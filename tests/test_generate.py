@@ -1,5 +1,6 @@
 """LM: lossless on real checkpoints; options, stops, streams, errors, compilations."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -7,7 +8,9 @@ import convert
 import s3d_jax
 from s3d_jax.batch import Batch
 from s3d_jax.config import symmetric_skip
+from s3d_jax.decode import decode_jit
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.model import DraftParams
 from tests.tiny import tiny_lm
 
 REAL = ("babyllama-1m", "stories260k")
@@ -260,8 +263,40 @@ def test_programs_are_compiled_once():
     assert len(lm.programs) == 4
     lm.generate([1] * 20, max_new_tokens=20, temperature=0.3, seed=4)
     assert len(lm.programs) == 4
-    lm.generate([1] * 40, max_new_tokens=20)  # another bucket, and a cache of another size
-    assert len(lm.programs) == 6
+    # Caches come in few sizes: other limits, and a row to its end, need nothing new.
+    for limit in (18, 24, 26, 46):
+        for method in ("s3d", "ar"):
+            lm.generate([1] * 20, max_new_tokens=limit, method=method)
+    assert len(lm.programs) == 4
+    lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=(2, 1))
+    lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=[1, 2, 1])
+    assert len(lm.programs) == 5
+    lm.generate([1] * 40, max_new_tokens=40)  # another bucket, and a cache of another size
+    assert len(lm.programs) == 7
+
+
+@pytest.mark.parametrize("method", ["ar", "s3d"])
+def test_a_long_generation_reads_the_cache_in_stages(method):
+    """The cache is allocated once; programs read 256, then 512, then 1024 slots of it."""
+    lm = tiny_lm(max_position_embeddings=4096)
+    prompts = [[1, 2], [3] * 200]
+    whole = lm.generate(prompts, max_new_tokens=[600, 30], method=method)
+    assert [len(r.tokens) for r in whole] == [600, 30]
+    visible = [key[2] for key in lm.programs if key[0] is decode_jit]
+    assert visible == [256, 512, 768]  # the last one is the whole cache
+    # The cache of this run is small enough to be read whole; it must give the same tokens.
+    short = lm.generate(prompts, max_new_tokens=30, method=method)
+    assert short[0].tokens == whole[0].tokens[:30] and short[1].tokens == whole[1].tokens
+    streamed = sum(lm.stream_tokens(prompts[0], max_new_tokens=600, method=method), [])
+    assert streamed == whole[0].tokens
+
+
+def test_other_parameters_of_the_draft_get_programs_of_their_own():
+    lm = tiny_lm()
+    first = lm.generate([1, 2], max_new_tokens=20)[0]
+    masks = lm.draft_params.mask_embeddings
+    lm.draft_params = DraftParams(mask_embeddings=jnp.concatenate([masks] * 3))
+    assert lm.generate([1, 2], max_new_tokens=20)[0].tokens == first.tokens
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -279,11 +314,31 @@ def test_programs_are_compiled_once():
         ([[[1]]], "flat list of integers"),
         ("text", "no tokenizer"),
         ([[1] * 128], "128 tokens, and the cache holds 128"),
+        (3, "a prompt is a text or a list of token ids"),
+        (None, "a prompt is a text or a list of token ids"),
+        ({"a": 1}, "a prompt is a text or a list of token ids"),
     ],
 )
 def test_bad_prompts(tiny, prompts, message):
     with pytest.raises(InputError, match=message):
         tiny.generate(prompts)
+
+
+def test_numbers_may_be_those_of_numpy_and_jax(tiny):
+    plain = tiny.generate(
+        [[1, 2], [3]], max_new_tokens=9, gamma=2, top_k=[2, 3], temperature=0.5, seed=[4, 5]
+    )
+    of_libraries = tiny.generate(
+        iter([jnp.array([1, 2]), np.array([3])]),
+        max_new_tokens=np.int64(9),
+        gamma=np.int64(2),
+        skip=np.array([False, True, True, False]),
+        top_k=np.array([2, 3]),
+        temperature=np.float32(0.5),
+        seed=jnp.array([4, 5]),
+    )
+    assert [r.tokens for r in plain] == [r.tokens for r in of_libraries]
+    assert tiny.generate(jnp.array([1, 2]), max_new_tokens=3)[0].tokens
 
 
 def test_an_empty_text_is_refused(baby):
@@ -306,7 +361,24 @@ def test_an_empty_text_is_refused(baby):
         ({"typical_p": 0.5}, "unknown generation options.*typical_p"),
         ({"stop": "x"}, "need a tokenizer"),
         ({"logit_bias": {99: 1.0}}, "token 99"),
+        ({"logit_bias": {2: 1e39}}, "within ±1e30"),
+        ({"logit_bias": {2: "a"}}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(31), -np.inf)}, "forbids every token"),
+        ({"logit_bias": [(2, 1.0)]}, "dict from token id"),
         ({"seed": [1, 2]}, "seed has 2 entries"),
+        ({"seed": 2**64}, "seed must be an integer"),
+        ({"seed": "a"}, "seed must be an integer"),
+        ({"seed": None}, "seed must be an integer"),
+        ({"top_k": 2**40}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": None}, "top_p"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"eos_token_ids": 5}, "eos_token_ids must be a list"),
+        ({"eos_token_ids": [999]}, "eos_token_ids must be a list of ids from 0 to 30"),
+        ({"stop": None}, "stop must be"),
+        ({"stop": 5}, "stop must be"),
+        ({"skip": 2}, "skip must be a list"),
+        ({"skip": (0, 1, 1, 0)}, "skip must hold only True and False"),
     ],
 )
 def test_bad_options(tiny, options, message):
