@@ -31,7 +31,8 @@ $(VENV)/base: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-# torch comes with an exact version: without one, pip takes a build with several GB of CUDA.
+# torch is of the version that parity was tested with; where pip's default build brings CUDA and you
+# have no GPU, install torch's CPU build into the environment first.
 $(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

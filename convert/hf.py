@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from s3d_jax.checkpoint import bullets
+from s3d_jax.checkpoint import bullets, cast
 from s3d_jax.errors import ConversionError
 
 DTYPES: dict[str, np.dtype] = {
@@ -55,7 +55,8 @@ class Source(Protocol):
         """Fills the contiguous array `out`, which has the tensor's shape, casting to its dtype.
 
         Raises:
-            ConversionError: the data cannot be read, or overflows in `out`'s dtype.
+            ConversionError: the data cannot be read.
+            CheckpointError: a value overflows in `out`'s dtype.
         """
 
 
@@ -173,23 +174,6 @@ def collect(files: Sequence[Path], read_header: Any) -> tuple[dict[str, Tensor],
                 problems.append(f"{name}: in both {tensors[name].file.name} and {file.name}")
             tensors[name] = tensor
     return tensors, problems
-
-
-def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`values` in another dtype.
-
-    Raises:
-        ConversionError: a finite value becomes infinite (float16 ends at 65504).
-    """
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if dtype.itemsize <= 2 and not np.array_equal(
-        np.isfinite(result.astype(np.float32)), np.isfinite(values.astype(np.float32))
-    ):
-        raise ConversionError(
-            f"{name} holds values too large for {dtype.name}: use --dtype float32"
-        )
-    return result
 
 
 def _fill(file: Any, out: np.ndarray, name: str) -> None:

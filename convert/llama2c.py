@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf import Tensor, cast
+from convert.hf import Tensor
+from s3d_jax.checkpoint import cast
 from s3d_jax.errors import ConversionError
 
 # Of sentencepiece. llama2.c's run.c stops at the first, which stands between its training texts.

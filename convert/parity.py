@@ -47,6 +47,16 @@ def measure_parity(
     needed, free = 2 * 4 * num_params + (1 << 30), _available_memory()
     if needed > free:
         return None, f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    try:
+        return _compare(hf_folder, native), ""
+    except KeyboardInterrupt:
+        return None, "interrupted; the checkpoint itself is complete"
+    except Exception as error:  # whatever ails HF's side, the conversion is done
+        reason = str(error).strip().partition("\n")[0]
+        return None, f"the comparison failed ({type(error).__name__}: {reason})"
+
+
+def _compare(hf_folder: Path, native: Path) -> Parity:
     import jax
 
     from s3d_jax import checkpoint
@@ -59,7 +69,7 @@ def measure_parity(
     del loaded
     theirs = _hf_logits(hf_folder, tokens)[0]
     agreement = np.mean(np.argmax(ours, axis=-1) == np.argmax(theirs, axis=-1))
-    return Parity(_LENGTH, float(np.abs(ours - theirs).max()), float(agreement)), ""
+    return Parity(_LENGTH, float(np.abs(ours - theirs).max()), float(agreement))
 
 
 def _hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

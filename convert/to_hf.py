@@ -21,7 +21,7 @@ from s3d_jax.checkpoint import (
     write_json,
 )
 from s3d_jax.errors import ConfigError
-from s3d_jax.staging import staged_folder
+from s3d_jax.staging import check_apart, staged_folder
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -36,6 +36,7 @@ def export(
     progress: bool,
 ) -> Path:
     limit = parse_size(max_shard_size)
+    check_apart(out, native)
     header = read_header(native)
     family, fields = _hf_config(header)
     table = family.table(header.config)

@@ -23,6 +23,7 @@ from s3d_jax.checkpoint import (
 )
 from s3d_jax.config import DTYPES, ModelConfig
 from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.staging import check_apart
 
 _COMPARED_AT_ONCE = 1 << 24  # elements
 _BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
@@ -88,6 +89,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; known are {DTYPES}")
     origin = open_origin(source, revision)
+    check_apart(out, origin.folder, tokenizer)
     if tokenizer is not None:
         files = tokenizer_files(tokenizer)
         if not files:

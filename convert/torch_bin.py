@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.hf import Tensor, cast, collect
-from s3d_jax.checkpoint import bullets
+from convert.hf import Tensor, collect
+from s3d_jax.checkpoint import bullets, cast
 from s3d_jax.errors import ConversionError
 
 _CHUNK = 1 << 22  # elements converted at a time

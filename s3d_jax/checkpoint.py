@@ -260,9 +260,12 @@ def load(path: str | os.PathLike[str], dtype: str | None = None) -> Checkpoint:
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
     target = jax.numpy.dtype(config.dtype)
     params = {
-        name: jax.tree.map(
-            lambda x: jax.device_put(x.astype(target, copy=False)), read_group(header, name)
-        )
+        name: unflatten(
+            {
+                path: jax.device_put(cast(x, target, path))
+                for path, x in flatten(read_group(header, name), name).items()
+            }
+        )[name]
         for name in header.groups
     }
     return Checkpoint(header, config, params)
@@ -337,6 +340,25 @@ def read_group(header: Header, name: str) -> dict[str, Any]:
     if damaged:
         raise CheckpointError(f"the weights in {folder} are damaged: {_AGAIN}\n{bullets(damaged)}")
     return tree
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`values` in another dtype.
+
+    Raises:
+        CheckpointError: a finite value becomes infinite (float16 ends at 65504).
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        result = values.astype(dtype)
+    if dtype.itemsize <= 2 and not np.array_equal(
+        np.isfinite(result.astype(np.float32)), np.isfinite(values.astype(np.float32))
+    ):
+        raise CheckpointError(
+            f"{name} holds values too large for {dtype.name}: use --dtype float32"
+        )
+    return result
 
 
 _AGAIN = "convert the model again, or restore the folder from a copy"

@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser(
         "chat",
         help="talk with a model that has a chat template",
-        description="A conversation in the terminal. An empty line or Ctrl-D ends it.",
+        description="A conversation in the terminal. Ctrl-C ends an answer, an empty line or "
+        "Ctrl-D the conversation. When the context is full, the oldest turns are forgotten.",
     )
     _add_model(chat)
     _add_decoding(chat)
@@ -121,6 +122,10 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)"
     )
+    for name in ("presence", "frequency"):
+        group.add_argument(
+            f"--{name}-penalty", type=float, default=0.0, metavar="P", help="0 is off (default)"
+        )
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (default: 0)")
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated"
@@ -136,10 +141,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> "LM":
     from s3d_jax.generate import load
 
-    lm = load(_model(arguments), dtype=arguments.dtype, max_length=arguments.max_length)
-    if arguments.gamma is not None:
-        lm.draft_config = lm.draft_config.replace(gamma=arguments.gamma)
-    return lm
+    return load(_model(arguments), dtype=arguments.dtype, max_length=arguments.max_length)
 
 
 def _model(arguments: argparse.Namespace) -> str:
@@ -151,13 +153,16 @@ def _model(arguments: argparse.Namespace) -> str:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = "method max_new_tokens temperature top_k top_p min_p repetition_penalty seed stop"
+    names = """method gamma max_new_tokens temperature top_k top_p min_p repetition_penalty
+        presence_penalty frequency_penalty seed stop"""
     return {name: getattr(arguments, name) for name in names.split()}
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    if arguments.prompt.count("-") > 1:
+        raise InputError("standard input (-) can be read only once")
     texts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in arguments.prompt]
     prompts = [_parse_ids(text) for text in texts] if arguments.ids else texts
     lm = _load(arguments)
@@ -221,11 +226,29 @@ def _chat(arguments: argparse.Namespace) -> int:
         if not question:
             return 0
         messages.append({"role": "user", "content": question})
-        stream = lm.stream(lm.chat_prompt(messages), **_options(arguments))
-        for piece in stream:
-            print(piece, end="", flush=True)
+        answer = ""
+        try:
+            for piece in lm.stream(_fitting_prompt(lm, messages), **_options(arguments)):
+                print(piece, end="", flush=True)
+                answer += piece
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        except KeyboardInterrupt:
+            print(" ...", end="")
         print()
-        messages.append({"role": "assistant", "content": stream.result.text or ""})
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _fitting_prompt(lm: "LM", messages: list[dict[str, str]]) -> list[int]:
+    """The conversation's ids; drops its oldest question and answer until it fits the context."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    ids = lm.chat_prompt(messages)
+    while len(ids) >= lm.max_length and len(messages) > len(system) + 1:
+        del messages[len(system) : len(system) + 2]
+        ids = lm.chat_prompt(messages)
+    return ids
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -69,6 +70,24 @@ def staged_folder(
         shutil.rmtree(partial, ignore_errors=True)  # there only if something went wrong
 
 
+def check_apart(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+    """Refuses to replace what is being read.
+
+    Raises:
+        CheckpointError: `out` is one of the sources, or a folder above one.
+    """
+    target = Path(os.path.realpath(out))
+    for source in sources:
+        if source is None:
+            continue
+        read = Path(os.path.realpath(source))
+        if target == read or target in read.parents:
+            raise CheckpointError(
+                f"cannot write {out}: it is, or holds, what is being read ({source}): choose "
+                "another folder"
+            )
+
+
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     try:
         if not out.exists():
@@ -77,7 +96,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
             raise CheckpointError(f"cannot write {out}: it exists and is not a folder")
         if not any(out.iterdir()):
             return
-        is_checkpoint = (out / "config.json").is_file()
+        is_checkpoint = _is_checkpoint(out)
     except OSError as error:
         raise _write_error(out, error) from error
     if not overwrite:
@@ -87,9 +106,21 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         )
     if not is_checkpoint:
         raise CheckpointError(
-            f"{out} holds no config.json, so it is no checkpoint and is not replaced: choose "
-            "another folder"
+            f"{out} is no checkpoint that was written by s3d_jax or in HF's format, so it is not "
+            "replaced: choose another folder"
         )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether it may be replaced: a native folder, or a HF folder with weights, and no others."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(fields, dict):
+        return False
+    native = fields.get("format") == "s3d_jax" and (folder / "weights").is_dir()
+    return native or ("model_type" in fields and any(folder.glob("*.safetensors")))
 
 
 def _flush(folder: Path) -> None:

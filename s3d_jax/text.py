@@ -1,19 +1,18 @@
 """From token ids to text as they come: incremental detokenisation and stop strings."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-_CONTEXT = (
-    8  # prompt tokens decoded along, so that spaces and joined bytes at the seam come out right
-)
+# Prompt tokens decoded along, so that spaces and joined bytes at the seam come out right.
+_CONTEXT = 8
 
 
 class Detokenizer:
     """Decodes a growing sequence without decoding it anew for every token.
 
     Text is released once its bytes form whole characters. Only a short window is decoded at each
-        step: the
-    tokens since the last release, behind those of the release before as context.
+    step: the tokens since the last release, behind those of the release before as context.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
@@ -27,20 +26,28 @@ class Detokenizer:
             self._tokens[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def _unreleased(self) -> str:
+        # Not by the length of what was released: where a prompt ends inside of a character, its
+        # bytes were shown as U+FFFD each, and become one character now.
+        before = self._decode(self._context_start, self._released)
+        after = self._decode(self._context_start)
+        alike = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(before, after, strict=False)
+        )
+        return after[sum(1 for _ in alike) :]
+
     def add(self, token: int) -> str:
         """Takes one token, returns the text that became complete with it (often "")."""
         self._tokens.append(token)
-        before = self._decode(self._context_start, self._released)
-        after = self._decode(self._context_start)
-        if len(after) <= len(before) or after.endswith("\ufffd"):
+        rest = self._unreleased()
+        if not rest or rest.endswith("\ufffd"):
             return ""  # a character whose bytes are spread over several tokens
         self._context_start, self._released = self._released, len(self._tokens)
-        return after[len(before) :]
+        return rest
 
     def finish(self) -> str:
         """What is left at the end: bytes that never became a character, as U+FFFD."""
-        before = self._decode(self._context_start, self._released)
-        rest = self._decode(self._context_start)[len(before) :]
+        rest = self._unreleased()
         self._context_start = self._released = len(self._tokens)
         return rest
 

@@ -144,6 +144,15 @@ def test_every_damaged_array_is_noticed(saved):
 # --- writing --------------------------------------------------------------------------------------
 
 
+def test_a_cast_that_overflows_is_refused(tmp_path):
+    params = jax.tree.map(lambda x: x, PARAMS)
+    params["embed"] = {"embedding": 1e6 * PARAMS["embed"]["embedding"]}
+    checkpoint.save(tmp_path / "model", CONFIG, params)
+    with pytest.raises(CheckpointError, match="embed/embedding holds values too large for float16"):
+        checkpoint.load(tmp_path / "model", "float16")
+    checkpoint.load(tmp_path / "model", "bfloat16")
+
+
 def test_what_exists_is_not_overwritten(saved, tmp_path):
     with pytest.raises(CheckpointError, match="--overwrite"):
         checkpoint.save(saved, CONFIG, PARAMS)
@@ -158,7 +167,8 @@ def test_what_exists_is_not_overwritten(saved, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "cat.jpg").write_text("miaow")
-    with pytest.raises(CheckpointError, match="is no checkpoint and is not replaced"):
+    (photos / "config.json").write_text('{"editor": "vim"}')  # others call their files so, too
+    with pytest.raises(CheckpointError, match="is no checkpoint that"):
         checkpoint.save(photos, CONFIG, PARAMS, overwrite=True)
     assert (photos / "cat.jpg").exists()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
@@ -89,8 +90,6 @@ def test_chat_without_a_template_says_so_before_the_first_question(native, capsy
 
 
 def test_chat_remembers_the_conversation(native, capsys, monkeypatch, tmp_path):
-    import shutil
-
     folder = tmp_path / "chatty"
     shutil.copytree(native, folder)
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -105,6 +104,27 @@ def test_chat_remembers_the_conversation(native, capsys, monkeypatch, tmp_path):
     assert lm.generate(so_far, max_new_tokens=20)[0].text == second
 
 
+def test_chat_goes_on_when_the_context_is_full(native, capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "chatty"
+    shutil.copytree(native, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    questions = ("Once upon a time", "x" * 80, "The dog was", "One day")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions)))
+    options = ["--max-new-tokens", "20", "--max-length", "45"]
+    assert main(["chat", "--model", str(folder), *options]) == 0
+    out, err = capsys.readouterr()
+    answers = out.splitlines()
+    assert [len(answer) for answer in answers] == [20, 20, 20]
+    assert err.count("error: ") == 1 and "shorten it" in err  # the long one
+    lm = s3d_jax.load(folder, max_length=45)
+    # The first question and answer do not fit beside the third; nor do those beside the fourth.
+    for question, answer in zip(questions[2:], answers[1:], strict=True):
+        ids = lm.tokenizer.encode(f"{question} ", add_special_tokens=False)
+        assert lm.generate(ids, max_new_tokens=20)[0].text == answer
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -114,6 +134,8 @@ def test_chat_remembers_the_conversation(native, capsys, monkeypatch, tmp_path):
         (["generate", "x" * 300, "--model", "NATIVE"], "larger max_length"),
         (["generate", "x", "--model", "NATIVE", "--gamma", "0"], "gamma"),
         (["generate", "x", "--model", "NATIVE", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--model", "NATIVE", "--seed", "99999999999999999999"], "seed"),
+        (["generate", "-", "-", "--model", "NATIVE"], "only once"),
         (["generate", "1 two", "--ids", "--model", "NATIVE"], "numbers"),
         (["generate", "9999", "--ids", "--model", "NATIVE"], "vocabulary is 0 to 104"),
         (["info", "--model", "nowhere"], "no such folder"),

@@ -1,17 +1,19 @@
 """LM: lossless on real checkpoints; options, stops, streams, errors, compilations."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import convert
 import s3d_jax
-from s3d_jax.batch import Batch
+from s3d_jax.batch import UNLIMITED, Batch
 from s3d_jax.config import symmetric_skip
 from s3d_jax.decode import decode_jit
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.model import DraftParams
-from tests.tiny import tiny_lm
+from tests.tiny import proposer_of, tiny_lm
 
 REAL = ("babyllama-1m", "stories260k")
 SKIPS = {
@@ -80,6 +82,39 @@ def test_s3d_equals_ar_on_real_checkpoints(real, name, skip, gamma):
     stream = lm.stream(prompts[1], **options)
     assert "".join(stream) == alone.text == stream.result.text
     assert stream.result.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("steps", [UNLIMITED, 1], ids=["loop", "stream"])
+@pytest.mark.parametrize("name", REAL)
+def test_oracle_liar_and_noise_on_real_checkpoints(real, name, steps):
+    """All accepted: τ = γ+1. None accepted: τ = 1. The text is always that of AR."""
+    lm, gamma, new = real[name], 4, 100
+    prompts = [np.asarray(p, np.int32) for p in ragged_prompts(lm)]
+    options = dict(max_new_tokens=new, eos_token_ids=())
+    expected = [r.tokens for r in lm.generate(prompts, method="ar", **options)]
+    table = np.zeros((len(prompts), 256), np.int32)
+    for row, prompt, tokens in zip(table, prompts, expected, strict=True):
+        row[: len(prompt) + new] = [*prompt, *tokens]
+
+    def oracle(at, gamma):
+        columns = at[:, None] + jnp.arange(gamma)
+        return jnp.take_along_axis(jnp.asarray(table), columns, axis=1)
+
+    def liar(at, gamma):
+        return (oracle(at, gamma) + 1) % lm.config.vocab_size
+
+    def noise(at, gamma):
+        return (at[:, None] * 7 + jnp.arange(gamma) * 11) % lm.config.vocab_size
+
+    for propose in (oracle, liar, noise):
+        batch = Batch(lm, prompts, gamma=gamma, **options)
+        batch._spec = dataclasses.replace(batch._spec, proposer=proposer_of(propose))
+        assert list(batch.run(steps))
+        results = batch.results()
+        assert [r.tokens for r in results] == expected
+        taus = [r.stats.tokens_per_iteration for r in results]
+        if propose is not noise:
+            assert taus == [{oracle: gamma + 1, liar: 1}[propose]] * len(prompts)
 
 
 def test_statistics_add_up(baby):

@@ -20,12 +20,13 @@ def python(code: str, **env: str) -> str:
 
 
 def test_import_costs_little_more_than_jax():
-    code = "import sys, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
-    seconds = {"jax": [], "s3d_jax": []}
+    code = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    seconds = {"import jax": [], "from s3d_jax import load": []}
     for _ in range(3):
-        for name, values in seconds.items():
-            values.append(float(python(code.format(name))))
-    assert min(seconds["s3d_jax"]) < 0.5 * min(seconds["jax"])
+        for statement, values in seconds.items():
+            values.append(float(python(code.format(statement))))
+    jax, ours = (min(values) for values in seconds.values())
+    assert 0.5 * jax < ours < 2 * jax  # it does import jax, and little else (1.4 measured)
 
 
 def test_nothing_heavy_is_imported_before_it_is_used():

@@ -230,11 +230,11 @@ def test_hostile_drafts_do_not_bend_the_distribution():
     """A constant draft, and one that is sampled from a wrong distribution."""
     rows = [SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.6, top_k=3)]
 
-    def constant(spec, params, draft_params, state):
+    def constant(spec, params, draft_params, state, visible):
         tokens = jnp.full((state.tokens.shape[0], spec.gamma), 2, jnp.int32)
         return Proposal(tokens, None, state.cache)
 
-    def skewed(spec, params, draft_params, state):
+    def skewed(spec, params, draft_params, state, visible):
         batch = state.tokens.shape[0]
         logits = jnp.broadcast_to(jnp.array([3.0, 0, -3, 2, 0, 1]), (batch, spec.gamma, VOCAB))
         keys = jax.vmap(lambda k, n: jax.random.fold_in(k, n + 1000))(

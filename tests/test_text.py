@@ -52,6 +52,18 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(text, stop):
     assert all(row.text.startswith(part) for part in shown)  # nothing shown is ever taken back
 
 
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_prompt_may_end_inside_a_character(cut):
+    text = "a字b🙂 cé!"
+    data = text.encode()
+    row = TextRow(TOKENIZER, list(data[:cut]), [])
+    for byte in data[cut:]:
+        row.add(byte)
+    row.finish()
+    begun = data[:cut].decode("utf-8", errors="ignore")  # what is whole in the prompt
+    assert row.text == text[len(begun) :]
+
+
 def test_a_stop_string_across_tokens_is_never_shown():
     row, shown, _ = feed("one. END two", ["END"])
     assert row.text == "one. "

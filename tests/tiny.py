@@ -88,9 +88,7 @@ def greedy_reference(
 def proposer_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> Callable:
     """A proposer from (position of the first draft token [B], γ) -> tokens [B, γ]."""
 
-    def propose(
-        spec: DecodeSpec, params: Params, draft_params: DraftParams | None, state: DecodeState
-    ) -> Proposal:
+    def propose(spec: DecodeSpec, params, draft_params, state: DecodeState, visible) -> Proposal:
         return Proposal(tokens_at(state.cache.length + 1, spec.gamma), None, state.cache)
 
     return propose

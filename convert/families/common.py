@@ -35,6 +35,7 @@ _HARMLESS_FIELDS = GENERATION_FIELDS | frozenset(
         *("output_hidden_states", "use_return_dict", "return_dict", "torchscript", "use_bfloat16"),
         *("chunk_size_feed_forward", "problem_type", "id2label", "label2id", "finetuning_task"),
         *("task_specific_params", "prefix", "unsloth_version", "unsloth_fixed"),
+        *("is_llama_config", "transformers.js_config"),
         *("context_window_size", "prefill_chunk_size", "tensor_parallel_shards"),  # MLC presets
     )
 )

@@ -34,6 +34,8 @@ def _read(fields: Fields) -> ModelConfig:
         head_dim = hidden_size // num_heads
     max_position_embeddings = fields.size("max_position_embeddings", 2048)
     attention_bias = fields.flag("attention_bias", False)
+    if fields.flag("rope_interleaved", False):
+        raise fields.error("rope_interleaved is true, and HF's Llama rotates the halves of a head")
     rope = take_rope(fields, max_position_embeddings)
     if rope.rotary_fraction != 1:
         raise fields.error("partial_rotary_factor is not 1, and Llama rotates whole heads")

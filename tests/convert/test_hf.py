@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.hf import SafetensorsSource, SafetensorsWriter, open_source, read_safetensors_header
-from s3d_jax.errors import ConversionError
+from s3d_jax.errors import CheckpointError, ConversionError
 from tests.convert.hf_folder import random_tensors, write_folder
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -38,7 +38,7 @@ def test_casting_never_overflows_in_silence(tmp_path):
     save_file({"big": np.array([1.0, 7e4], np.float32)}, tmp_path / "model.safetensors")
     source = open_source(tmp_path)
     assert read(source, "big", ml_dtypes.bfloat16)[1] == ml_dtypes.bfloat16(7e4)
-    with pytest.raises(ConversionError, match=r"big .*float16: use --dtype float32"):
+    with pytest.raises(CheckpointError, match=r"big .*float16: use --dtype float32"):
         read(source, "big", np.float16)
     save_file({"inf": np.array([np.inf, np.nan], np.float32)}, tmp_path / "model.safetensors")
     assert not np.isfinite(read(open_source(tmp_path), "inf", np.float16)).any()  # were so before

@@ -130,7 +130,8 @@ def test_harmless_extras_are_let_through(tmp_path):
     "change, message",
     [
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_interleaved": True, "clip_qkv": 8}, "clip_qkv = 8, rope_interleaved = True"),
+        ({"clip_qkv": 8, "logit_scale": 2}, "clip_qkv = 8, logit_scale = 2"),
+        ({"rope_interleaved": True}, "rope_interleaved is true"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope type 'ntk' is unknown"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
@@ -264,6 +265,21 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.parametrize("out", ["hf", "."])
+def test_the_source_is_never_written_to(tmp_path, out):
+    folder = write_folder(tmp_path / "hf")
+    files = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(CheckpointError, match="what is being read"):
+        convert.convert(folder, tmp_path / out, overwrite=True, **QUIET)
+    assert sorted(p.name for p in folder.iterdir()) == files
+    convert.convert(folder, folder / "native", **QUIET)  # beside the files does no harm
+    checkpoint.load(folder / "native")
+    convert.convert(folder, tmp_path / "native", **QUIET)
+    with pytest.raises(CheckpointError, match="what is being read"):
+        convert.export(tmp_path / "native", tmp_path / "native", overwrite=True, progress=False)
+    checkpoint.load(tmp_path / "native")
+
+
 # --- back to HF -----------------------------------------------------------------------------------
 
 
@@ -334,6 +350,13 @@ def test_sizes():
 # --- parity ---------------------------------------------------------------------------------------
 
 
+def raising(error):
+    def function(*arguments):
+        raise error
+
+    return function
+
+
 def test_parity_report(tmp_path, data_dir, monkeypatch):
     pytest.importorskip("torch")
     source = data_dir / "checkpoints" / "babyllama-1m"
@@ -347,6 +370,13 @@ def test_parity_report(tmp_path, data_dir, monkeypatch):
     (tmp_path / "good" / "config.json").write_text(json.dumps(fields))
     wrong, _ = parity.measure_parity(source, tmp_path / "good", report.num_params)
     assert wrong.max_difference > 0.1 and wrong.greedy_agreement < 0.99
+
+    with monkeypatch.context() as patch:  # the conversion is done, whatever ails the comparison
+        for error, reason in ((RuntimeError("out of luck"), "luck"), (KeyboardInterrupt, "inter")):
+            patch.setattr(parity, "_hf_logits", raising(error))
+            report = convert.convert(source, tmp_path / "good", overwrite=True, progress=False)
+            assert report.parity is None and reason in report.parity_skipped
+            checkpoint.load(tmp_path / "good")
 
     assert "no HF checkpoint" in parity.measure_parity(None, tmp_path / "good", 1)[1]
     monkeypatch.setattr(parity, "_available_memory", lambda: 10**8)
