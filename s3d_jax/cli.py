@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "chat",
         help="talk with a model that has a chat template",
         description="A conversation in the terminal. Ctrl-C ends an answer, an empty line or "
-        "Ctrl-D the conversation. When the context is full, the oldest turns are forgotten.",
+        "Ctrl-D the conversation. When the context has no room left for an answer, the oldest "
+        "turns are forgotten.",
     )
     _add_model(chat)
     _add_decoding(chat)
@@ -225,30 +226,38 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         if not question:
             return 0
-        messages.append({"role": "user", "content": question})
         answer = ""
         try:
-            for piece in lm.stream(_fitting_prompt(lm, messages), **_options(arguments)):
+            turns, ids = _fitting(
+                lm, [*messages, {"role": "user", "content": question}], arguments.max_new_tokens
+            )
+            for piece in lm.stream(ids, **_options(arguments)):
                 print(piece, end="", flush=True)
                 answer += piece
-        except InputError as error:
+        except InputError as error:  # the question is refused, and the conversation goes on
             print(f"error: {error}", file=sys.stderr)
-            messages.pop()
             continue
         except KeyboardInterrupt:
             print(" ...", end="")
         print()
-        messages.append({"role": "assistant", "content": answer})
+        messages = [*turns, {"role": "assistant", "content": answer}]
 
 
-def _fitting_prompt(lm: "LM", messages: list[dict[str, str]]) -> list[int]:
-    """The conversation's ids; drops its oldest question and answer until it fits the context."""
+def _fitting(
+    lm: "LM", messages: list[dict[str, str]], max_new_tokens: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The conversation without the oldest turns that leave no room for an answer, and its ids.
+
+    Half of the context at most is kept free, so that a generous limit does not forget everything.
+    """
+    room = max(1, min(max_new_tokens, lm.max_length // 2))
     system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
     ids = lm.chat_prompt(messages)
-    while len(ids) >= lm.max_length and len(messages) > len(system) + 1:
-        del messages[len(system) : len(system) + 2]
-        ids = lm.chat_prompt(messages)
-    return ids
+    while len(ids) + room > lm.max_length and len(turns) > 1:
+        turns = turns[2:]  # a question and its answer
+        ids = lm.chat_prompt([*system, *turns])
+    return [*system, *turns], ids
 
 
 def _info(arguments: argparse.Namespace) -> int:

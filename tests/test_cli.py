@@ -110,18 +110,25 @@ def test_chat_goes_on_when_the_context_is_full(native, capsys, monkeypatch, tmp_
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }} {% endfor %}"
     )
-    questions = ("Once upon a time", "x" * 80, "The dog was", "One day")
+    questions = ("Once upon", "x" * 80, "Tom", "The dog was", "One day")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions)))
-    options = ["--max-new-tokens", "20", "--max-length", "45"]
+    options = ["--max-new-tokens", "20", "--max-length", "60"]
     assert main(["chat", "--model", str(folder), *options]) == 0
     out, err = capsys.readouterr()
     answers = out.splitlines()
-    assert [len(answer) for answer in answers] == [20, 20, 20]
+    assert [len(answer) for answer in answers] == [20, 20, 20, 20]
     assert err.count("error: ") == 1 and "shorten it" in err  # the long one
-    lm = s3d_jax.load(folder, max_length=45)
-    # The first question and answer do not fit beside the third; nor do those beside the fourth.
-    for question, answer in zip(questions[2:], answers[1:], strict=True):
-        ids = lm.tokenizer.encode(f"{question} ", add_special_tokens=False)
+    lm = s3d_jax.load(folder, max_length=60)
+    # The refused question cost nothing: the first one is still known when the next is answered.
+    # Before the third, the first turn is forgotten (68 tokens and 20 to come, of 60), and before
+    # the fourth all of them are (41 and 20).
+    first, second, third, fourth = answers
+    for conversation, answer in (
+        (("Once upon", first, "Tom"), second),
+        (("Tom", second, "The dog was"), third),
+        (("One day",), fourth),
+    ):
+        ids = lm.tokenizer.encode(" ".join(conversation) + " ", add_special_tokens=False)
         assert lm.generate(ids, max_new_tokens=20)[0].text == answer
 
 

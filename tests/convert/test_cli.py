@@ -87,7 +87,14 @@ def large(tmp_path_factory):
 def start(source: Path, out: Path) -> subprocess.Popen:
     """Starts a conversion and waits until it is writing."""
     command = [sys.executable, "-m", "convert", source, out, "--no-parity"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(out.parent.glob("out.partial-*/weights")):
         assert process.poll() is None and time.monotonic() < deadline
