@@ -130,7 +130,13 @@ def convert(
 
     measured, skipped = None, "not asked for"
     if parity:
-        measured, skipped = measure_parity(origin.folder, Path(out), num_params)
+        with tqdm(
+            desc="comparing with HF transformers",
+            bar_format="{desc} ...",
+            disable=None if progress else True,
+            leave=False,
+        ):
+            measured, skipped = measure_parity(origin.folder, Path(out), num_params)
     return Report(
         out=Path(out),
         config=config,

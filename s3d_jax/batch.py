@@ -268,7 +268,8 @@ class Batch:
             for b, prompt in enumerate(self._prompts):
                 part = prompt[offset : offset + chunk]
                 block[b, : len(part)] = part
-            visible = decode.visible_slots(offset + chunk, self._slots)
+            # The first chunk sees itself alone.
+            visible = decode.visible_slots(offset + chunk, self._slots) if offset else chunk
             arguments = (self._lm.params, block, self._state.cache, np.int32(offset))
             program = self._program(
                 decode.prefill_jit,

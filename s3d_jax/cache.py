@@ -1,8 +1,11 @@
 """The key/value cache: preallocated, one length per row, rolled back by setting the length."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s3d_jax.config import ModelConfig
 
@@ -33,19 +36,26 @@ class KVCache(flax.struct.PyTreeNode):
         return self.keys[0].shape[2]
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, prompt_length: jax.Array) -> KVCache:
+def init_cache(
+    config: ModelConfig, batch: int, slots: int, prompt_length: jax.Array | np.ndarray
+) -> KVCache:
     """An empty cache for `batch` rows of `slots` slots.
 
     A pass over T tokens writes T slots from each row's length on, and XLA clamps a write that does
     not fit onto committed slots. So callers keep γ+1 slots of slack behind the last token a row may
     commit.
     """
-    shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    # One call per array: the buffers are donated, and an array may be donated only once.
-    keys = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-    values = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    keys, values = _zeros(config, batch, slots)
     length = jnp.zeros((batch,), jnp.int32)
     return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch for all; a buffer for each
+def _zeros(config: ModelConfig, batch: int, slots: int) -> list[tuple[jax.Array, ...]]:
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    return [
+        tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)
+    ]
 
 
 def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import zlib
@@ -243,31 +244,42 @@ def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(p for name in TOKENIZER_FILES if (p := Path(folder) / name).is_file())
 
 
-def load(path: str | os.PathLike[str], dtype: str | None = None) -> Checkpoint:
+def load(
+    path: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
+) -> Checkpoint:
     """Reads a checkpoint onto the default device.
 
     Args:
         path: a native checkpoint folder.
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps the stored one.
+        progress: show a bar on a terminal where it takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, of another format or version, incomplete or damaged.
         ConfigError: an unknown dtype.
     """
     import jax
+    from tqdm import tqdm
 
     header = read_header(path)
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
     target = jax.numpy.dtype(config.dtype)
-    params = {
-        name: unflatten(
-            {
-                path: jax.device_put(cast(x, target, path))
-                for path, x in flatten(read_group(header, name), name).items()
-            }
-        )[name]
-        for name in header.groups
-    }
+    params: dict[str, Any] = {}
+    with tqdm(
+        total=sum(math.prod(shape) for shape in header.arrays.values()) * target.itemsize,
+        desc="loading",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,  # None: only on a terminal
+        leave=False,
+        delay=1,
+    ) as bar:
+        for name in header.groups:
+            arrays = {}
+            for array, x in flatten(read_group(header, name), name).items():
+                arrays[array] = jax.device_put(cast(x, target, array))
+                bar.update(arrays[array].nbytes)
+            params |= unflatten(arrays)
     return Checkpoint(header, config, params)
 
 

@@ -142,7 +142,9 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> "LM":
     from s3d_jax.generate import load
 
-    return load(_model(arguments), dtype=arguments.dtype, max_length=arguments.max_length)
+    return load(
+        _model(arguments), dtype=arguments.dtype, max_length=arguments.max_length, progress=True
+    )
 
 
 def _model(arguments: argparse.Namespace) -> str:
@@ -168,9 +170,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts = [_parse_ids(text) for text in texts] if arguments.ids else texts
     lm = _load(arguments)
     total = arguments.max_new_tokens * len(prompts)
-    with tqdm(
-        total=total, unit=" tokens", disable=not sys.stderr.isatty(), leave=False, delay=1
-    ) as bar:
+    with tqdm(total=total, desc="generating", unit=" tokens", disable=None, leave=False) as bar:
         results = lm.generate(
             prompts, progress=lambda n: bar.update(n - bar.n) and None, **_options(arguments)
         )

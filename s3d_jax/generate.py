@@ -23,7 +23,11 @@ def default_draft(config: ModelConfig) -> DraftConfig:
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: str | None = None, max_length: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    progress: bool = False,
 ) -> "LM":
     """Loads a native checkpoint, as `s3d-convert` writes it, onto the default device.
 
@@ -35,12 +39,13 @@ def load(
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
         max_length: tokens (prompt and output) that a row may have; None takes the length the model
             was made for. Each batch allocates only what it needs of it.
+        progress: show a bar on a terminal where it takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it.
     """
-    loaded = checkpoint.load(path, dtype)
+    loaded = checkpoint.load(path, dtype, progress=progress)
     return LM(
         loaded.config,
         loaded.params,

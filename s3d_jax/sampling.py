@@ -87,21 +87,14 @@ def batch_sampling(
         biased=biased,
     )
 
-    def column(name: str, dtype: type = np.float32) -> jax.Array:
-        return jnp.asarray(np.asarray([getattr(row, name) for row in rows], dtype))
-
-    params = SamplingParams(
-        keys=keys,
-        temperature=column("temperature"),
-        top_k=jnp.minimum(column("top_k", np.int32), vocab_size),
-        top_p=column("top_p"),
-        min_p=column("min_p"),
-        repetition_penalty=column("repetition_penalty"),
-        presence_penalty=column("presence_penalty"),
-        frequency_penalty=column("frequency_penalty"),
-        logit_bias=jnp.asarray(bias),
-    )
-    return params, features
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    columns = {
+        name: np.asarray([getattr(row, name) for row in rows], np.float32)
+        for name in (*names, "frequency_penalty")
+    }
+    columns["top_k"] = np.asarray([min(row.top_k, vocab_size) for row in rows], np.int32)
+    columns["logit_bias"] = bias
+    return SamplingParams(keys=keys, **jax.device_put(columns)), features
 
 
 # --- processors: what the target's distribution is, before it is warped ---------------------------

@@ -40,6 +40,14 @@ _HARMLESS_FIELDS = GENERATION_FIELDS | frozenset(
     )
 )
 
+# Switches of HF's that change the computation, or not where they are off, as full dumps have them.
+_HARMLESS_IF_OFF = frozenset(
+    (
+        *("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"),
+        *("pruned_heads", "tf_legacy_loss"),
+    )
+)
+
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 4096  # so that a damaged config cannot ask for endless tables
 
@@ -115,7 +123,8 @@ class Fields:
 
     def finish(self, harmless: Iterable[str] = _HARMLESS_FIELDS) -> None:
         """Raises ConfigError if fields are left that nobody understood."""
-        unknown = sorted(self._fields.keys() - set(harmless))
+        off = {name for name in _HARMLESS_IF_OFF & self._fields.keys() if not self._fields[name]}
+        unknown = sorted(self._fields.keys() - set(harmless) - off)
         if unknown:
             listed = ", ".join(f"{name} = {self._fields[name]!r:.60}" for name in unknown)
             raise self.error(

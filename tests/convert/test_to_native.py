@@ -164,6 +164,15 @@ def test_settings_that_are_wrong_or_unknown(tmp_path, change, message):
     assert message in failing(folder, tmp_path, ConfigError)
 
 
+def test_full_dumps_of_a_config_are_read():
+    """Old checkpoints name every switch of HF's; those that are off change nothing."""
+    off = {"is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
+    family = family_of(FIELDS)
+    assert family.config(FIELDS | off) == family.config(FIELDS)
+    with pytest.raises(ConfigError, match="is_decoder = True"):
+        family.config(FIELDS | {"is_decoder": True})
+
+
 def test_both_spellings_of_rope_are_the_same():
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
