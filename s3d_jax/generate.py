@@ -1,9 +1,12 @@
 """LM: a model with its tokenizer and draft, ready to generate, stream and chat."""
 
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, Unpack
 
+import jax
 import numpy as np
 
 from s3d_jax import checkpoint
@@ -44,8 +47,12 @@ def load(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it.
+
+    Warns:
+        UserWarning: the device has no fast bfloat16, and the weights are of that type.
     """
     loaded = checkpoint.load(path, dtype, progress=progress)
+    _warn_if_slow(loaded.config.dtype)
     return LM(
         loaded.config,
         loaded.params,
@@ -53,6 +60,18 @@ def load(
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
     )
+
+
+def _warn_if_slow(dtype: str) -> None:
+    """NVIDIA GPUs before Ampere (T4, V100: compute capability below 8) only emulate bfloat16."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
+        warnings.warn(
+            f"{device.device_kind} has no fast bfloat16: load the model with dtype='float16' "
+            "(--dtype float16)",
+            stacklevel=3,
+        )
 
 
 def _load_tokenizer(header: checkpoint.Header) -> Any:

@@ -1,19 +1,23 @@
 """LM: lossless on real checkpoints; options, stops, streams, errors, compilations."""
 
 import dataclasses
+import warnings
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import convert
 import s3d_jax
+import s3d_jax.checkpoint
 from s3d_jax.batch import UNLIMITED, Batch
 from s3d_jax.config import symmetric_skip
 from s3d_jax.decode import decode_jit
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.model import DraftParams
-from tests.tiny import proposer_of, tiny_lm
+from s3d_jax.model import DraftParams, init_params
+from tests.tiny import proposer_of, tiny_config, tiny_lm
 
 REAL = ("babyllama-1m", "stories260k")
 SKIPS = {
@@ -332,6 +336,21 @@ def test_other_parameters_of_the_draft_get_programs_of_their_own():
     masks = lm.draft_params.mask_embeddings
     lm.draft_params = DraftParams(mask_embeddings=jnp.concatenate([masks] * 3))
     assert lm.generate([1, 2], max_new_tokens=20)[0].tokens == first.tokens
+
+
+@pytest.mark.parametrize("capability, warns", [("7.5", True), ("8.0", False), ("gfx90a", False)])
+def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capability, warns):
+    config = tiny_config(dtype="bfloat16")
+    s3d_jax.checkpoint.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
+    device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
+    monkeypatch.setattr("s3d_jax.generate.jax.devices", lambda: [device])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        s3d_jax.load(tmp_path / "model")
+        s3d_jax.load(tmp_path / "model", dtype="float16")
+    said = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
+    assert len(said) == (1 if warns else 0)
+    assert all("Tesla T4" in text and "float16" in text for text in said)
 
 
 # --- errors ---------------------------------------------------------------------------------------
