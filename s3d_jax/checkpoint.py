@@ -119,7 +119,6 @@ class CheckpointWriter:
         self.config = config
         self._expected = {k: v.shape for k, v in flatten(abstract_params(config)).items()}
         self._index: dict[str, dict[str, Any]] = {}
-        self._orbax = _orbax_checkpointer()
 
     def write_group(self, name: str, tree: Mapping[str, Any]) -> None:
         """Writes the subtree under the top-level key `name`: arrays of the config's dtype.
@@ -127,8 +126,6 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the arrays are not those of the model, or were written before.
         """
-        import orbax.checkpoint as ocp
-
         arrays = {path: np.asarray(x) for path, x in flatten(tree, name).items()}
         expected = {k: v for k, v in self._expected.items() if _group(k) == name}
         problems = shape_problems({k: v.shape for k, v in arrays.items()}, expected)
@@ -140,16 +137,9 @@ class CheckpointWriter:
         if problems:
             raise CheckpointError(f"group {name!r} does not fit the model:\n{bullets(problems)}")
 
-        arguments = ocp.args.PyTreeSave(unflatten(arrays)[name])
-        try:
-            with _orbax_silenced():
-                self._orbax.save(self.folder.absolute() / "weights" / name, args=arguments)
-        except ValueError as error:  # what tensorstore makes of an OSError
-            if match := re.search(r"os_error_code='(\d+)'", str(error)):
-                raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
-            raise
+        save_tree(self.folder / "weights" / name, unflatten(arrays)[name])
         for path, array in arrays.items():
-            self._index[path] = {"shape": list(array.shape), "crc32": _crc32(array)}
+            self._index[path] = {"shape": list(array.shape), "crc32": crc32(array)}
 
     def add_file(self, source: str | os.PathLike[str]) -> None:
         """Copies a file, under its own name, into the folder (tokenizer files)."""
@@ -291,7 +281,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     folder = Path(path)
     _check_is_native(folder)
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     version = fields.get("version")
     if version != VERSION:
         raise CheckpointError(
@@ -302,7 +292,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         config = ModelConfig.from_dict(fields.get("model", {}))
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    index = _read_json(folder / "weights.json")
+    index = read_json(folder / "weights.json")
     try:
         arrays = {str(k): tuple(int(n) for n in v["shape"]) for k, v in index.items()}
         checksums = {str(k): int(v["crc32"]) for k, v in index.items()}
@@ -313,7 +303,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         path=folder,
         config=config,
         source=fields.get("source") or {},
-        generation_config=_read_json(generation) if generation.exists() else {},
+        generation_config=read_json(generation) if generation.exists() else {},
         arrays=arrays,
         checksums=checksums,
     )
@@ -327,31 +317,62 @@ def read_group(header: Header, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: an array is damaged.
     """
-    import orbax.checkpoint as ocp
-
     paths = [path for path in header.arrays if _group(path) == name]
-    numpy_array = ocp.RestoreArgs(restore_type=np.ndarray)
-    arguments = ocp.args.PyTreeRestore(
-        restore_args=unflatten(dict.fromkeys(paths, numpy_array))[name]
-    )
-    folder = header.path.absolute() / "weights" / name
-    try:
-        with _orbax_silenced():
-            tree = _orbax_checkpointer().restore(folder, args=arguments)
-        arrays = flatten(tree, name)
-    except Exception as error:  # orbax and tensorstore raise most kinds for damaged files
-        raise CheckpointError(f"cannot read the weights in {folder}: {_AGAIN} ({error})") from error
+    folder = header.path / "weights" / name
+    tree = restore_tree(folder, unflatten(dict.fromkeys(paths))[name])
+    arrays = flatten(tree, name)
     damaged = [
         path
         for path in paths
         if path not in arrays
         or arrays[path].shape != header.arrays[path]
         or arrays[path].dtype.name != header.config.dtype
-        or _crc32(arrays[path]) != header.checksums[path]
+        or crc32(arrays[path]) != header.checksums[path]
     ]
     if damaged:
         raise CheckpointError(f"the weights in {folder} are damaged: {_AGAIN}\n{bullets(damaged)}")
     return tree
+
+
+def save_tree(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a nested dict of numpy arrays as one orbax checkpoint.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        with _orbax_silenced():
+            _orbax_checkpointer().save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tree)))
+    except ValueError as error:  # what tensorstore makes of an OSError
+        if match := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+        raise
+
+
+def restore_tree(folder: Path, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what `save_tree` wrote, as numpy arrays.
+
+    Args:
+        folder: the orbax checkpoint.
+        structure: a nested dict with the keys of the tree.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    numpy_array = ocp.RestoreArgs(restore_type=np.ndarray)
+    wanted = jax.tree.map(lambda _: numpy_array, structure, is_leaf=lambda x: x is None)
+    try:
+        with _orbax_silenced():
+            return _orbax_checkpointer().restore(
+                folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
+            )
+    except Exception as error:  # orbax and tensorstore raise most kinds for damaged files
+        raise CheckpointError(f"cannot read the weights in {folder}: {_AGAIN} ({error})") from error
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -381,7 +402,7 @@ def _check_is_native(folder: Path) -> None:
         raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a native checkpoint is a folder")
-    fields = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if fields.get("format") == FORMAT:
         return
     if fields.keys() & {"model_type", "architectures"} or any(folder.glob("*.safetensors")):
@@ -459,7 +480,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -479,7 +500,7 @@ def _group(path: str) -> str:
     return path.partition("/")[0]
 
 
-def _crc32(array: np.ndarray) -> int:
+def crc32(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 

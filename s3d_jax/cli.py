@@ -1,4 +1,4 @@
-"""The command `s3d`: generate, chat, info."""
+"""The command `s3d`: generate, chat, info; training is in train/commands.py."""
 
 import argparse
 import json
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from s3d_jax import __version__
 from s3d_jax.errors import InputError, S3DError
+from s3d_jax.train.commands import add_commands as add_training
 
 if TYPE_CHECKING:
+    from s3d_jax.drafts import Draft
     from s3d_jax.generate import LM
 
 _DESCRIPTION = """\
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_decoding(chat)
     chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
     chat.set_defaults(run=_chat)
+    add_training(commands)
 
     info = commands.add_parser(
         "info",
@@ -96,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR", help="native checkpoint folder, as written by s3d-convert"
+    )
+    parser.add_argument(
+        "--draft", metavar="NAME", help="which of the checkpoint's trained drafts (s3d info)"
     )
 
 
@@ -143,7 +149,11 @@ def _load(arguments: argparse.Namespace) -> "LM":
     from s3d_jax.generate import load
 
     return load(
-        _model(arguments), dtype=arguments.dtype, max_length=arguments.max_length, progress=True
+        _model(arguments),
+        dtype=arguments.dtype,
+        draft=arguments.draft,
+        max_length=arguments.max_length,
+        progress=True,
     )
 
 
@@ -262,11 +272,14 @@ def _fitting(
 
 def _info(arguments: argparse.Namespace) -> int:
     from s3d_jax import checkpoint, model
-    from s3d_jax.generate import default_draft
+    from s3d_jax.drafts import draft_names, read_draft
 
     header = checkpoint.read_header(_model(arguments))
     config = header.config
-    draft = default_draft(config)
+    drafts = {
+        name: _draft_facts(read_draft(header.path, name, config, weights=False))
+        for name in draft_names(header.path)
+    }
     parameters = model.num_params(config)
     size = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
@@ -276,7 +289,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "weight_bytes": parameters * size,
         "cache_bytes_per_token": cache,
         "config": config.to_dict(),
-        "draft": {"trained": False, "draft_depth": draft.draft_depth, **draft.to_dict()},
+        "drafts": drafts,
         "tokenizer": header.has_tokenizer,
         "eos_token_ids": list(header.eos_token_ids),
         "generation_config_ignored": header.generation_config_ignored,
@@ -285,7 +298,6 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts))
         return 0
-    kept = [i for i, skipped in enumerate(draft.skip) if not skipped]
     rows = [
         ("model", arguments.model),
         ("parameters", f"{parameters:,} in {config.dtype}, {parameters * size / 2**20:,.1f} MiB"),
@@ -297,7 +309,7 @@ def _info(arguments: argparse.Namespace) -> int:
         ),
         ("context", f"{config.max_position_embeddings} tokens, rope {config.rope.type}"),
         ("cache", f"{cache / 1024:,.1f} KiB per token and row"),
-        ("draft", f"untrained, layers {kept} of {config.num_layers}, gamma {draft.gamma}"),
+        *_draft_rows(drafts),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
     ]
@@ -307,6 +319,35 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, value in rows:
         print(f"{name:12} {value}")
     return 0
+
+
+def _draft_facts(draft: "Draft") -> dict[str, Any]:
+    reached = draft.training.get("reached", {})
+    return {
+        **draft.config.to_dict(),
+        "draft_depth": draft.config.draft_depth,
+        "parameters": draft.num_params,
+        "mode": draft.training.get("mode"),
+        "tokens_per_iteration": reached.get("tokens_per_iteration"),
+    }
+
+
+def _draft_rows(drafts: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    if not drafts:
+        return [("draft", "untrained (s3d train makes one)")]
+    rows = []
+    for name, facts in drafts.items():
+        kept = [i for i, skipped in enumerate(facts["skip"]) if not skipped]
+        tau = facts["tokens_per_iteration"]
+        reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
+        rows.append(
+            (
+                "draft",
+                f"{name}: gamma {facts['gamma']}, layers {kept}, "
+                f"{facts['parameters']:,} parameters{reached}",
+            )
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -242,15 +242,14 @@ def draft_pass(
 ) -> Proposal:
     """The model drafts for itself: x_n and γ-1 mask tokens, kept layers, one pass."""
     assert spec.draft is not None and draft_params is not None
-    masks = draft_params.mask_embeddings
-    rows = np.minimum(np.arange(spec.gamma - 1), masks.shape[0] - 1)
     logits, cache = forward(
         spec.config,
         params,
         _last_token(state),
         state.cache,
         skip=spec.draft.skip,
-        mask_embeddings=masks[rows],
+        draft=draft_params,
+        num_masks=spec.gamma - 1,
         bidirectional=spec.draft.block_attention == "bidirectional",
         visible=visible,
     )

@@ -19,3 +19,7 @@ class CheckpointError(S3DError):
 
 class ConversionError(CheckpointError):
     """Weights that cannot be converted; lists every offending tensor at once."""
+
+
+class TrainingError(S3DError):
+    """A training run that cannot begin, resume or go on."""

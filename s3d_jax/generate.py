@@ -12,6 +12,7 @@ import numpy as np
 from s3d_jax import checkpoint
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
 from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
+from s3d_jax.drafts import choose_draft, read_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.model import DraftParams, Params, untrained_draft
 
@@ -29,6 +30,8 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    draft: str | None = None,
+    use_draft: bool = True,
     max_length: int | None = None,
     progress: bool = False,
 ) -> "LM":
@@ -40,6 +43,9 @@ def load(
     Args:
         path: the checkpoint folder.
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
+        draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
+            only one. A checkpoint without any drafts untrained.
+        use_draft: False leaves the trained drafts alone.
         max_length: tokens (prompt and output) that a row may have; None takes the length the model
             was made for. Each batch allocates only what it needs of it.
         progress: show a bar on a terminal where it takes more than a second.
@@ -51,11 +57,17 @@ def load(
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type.
     """
+    name = (
+        choose_draft(path, draft) if use_draft else None
+    )  # a wrong name should not cost the time of loading
     loaded = checkpoint.load(path, dtype, progress=progress)
     _warn_if_slow(loaded.config.dtype)
+    trained = None if name is None else read_draft(path, name, loaded.config)
     return LM(
         loaded.config,
         loaded.params,
+        draft_config=trained.config if trained else None,
+        draft_params=trained.params if trained else None,
         tokenizer=_load_tokenizer(loaded.header) if loaded.header.has_tokenizer else None,
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,

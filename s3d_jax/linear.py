@@ -4,6 +4,7 @@ Weights are stored `[in, out]`. docs/performance.md has the measurements behind 
 """
 
 import functools
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -90,15 +91,35 @@ def _row_by_row(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
     return jnp.stack(products).reshape(b, k, q, -1)
 
 
+def low_rank(
+    x: jax.Array,
+    factors: Mapping[str, jax.Array],
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`x @ down @ up`, with an activation between the two if there is one.
+
+    Args:
+        x: [..., in].
+        factors: {"down": [in, r], "up": [r, out]}; of any float type, used in that of `x`.
+        activation: of the r features.
+
+    Returns:
+        [..., out], of the type of `x`.
+    """
+    features = project(x, factors["down"].astype(x.dtype), x.dtype)
+    features = features if activation is None else activation(features)
+    return project(features, factors["up"].astype(x.dtype), x.dtype)
+
+
 class Linear(nn.Module):
-    """A linear layer with weight [in, out] and an optional bias [out]."""
+    """A linear layer: weight [in, out], an optional bias [out], a low-rank delta if given one."""
 
     features: int
     use_bias: bool
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
         init = nn.initializers.normal(stddev=0.02)
         weight = self.param("weight", init, (x.shape[-1], self.features), jnp.dtype(self.dtype))
         y = project(x, weight, x.dtype)
@@ -106,4 +127,4 @@ class Linear(nn.Module):
             y = y + self.param(
                 "bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.dtype)
             )
-        return y
+        return y if delta is None else y + low_rank(x, delta)

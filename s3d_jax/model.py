@@ -11,10 +11,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s3d_jax.cache import KVCache, init_cache, write
 from s3d_jax.config import ModelConfig
-from s3d_jax.linear import Linear, attention_product, project
+from s3d_jax.linear import Linear, attention_product, low_rank, project
 from s3d_jax.rope import rotary_table, rotate
 
 Params = Mapping[str, Any]
@@ -31,9 +32,21 @@ class DraftParams(flax.struct.PyTreeNode):
 
     Attributes:
         mask_embeddings: [M, D], inputs of the mask tokens; the i-th of a block is row min(i, M-1).
+        deltas: low-rank additions to linear layers of kept layers, under the paths of the
+            parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. Empty
+            where there are none.
+        bridges: what stands in for a gap of skipped layers, by the name of the module behind the
+            gap (layers_j, or final_norm): {down [D, r], up [r, D]}. Empty where there are none.
     """
 
     mask_embeddings: jax.Array
+    deltas: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    bridges: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+
+    def masks(self, count: int) -> jax.Array:
+        """The first `count` mask embeddings, [count, D]."""
+        rows = np.minimum(np.arange(count), self.mask_embeddings.shape[0] - 1)
+        return self.mask_embeddings[rows]
 
 
 def untrained_draft(params: Params) -> DraftParams:
@@ -41,6 +54,61 @@ def untrained_draft(params: Params) -> DraftParams:
     embedding = params["embed"]["embedding"]
     mean = jnp.mean(embedding, axis=0, keepdims=True, dtype=jnp.float32)
     return DraftParams(mask_embeddings=mean.astype(embedding.dtype))
+
+
+class Layout(flax.struct.PyTreeNode):
+    """Where the tokens of one pass are, and what they may see.
+
+    Attributes:
+        start: int [B], the slot that each row's first token is written to; the others follow.
+        positions: int32 [B, T], of the tokens in the text.
+        slot_positions: int32 [B, S] or [1, S], of what each slot holds.
+        seen: bool [B, T, S], True where a token may look (sliding windows come on top).
+    """
+
+    start: jax.Array
+    positions: jax.Array
+    slot_positions: jax.Array
+    seen: jax.Array
+
+
+def behind_committed(cache: KVCache, length: int, bidirectional: bool, slots: int) -> Layout:
+    """The layout of decoding: `length` tokens behind each row's committed ones."""
+    positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
+    last = positions[:, -1:] if bidirectional else positions
+    slot_positions = jnp.arange(slots, dtype=jnp.int32)[None]
+    return Layout(
+        cache.length, positions, slot_positions, slot_positions[:, None] <= last[:, :, None]
+    )
+
+
+def behind_anchors(anchors: jax.Array, width: int, context: int, bidirectional: bool) -> Layout:
+    """The layout of training: a block of `width` tokens at each of many places of one text.
+
+    The cache holds the whole text in its first `context` slots; the blocks lie behind it, one
+    after the other. A block sees the text before its anchor, and itself: what it would see in
+    decoding.
+
+    Args:
+        anchors: int [B, A], position of each block's first token.
+        width: tokens per block.
+        context: tokens of the text.
+        bidirectional: a block's tokens see each other both ways.
+    """
+    rows, count = anchors.shape
+    offsets = jnp.arange(width, dtype=jnp.int32)
+    positions = (anchors[:, :, None] + offsets).reshape(rows, -1).astype(jnp.int32)
+    text = jnp.arange(context, dtype=jnp.int32)
+    slot_positions = jnp.concatenate([jnp.broadcast_to(text, (rows, context)), positions], axis=1)
+    before = jnp.repeat(text < anchors[:, :, None], width, axis=1)
+    block = np.arange(count * width) // width
+    own = block[:, None] == block
+    if not bidirectional:
+        own &= np.tri(count * width, dtype=bool)
+    own = jnp.broadcast_to(own, (rows, *own.shape))
+    seen = jnp.concatenate([before, own], axis=2)
+    start = jnp.full((rows,), context, jnp.int32)
+    return Layout(start, positions, slot_positions, seen)
 
 
 class RMSNorm(nn.Module):
@@ -101,12 +169,12 @@ class Attention(nn.Module):
         start: jax.Array,
         mask: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
-        visible: int | None,
+        deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
         b, t, _ = x.shape
         n, kv, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        qkv = Linear(cfg.qkv_features, cfg.qkv_bias, cfg.dtype, name="qkv")(x)
+        qkv = Linear(cfg.qkv_features, cfg.qkv_bias, cfg.dtype, name="qkv")(x, deltas.get("qkv"))
         q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
         if cfg.qk_norm:
             q, k = RMSNorm(cfg, name="q_norm")(q), RMSNorm(cfg, name="k_norm")(k)
@@ -114,10 +182,11 @@ class Attention(nn.Module):
         keys = write(keys, k.swapaxes(1, 2), start)
         values = write(values, v.swapaxes(1, 2), start)
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        visible = mask.shape[-1]
         k, v = keys[:, :, :visible], values[:, :, :visible]
         out = attend(q, k, v, mask, scale, cfg.attention_softcap).reshape(b, t, n * h)
-        out = Linear(cfg.hidden_size, cfg.attention_out_bias, cfg.dtype, name="out")(out)
-        return out, keys, values
+        linear = Linear(cfg.hidden_size, cfg.attention_out_bias, cfg.dtype, name="out")
+        return linear(out, deltas.get("out")), keys, values
 
 
 class MLP(nn.Module):
@@ -126,12 +195,13 @@ class MLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, deltas: Mapping[str, Any]) -> jax.Array:
         cfg = self.config
-        gate_up = Linear(2 * cfg.intermediate_size, cfg.mlp_bias, cfg.dtype, name="gate_up")(x)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
+        linear = Linear(2 * cfg.intermediate_size, cfg.mlp_bias, cfg.dtype, name="gate_up")
+        gate, up = jnp.split(linear(x, deltas.get("gate_up")), 2, axis=-1)
         hidden = _ACTIVATIONS[cfg.activation](gate) * up
-        return Linear(cfg.hidden_size, cfg.mlp_bias, cfg.dtype, name="down")(hidden)
+        linear = Linear(cfg.hidden_size, cfg.mlp_bias, cfg.dtype, name="down")
+        return linear(hidden, deltas.get("down"))
 
 
 class Block(nn.Module):
@@ -148,14 +218,16 @@ class Block(nn.Module):
         start: jax.Array,
         mask: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
-        visible: int | None,
+        deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
         y = RMSNorm(cfg, name="attention_norm")(x)
         attention = Attention(cfg, name="attention")
-        y, keys, values = attention(y, keys, values, start, mask, rotary, visible)
+        y, keys, values = attention(
+            y, keys, values, start, mask, rotary, deltas.get("attention", {})
+        )
         x = x + (RMSNorm(cfg, name="post_attention_norm")(y) if cfg.post_norms else y)
-        y = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x))
+        y = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x), deltas.get("mlp", {}))
         x = x + (RMSNorm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
         return x, keys, values
 
@@ -172,10 +244,14 @@ class Transformer(nn.Module):
         cache: KVCache,
         *,
         skip: tuple[bool, ...] | None = None,
-        mask_embeddings: jax.Array | None = None,
+        draft: DraftParams | None = None,
+        num_masks: int = 0,
         bidirectional: bool = False,
         compute_logits: bool = True,
+        logits_at: jax.Array | None = None,
         visible: int | None = None,
+        layout: Layout | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array | None, KVCache]:
         """Runs a block of tokens that follows each row's committed tokens.
 
@@ -184,51 +260,60 @@ class Transformer(nn.Module):
             cache: keys and values of the committed tokens.
             skip: static, one entry per layer; True leaves the layer out of the program. None runs
                 all.
-            mask_embeddings: [M, D], appended to the block as M more inputs (the draft's mask
-                tokens).
+            draft: the draft's own parameters; None runs the target.
+            num_masks: static, mask tokens of the draft that follow each of the tokens as more
+                inputs: T·(1+num_masks) in all, the T below.
             bidirectional: the block's tokens see each other both ways, not only backwards.
             compute_logits: False where only the cache is wanted (prefill).
+            logits_at: int [B, R], the tokens of the block whose logits are wanted; None is all.
             visible: static; only the first `visible` slots of the cache are read, so that long
                 caches cost nothing while they are empty. The block must end before it. None reads
                 all.
+            layout: positions and mask of a block that is not behind the committed tokens
+                (training); `bidirectional` and `visible` are its business then.
+            remat: static; activations are computed anew in the backward pass, layer by layer.
 
         Returns:
-            (logits, cache): float32 [B, T+M, V] or None; and the cache with the block's keys and
+            (logits, cache): float32 [B, T or R, V] or None; and the cache with the block's keys and
             values written behind `length`, which is unchanged: committing is the caller's decision.
         """
         cfg = self.config
         embedding = Embedding(cfg, name="embed")()
         x = embedding[tokens]
-        if mask_embeddings is not None:
-            rows = (x.shape[0], *mask_embeddings.shape)
-            x = jnp.concatenate(
-                [x, jnp.broadcast_to(mask_embeddings.astype(x.dtype), rows)], axis=1
-            )
+        if num_masks:
+            assert draft is not None
+            x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
         if cfg.embedding_scale != 1.0:
             x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
 
-        start = cache.length
-        positions = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-        last = positions[:, -1:] if bidirectional else positions
-        slots = jnp.arange(visible or cache.slots, dtype=jnp.int32)
-        seen = slots[None, None, :] <= last[:, :, None]
+        if layout is None:
+            layout = behind_committed(cache, x.shape[1], bidirectional, visible or cache.slots)
         # Equal windows and equal rotary settings share one mask and one table.
-        windows = {w: _in_window(seen, slots, positions, w) for w in set(self._windows())}
+        windows = {w: _in_window(layout, w) for w in set(self._windows())}
         rotary = {
-            rope: rotary_table(rope, cfg.head_dim, positions, cache.prompt_length)
+            rope: rotary_table(rope, cfg.head_dim, layout.positions, cache.prompt_length)
             for rope in {self._rope(i) for i in range(cfg.num_layers)}
         }
+        deltas = {} if draft is None else draft.deltas
+        bridges = {} if draft is None else draft.bridges
+        block = nn.remat(Block) if remat else Block
         keys, values = list(cache.keys), list(cache.values)
         for i in range(cfg.num_layers):
             if skip is not None and skip[i]:
                 continue
-            x, keys[i], values[i] = Block(cfg, name=f"layers_{i}")(
-                x, keys[i], values[i], start, windows[cfg.window(i)], rotary[self._rope(i)], visible
+            name = f"layers_{i}"
+            x = _bridge(x, bridges.get(name), cfg.norm_eps)
+            x, keys[i], values[i] = block(cfg, name=name)(
+                *(x, keys[i], values[i], layout.start),
+                *(windows[cfg.window(i)], rotary[self._rope(i)], deltas.get(name, {})),
             )
         cache = cache.replace(keys=tuple(keys), values=tuple(values))
         if not compute_logits:
             return None, cache
 
+        x = _bridge(x, bridges.get("final_norm"), cfg.norm_eps)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
         x = RMSNorm(cfg, name="final_norm")(x)
         if cfg.tie_embeddings:
             logits = project(x, embedding, jnp.float32, transposed=True)
@@ -271,13 +356,31 @@ class Head(nn.Module):
         return self.param("weight", init, shape, jnp.dtype(cfg.dtype))
 
 
-def _in_window(
-    seen: jax.Array, slots: jax.Array, positions: jax.Array, window: int | None
-) -> jax.Array:
+def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:
+    """Puts the M mask inputs [M, D] behind each token of [B, T, D]: [B, T·(1+M), D]."""
+    b, t, d = x.shape
+    masks = jnp.broadcast_to(masks, (b, t, *masks.shape))
+    return jnp.concatenate([x[:, :, None], masks], axis=2).reshape(b, -1, d)
+
+
+def _bridge(x: jax.Array, bridge: Mapping[str, jax.Array] | None, eps: float) -> jax.Array:
+    """What a low-rank stand-in for the skipped layers adds to the residual stream, if there is one.
+
+    Nonlinear like the layers it stands for; the input is normalised, as theirs is.
+    """
+    if bridge is None:
+        return x
+    y = x.astype(jnp.float32)
+    y = (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return x + low_rank(y, bridge, jax.nn.silu)
+
+
+def _in_window(layout: Layout, window: int | None) -> jax.Array:
     """Takes away the slots that lie `window` or more positions back."""
     if window is None:
-        return seen
-    return seen & (slots[None, None, :] > positions[:, :, None] - window)
+        return layout.seen
+    recent = layout.slot_positions[:, None, :] > layout.positions[:, :, None] - window
+    return layout.seen & recent
 
 
 def forward(

@@ -119,7 +119,8 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
     if not isinstance(fields, dict):
         return False
-    native = fields.get("format") == "s3d_jax" and (folder / "weights").is_dir()
+    formats = ("s3d_jax", "s3d_jax draft")
+    native = fields.get("format") in formats and (folder / "weights").is_dir()
     return native or ("model_type" in fields and any(folder.glob("*.safetensors")))
 
 

@@ -1,0 +1,201 @@
+"""The trained drafts of a checkpoint: one target may carry several, under names of their own.
+
+drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 1, "draft": {...},
+                             "training": {...}, "arrays": {path: shape and CRC-32}}
+drafts/<name>/weights/       an orbax checkpoint: mask_embeddings, deltas, bridges
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax import checkpoint
+from s3d_jax.config import DraftConfig, ModelConfig
+from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.model import DraftParams
+from s3d_jax.staging import staged_folder
+
+FORMAT, VERSION = "s3d_jax draft", 1
+DEFAULT = "default"  # the name of the draft that is used where none is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A draft as it is stored.
+
+    Attributes:
+        name: its name in the checkpoint.
+        config: skip, γ, block attention.
+        params: its arrays, numpy; None where only the settings were read.
+        training: how it was made, and what it reached (free form, JSON).
+        num_params: parameters it has beside the target's.
+    """
+
+    name: str
+    config: DraftConfig
+    params: DraftParams | None
+    training: dict[str, Any]
+    num_params: int
+
+
+def save_draft(
+    model: str | os.PathLike[str],
+    name: str,
+    config: DraftConfig,
+    params: DraftParams,
+    training: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Adds a draft to a checkpoint; it appears whole or not at all.
+
+    Args:
+        model: the native checkpoint folder.
+        name: letters, digits, ".", "-" and "_".
+        config: skip, γ, block attention.
+        params: arrays of any float type; stored in the target's.
+        training: how it was made (JSON).
+        overwrite: replace a draft of that name.
+
+    Returns:
+        The draft's folder.
+
+    Raises:
+        CheckpointError: no such checkpoint, a name that cannot be one, or a draft of that name.
+    """
+    check_name(name)
+    header = checkpoint.read_header(model)
+    config.validate_for(header.config)
+    dtype = jnp.dtype(header.config.dtype)
+    arrays = {
+        path: checkpoint.cast(np.asarray(x), dtype, path)
+        for path, x in checkpoint.flatten(_tree(params)).items()
+    }
+    folder = header.path / "drafts" / name
+    with staged_folder(folder, overwrite=overwrite) as partial:
+        checkpoint.save_tree(partial / "weights", checkpoint.unflatten(arrays))
+        fields = {
+            "format": FORMAT,
+            "version": VERSION,
+            "draft": config.to_dict(),
+            "training": dict(training),
+            "arrays": {
+                path: {"shape": list(x.shape), "crc32": checkpoint.crc32(x)}
+                for path, x in arrays.items()
+            },
+        }
+        checkpoint.write_json(partial / "config.json", fields)
+    return folder
+
+
+def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The names of a checkpoint's drafts, sorted."""
+    folder = Path(model) / "drafts"
+    return tuple(sorted(p.parent.name for p in folder.glob("*/config.json") if _is_name(p.parent)))
+
+
+def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
+    """The draft to use: `name`; without one the default, or the only one there is.
+
+    Returns:
+        Its name, or None where the checkpoint has no draft.
+
+    Raises:
+        CheckpointError: there is none of that name; or several, and none is the default.
+    """
+    names = draft_names(model)
+    if name is not None and name not in names:
+        known = f"it has {', '.join(names)}" if names else "it has no trained draft"
+        raise CheckpointError(f"{model} has no draft {name!r}: {known}")
+    if name is not None or not names:
+        return name
+    if DEFAULT in names:
+        return DEFAULT
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{model} has the drafts {', '.join(names)}, and none is called {DEFAULT!r}: say which "
+            "one (--draft NAME, draft=...)"
+        )
+    return names[0]
+
+
+def read_draft(
+    model: str | os.PathLike[str], name: str, config: ModelConfig, *, weights: bool = True
+) -> Draft:
+    """Reads one draft.
+
+    Args:
+        model: the native checkpoint folder.
+        name: the draft's name.
+        config: the target's; arrays are cast to its dtype.
+        weights: False reads the settings alone.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another version, or does not fit the target.
+    """
+    folder = Path(model) / "drafts" / name
+    fields = checkpoint.read_json(folder / "config.json")
+    if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
+        raise CheckpointError(
+            f"{folder} is no draft of format version {VERSION}: train it again, or update s3d_jax"
+        )
+    try:
+        draft = DraftConfig.from_dict(fields["draft"])
+        draft.validate_for(config)
+        index: dict[str, Any] = fields["arrays"]
+        shapes = {str(path): tuple(entry["shape"]) for path, entry in index.items()}
+        sums = {str(path): entry["crc32"] for path, entry in index.items()}
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from error
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    params = None
+    if weights:
+        tree = checkpoint.restore_tree(
+            folder / "weights", checkpoint.unflatten(dict.fromkeys(shapes))
+        )
+        arrays = checkpoint.flatten(tree)
+        damaged = [
+            path
+            for path, shape in shapes.items()
+            if path not in arrays
+            or arrays[path].shape != shape
+            or checkpoint.crc32(arrays[path]) != sums[path]
+        ]
+        if damaged:
+            raise CheckpointError(
+                f"the draft in {folder} is damaged: train it again, or restore it from a copy\n"
+                + checkpoint.bullets(damaged)
+            )
+        dtype = jnp.dtype(config.dtype)
+        cast = {k: jnp.asarray(checkpoint.cast(x, dtype, k)) for k, x in arrays.items()}
+        params = DraftParams(**checkpoint.unflatten(cast))
+    return Draft(name, draft, params, fields.get("training") or {}, count)
+
+
+def _tree(params: DraftParams) -> dict[str, Any]:
+    parts = {
+        "mask_embeddings": params.mask_embeddings,
+        "deltas": params.deltas,
+        "bridges": params.bridges,
+    }
+    return {name: part for name, part in parts.items() if not isinstance(part, Mapping) or part}
+
+
+def _is_name(path: Path) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", path.name) is not None and (
+        ".partial-" not in path.name and ".old-" not in path.name
+    )
+
+
+def check_name(name: str) -> None:
+    """Raises CheckpointError unless a draft may be called so."""
+    if not _is_name(Path(name)) or Path(name).name != name:
+        raise CheckpointError(
+            f"{name!r} cannot be the name of a draft: use letters, digits, '.', '-' and '_'"
+        )

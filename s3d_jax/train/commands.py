@@ -1,0 +1,431 @@
+"""The commands `s3d train`, `s3d pretrain` and `s3d distill`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s3d_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from s3d_jax.config import DraftConfig, ModelConfig
+    from s3d_jax.train.loop import LoopConfig
+    from s3d_jax.train.objective import ObjectiveConfig
+    from s3d_jax.train.runs import ValidationConfig
+
+_RAW = argparse.RawDescriptionHelpFormatter
+
+_TRAIN = """\
+Teaches a model to draft for itself, and stores the draft in its checkpoint, where s3d generate
+finds it. The target stays as it is (but in mode full), so the output of S3D stays that of plain
+decoding; what grows is how much of the draft is accepted.
+
+modes:
+  adapter  mask embeddings, low-rank deltas on the layers that the draft runs, and a low-rank
+           bridge over the skipped ones (the default)
+  mask     the mask embeddings alone: cheapest, and only of use where few layers are skipped
+  full     the layers that the draft runs, with the next-token loss beside: changes the target,
+           which is written to --out"""
+
+_TRAIN_EPILOG = """\
+data files (.gz too):
+  .txt     texts, separated by <|endoftext|>
+  .jsonl   {"text": ...}, {"messages": [...]} (the assistant's turns are learnt), or what
+           s3d distill writes, which is the best data there is
+
+examples:
+  s3d distill --model models/m --prompts texts.txt --out own.jsonl
+  s3d train --model models/m --data own.jsonl --run runs/m --steps 2000
+  s3d train --model models/m --data own.jsonl --run runs/m --steps 2000 --resume
+  s3d train --model models/m --data own.jsonl --run runs/m7 --gamma 7 --skip 2-5 --name g7"""
+
+_PRETRAIN_EPILOG = """\
+example:
+  s3d pretrain --data stories.txt --out models/tiny --run runs/tiny --steps 2000 \\
+      --vocab-size 2048 --layers 8 --width 192 --joint-draft"""
+
+_DISTILL_EPILOG = """\
+example:
+  s3d distill --model models/m --prompts texts.txt --limit 2000 --out own.jsonl"""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the three commands to the parser of `s3d`."""
+    _add_train(commands)
+    _add_pretrain(commands)
+    _add_distill(commands)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train", help="train the draft of a model", description=_TRAIN, epilog=_TRAIN_EPILOG,
+        formatter_class=_RAW,
+    )  # fmt: skip
+    parser.add_argument("--model", required=True, metavar="DIR", help="native checkpoint folder")
+    parser.add_argument(
+        "--mode", choices=("adapter", "mask", "full"), default="adapter", help="default: adapter"
+    )
+    parser.add_argument("--name", default="default", help="of the draft (default: default)")
+    parser.add_argument("--out", metavar="DIR", help="mode full: the new checkpoint")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the frozen target (default: as stored)",
+    )
+    _add_run(parser, steps=2000, rate=None)
+    _add_draft(parser)
+    parser.set_defaults(run=_train)
+
+
+def _add_pretrain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "pretrain",
+        help="train a small model from nothing",
+        description="Trains a small model, and its byte-level BPE tokenizer, on texts.",
+        epilog=_PRETRAIN_EPILOG,
+        formatter_class=_RAW,
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the native checkpoint")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--config", metavar="FILE", help="a ModelConfig as JSON, instead of the sizes below"
+    )
+    sizes = {"vocab-size": 4096, "layers": 8, "width": 256, "heads": 8, "kv-heads": 4}
+    for name, default in sizes.items():
+        group.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    group.add_argument("--mlp-width", type=int, help="default: 3 times the width")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of the checkpoint (default: bfloat16); training is in float32",
+    )
+    group.add_argument("--tokenizer", metavar="DIR", help="use this one instead of training one")
+    _add_run(parser, steps=2000, rate=3e-3)
+    _add_draft(parser)
+    group = parser.add_argument_group("joint training")
+    group.add_argument(
+        "--joint-draft",
+        action="store_true",
+        help="also teach the model to draft, and store that draft",
+    )
+    group.add_argument(
+        "--draft-weight", type=float, default=0.2, metavar="W", help="of its loss (default: 0.2)"
+    )
+    parser.set_defaults(run=_pretrain)
+
+
+def _add_run(parser: argparse.ArgumentParser, steps: int, rate: float | None) -> None:
+    parser.add_argument(
+        "--data", required=True, action="append", metavar="FILE", help="may be repeated"
+    )
+    parser.add_argument(
+        "--valid", action="append", default=[], metavar="FILE",
+        help="held-out files (default: 2%% of the data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--run", required=True, dest="run_folder", metavar="DIR",
+        help="folder for states, metrics.jsonl and curves.png",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    group = parser.add_argument_group("training")
+    rate_help = f"default: {rate}" if rate else "default: 2e-3, in mode full 3e-4"
+    group.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default: {steps}")
+    group.add_argument("--learning-rate", type=float, default=rate, metavar="R", help=rate_help)
+    group.add_argument(
+        "--optimizer", choices=("adamw", "adafactor", "lion"), default="adamw",
+        help="default: adamw",
+    )  # fmt: skip
+    group.add_argument(
+        "--schedule", choices=("cosine", "linear", "constant"), default="cosine",
+        help="after the warm-up (default: cosine)",
+    )  # fmt: skip
+    numbers = (
+        ("--warmup-steps", int, 50, "steps of growing learning rate"),
+        ("--weight-decay", float, 0.0, "on matrices"),
+        ("--clip-norm", float, 1.0, "of the gradient"),
+        ("--ema-decay", float, 0.99, "of the running average that is kept; 0: none"),
+        ("--batch-size", int, 16, "rows per step"),
+        ("--accumulate", int, 1, "parts that a batch is worked off in, to save memory"),
+        ("--row-length", int, 256, "tokens per row"),
+        ("--seed", int, 0, "of everything random"),
+        ("--save-every", int, 200, "steps between states"),
+        ("--keep-states", int, 2, "states that stay on disk"),
+        ("--validate-every", int, 200, "steps between validations"),
+        ("--log-every", int, 10, "steps between lines of metrics.jsonl"),
+        ("--valid-prompts", int, 32, "prompts decoded in a validation"),
+        ("--valid-tokens", int, 128, "tokens decoded per prompt"),
+        ("--prompt-tokens", int, 16, "length of a prompt that is the beginning of a text"),
+    )
+    for name, kind, default, text in numbers:
+        group.add_argument(
+            name, type=kind, default=default, metavar="X" if kind is float else "N",
+            help=f"{text} (default: {default})",
+        )  # fmt: skip
+    group.add_argument(
+        "--remat", action="store_true",
+        help="compute activations anew in the backward pass: less memory, a third more time",
+    )  # fmt: skip
+
+
+def _add_draft(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("draft")
+    group.add_argument("--gamma", type=int, default=4, metavar="G", help="default: 4")
+    group.add_argument(
+        "--skip", metavar="LAYERS", help='skipped layers: "2-5", "2,3,6" (default: the middle half)'
+    )
+    group.add_argument(
+        "--block-attention", choices=("causal", "bidirectional"), default="causal",
+        help="inside the draft block (default: causal)",
+    )  # fmt: skip
+    group.add_argument("--rank", type=int, default=16, metavar="R", help="of deltas (default: 16)")
+    group.add_argument(
+        "--bridge-rank", type=int, default=64, metavar="R", help="of bridges (default: 64)"
+    )
+    group.add_argument(
+        "--objective", choices=("ce", "kl", "tv"), default="ce",
+        help="cross-entropy on the text (default), KL to the target, or total variation",
+    )  # fmt: skip
+    group.add_argument(
+        "--decay", type=float, default=0.85, metavar="X",
+        help="the i-th draft token weighs X^i (default: 0.85)",
+    )  # fmt: skip
+    group.add_argument(
+        "--anchors", type=int, default=16, metavar="N", help="blocks per row (default: 16)"
+    )
+
+
+def _add_distill(commands: Any) -> None:
+    parser = commands.add_parser(
+        "distill",
+        help="write a model's own continuations, to train its draft on",
+        description="Continues the beginnings of texts, and writes the outcome as jsonl for "
+        "s3d train. A call that was interrupted goes on where it was.",
+        epilog=_DISTILL_EPILOG,
+        formatter_class=_RAW,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="native checkpoint folder")
+    parser.add_argument(
+        "--prompts", required=True, action="append", metavar="FILE",
+        help="texts or chats, as for s3d train; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file")
+    numbers = (
+        ("--limit", int, None, "prompts at most", "all"),
+        ("--prompt-tokens", int, 16, "tokens of a text that are its prompt", 16),
+        ("--max-new-tokens", int, 256, "tokens per continuation", 256),
+        ("--batch-size", int, 32, "prompts at once", 32),
+        ("--sampled-fraction", float, 0.5, "share that is sampled, not greedy", 0.5),
+        ("--temperature", float, 1.0, "of the sampled ones", 1.0),
+        ("--top-p", float, 1.0, "of the sampled ones", 1.0),
+        ("--seed", int, 0, "of sampling, and of the choice of prompts", 0),
+    )
+    for name, kind, default, text, shown in numbers:
+        parser.add_argument(
+            name, type=kind, default=default, metavar="X" if kind is float else "N",
+            help=f"{text} (default: {shown})",
+        )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.set_defaults(run=_distill)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from s3d_jax.checkpoint import read_header
+    from s3d_jax.train.draft import AdapterConfig
+    from s3d_jax.train.runs import train_draft
+
+    if arguments.learning_rate is None:
+        arguments.learning_rate = 3e-4 if arguments.mode == "full" else 2e-3
+    config = read_header(arguments.model).config
+    report = train_draft(
+        arguments.model,
+        arguments.data,
+        arguments.run_folder,
+        _loop(arguments),
+        name=arguments.name,
+        out=arguments.out,
+        mode=arguments.mode,
+        draft=_draft(arguments, config),
+        objective=_objective(arguments),
+        adapter=AdapterConfig(arguments.rank, arguments.bridge_rank),
+        row_length=arguments.row_length,
+        valid=arguments.valid,
+        validation=_validation(arguments),
+        dtype=arguments.dtype,
+        remat=arguments.remat,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    before, after = report["untrained"], report["reached"]
+    print(
+        f"tokens per iteration: {before['tokens_per_iteration']:.2f} untrained, "
+        f"{after['tokens_per_iteration']:.2f} now"
+    )
+    print("accepted by position:", *(f"{x:.2f}" for x in after["acceptance_per_position"]))
+    if "perplexity" in after:
+        print(
+            f"perplexity: {report['perplexity_before']:.3f} before, {after['perplexity']:.3f} now"
+        )
+    print(f"draft {arguments.name!r} is in {arguments.out or arguments.model}")
+    return 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from s3d_jax.train.draft import AdapterConfig
+    from s3d_jax.train.runs import pretrain
+
+    config = _model_config(arguments)
+    report = pretrain(
+        arguments.data,
+        arguments.out,
+        arguments.run_folder,
+        config,
+        _loop(arguments),
+        tokenizer=arguments.tokenizer,
+        draft=_draft(arguments, config) if arguments.joint_draft else None,
+        draft_weight=arguments.draft_weight,
+        objective=_objective(arguments),
+        adapter=AdapterConfig(arguments.rank, arguments.bridge_rank),
+        row_length=arguments.row_length,
+        valid=arguments.valid,
+        validation=_validation(arguments),
+        remat=arguments.remat,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    reached = report["reached"]
+    print(f"held-out loss: {reached['next_token_loss']:.3f} per token")
+    if "tokens_per_iteration" in reached:
+        print(f"tokens per iteration: {reached['tokens_per_iteration']:.2f}")
+    print(f"the model is in {arguments.out}")
+    return 0
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from s3d_jax.generate import load
+    from s3d_jax.train.data import read_documents
+    from s3d_jax.train.distill import distill
+    from s3d_jax.train.validation import held_out_prompts
+
+    lm = load(arguments.model, dtype=arguments.dtype, progress=True)
+    documents = read_documents(arguments.prompts, lm.tokenizer, None)
+    order = np.random.default_rng(arguments.seed).permutation(len(documents))
+    limit = len(documents) if arguments.limit is None else arguments.limit
+    prompts = held_out_prompts([documents[i] for i in order], limit, arguments.prompt_tokens)
+    path = distill(
+        lm,
+        prompts,
+        arguments.out,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        sampled_fraction=arguments.sampled_fraction,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    print(f"{len(prompts)} continuations are in {path}", file=sys.stderr)
+    return 0
+
+
+def _loop(arguments: argparse.Namespace) -> "LoopConfig":
+    from s3d_jax.train.loop import LoopConfig
+    from s3d_jax.train.optimizer import OptimizerConfig
+
+    return LoopConfig(
+        OptimizerConfig(
+            steps=arguments.steps,
+            optimizer=arguments.optimizer,
+            learning_rate=arguments.learning_rate,
+            schedule=arguments.schedule,
+            warmup_steps=arguments.warmup_steps,
+            weight_decay=arguments.weight_decay,
+            clip_norm=arguments.clip_norm,
+        ),
+        batch_size=arguments.batch_size,
+        accumulate=arguments.accumulate,
+        ema_decay=arguments.ema_decay,
+        seed=arguments.seed,
+        log_every=arguments.log_every,
+        save_every=arguments.save_every,
+        validate_every=arguments.validate_every,
+        keep_states=arguments.keep_states,
+    )
+
+
+def _objective(arguments: argparse.Namespace) -> "ObjectiveConfig":
+    from s3d_jax.train.objective import ObjectiveConfig
+
+    return ObjectiveConfig(arguments.objective, arguments.decay, arguments.anchors)
+
+
+def _validation(arguments: argparse.Namespace) -> "ValidationConfig":
+    from s3d_jax.train.runs import ValidationConfig
+
+    return ValidationConfig(
+        prompts=arguments.valid_prompts,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.valid_tokens,
+    )
+
+
+def _draft(arguments: argparse.Namespace, config: "ModelConfig") -> "DraftConfig":
+    from s3d_jax.config import DraftConfig, symmetric_skip
+
+    layers = config.num_layers
+    skip = symmetric_skip(layers, layers // 2)
+    if arguments.skip is not None:
+        skip = parse_skip(arguments.skip, layers)
+    return DraftConfig(skip, arguments.gamma, arguments.block_attention)
+
+
+def parse_skip(text: str, num_layers: int) -> tuple[bool, ...]:
+    """A skip mask from "2-5", "2,3,6" or "" (none is skipped).
+
+    Raises:
+        InputError: it is none of these, or names a layer that the model has not.
+    """
+    skipped: set[int] = set()
+    try:
+        for part in filter(None, text.replace(" ", "").split(",")):
+            first, _, last = part.partition("-")
+            skipped.update(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise InputError(f'--skip takes layers like "2-5" or "2,3,6", got {text!r}') from error
+    if skipped and not 0 <= min(skipped) <= max(skipped) < num_layers:
+        raise InputError(f"--skip {text}: the model has the layers 0 to {num_layers - 1}")
+    return tuple(i in skipped for i in range(num_layers))
+
+
+def _model_config(arguments: argparse.Namespace) -> "ModelConfig":
+    from s3d_jax.config import ModelConfig
+
+    if arguments.config is not None:
+        path = Path(arguments.config)
+        try:
+            return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+    width, heads = arguments.width, arguments.heads
+    if heads < 1 or width % heads:
+        raise InputError(f"--width {width} must be a multiple of --heads {heads}")
+    return ModelConfig(
+        vocab_size=arguments.vocab_size,
+        hidden_size=width,
+        intermediate_size=arguments.mlp_width or 3 * width,
+        num_layers=arguments.layers,
+        num_heads=heads,
+        num_kv_heads=arguments.kv_heads,
+        head_dim=width // heads,
+        max_position_embeddings=2 * arguments.row_length,
+        tie_embeddings=True,
+        dtype=arguments.dtype,
+    )

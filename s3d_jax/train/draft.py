@@ -1,0 +1,234 @@
+"""Training the draft of a model, in three modes: mask, adapter, full (see docs/training.md)."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s3d_jax.config import DraftConfig, ModelConfig
+from s3d_jax.errors import ConfigError
+from s3d_jax.model import DraftParams, Params, untrained_draft
+from s3d_jax.train.objective import (
+    ObjectiveConfig,
+    agreement,
+    block_targets,
+    divergence,
+    draft_stream,
+    next_anchors,
+    next_token_loss,
+    random_anchors,
+    target_stream,
+    weighted_mean,
+)
+
+MODES = ("adapter", "mask", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The size of the low-rank parts.
+
+    Attributes:
+        rank: of the deltas on the linear layers of kept layers; 0 is none.
+        bridge_rank: of what stands in for each gap of skipped layers; 0 is none.
+    """
+
+    rank: int = 16
+    bridge_rank: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.bridge_rank < 0:
+            raise ConfigError(f"ranks must be at least 0, got {self.rank}, {self.bridge_rank}")
+
+
+def init_draft(
+    config: ModelConfig,
+    params: Params,
+    draft_config: DraftConfig,
+    adapter: AdapterConfig,
+    key: jax.Array,
+) -> DraftParams:
+    """A draft that computes what the untrained one does: every low-rank part starts with up = 0.
+
+    Args:
+        config, params: the target; `params` may be abstract but for the embedding.
+        draft_config: γ - 1 mask embeddings are made, one at least.
+        adapter: ranks.
+        key: typed PRNG key.
+
+    Returns:
+        Parameters in float32.
+    """
+    masks_key, key = jax.random.split(key)
+    mean = untrained_draft(params).mask_embeddings.astype(jnp.float32)
+    deviation = jnp.std(params["embed"]["embedding"].astype(jnp.float32))
+    shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
+    masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
+
+    keys = iter(jax.random.split(key, 8 * config.num_layers + 8))
+
+    def factors(shape: tuple[int, int], rank: int) -> dict[str, jax.Array]:
+        fan_in, fan_out = shape
+        down = jax.random.normal(next(keys), (fan_in, rank)) * fan_in**-0.5
+        return {"down": down, "up": jnp.zeros((rank, fan_out))}
+
+    deltas: dict[str, Any] = {}
+    kept = [i for i, skipped in enumerate(draft_config.skip) if not skipped]
+    if adapter.rank:
+        for i in kept:
+            layer = params[f"layers_{i}"]
+            deltas[f"layers_{i}"] = {
+                part: {
+                    name: factors(layer[part][name]["weight"].shape, adapter.rank) for name in names
+                }
+                for part, names in (("attention", ("qkv", "out")), ("mlp", ("gate_up", "down")))
+            }
+    bridges: dict[str, Any] = {}
+    if adapter.bridge_rank:
+        ends = [*draft_config.skip, False]
+        for i in range(1, len(ends)):
+            if ends[i - 1] and not ends[i]:
+                name = f"layers_{i}" if i < config.num_layers else "final_norm"
+                size = config.hidden_size
+                bridges[name] = factors((size, size), adapter.bridge_rank)
+    return DraftParams(mask_embeddings=masks, deltas=deltas, bridges=bridges)
+
+
+class DraftTask:
+    """What `fit` needs to know to train a draft.
+
+    The trained tree is {"draft": DraftParams}, in "full" mode with {"layers": the kept layers}.
+
+    Attributes:
+        frozen: the target's parameters, an argument of the step, never of the optimiser.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        draft_config: DraftConfig,
+        *,
+        mode: str = "adapter",
+        objective: ObjectiveConfig = ObjectiveConfig(),
+        adapter: AdapterConfig = AdapterConfig(),
+        next_token_weight: float = 1.0,
+        remat: bool = False,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
+        draft_config.validate_for(config)
+        self.config = config
+        self.frozen = params
+        self.draft_config = draft_config
+        self.mode = mode
+        self.objective = objective
+        self.adapter = adapter if mode == "adapter" else AdapterConfig(0, 0)
+        self.next_token_weight = next_token_weight
+        self.remat = remat
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """The tree that is trained, in float32."""
+        tree: dict[str, Any] = {
+            "draft": init_draft(self.config, self.frozen, self.draft_config, self.adapter, key)
+        }
+        if self.mode == "full":
+            kept = [f"layers_{i}" for i, s in enumerate(self.draft_config.skip) if not s]
+            # Copies: the step donates what is trained, and the frozen target must live on.
+            tree["layers"] = jax.tree.map(
+                lambda x: jnp.array(x, jnp.float32, copy=True),
+                {name: dict(self.frozen[name]) for name in kept},
+            )
+        return tree
+
+    def merged(self, tree: Mapping[str, Any], frozen: Params) -> tuple[Params, DraftParams]:
+        """(target, draft): the target with its trained layers, if any, in its own dtype."""
+        dtype = frozen["embed"]["embedding"].dtype
+        layers = jax.tree.map(lambda x: x.astype(dtype), tree.get("layers", {}))
+        return {**frozen, **layers}, tree["draft"]
+
+    def loss(
+        self,
+        tree: Mapping[str, Any],
+        frozen: Params,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch, and what is worth writing down.
+
+        Args:
+            tree: what is trained.
+            frozen: the target's parameters.
+            batch: {"tokens": int [B, T], "learn": bool [B, T]}.
+            key: of the anchors.
+        """
+        params, draft = self.merged(tree, frozen)
+        metrics = draft_losses(
+            *(self.config, params, self.draft_config, draft, self.objective, batch, key),
+            target_is_trained=self.mode == "full",
+            remat=self.remat,
+        )
+        language = metrics.get("next_token_loss", 0.0)
+        return metrics["draft_loss"] + self.next_token_weight * language, metrics
+
+
+def draft_losses(
+    config: ModelConfig,
+    params: Params,
+    draft_config: DraftConfig,
+    draft: DraftParams,
+    objective: ObjectiveConfig,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    target_is_trained: bool,
+    remat: bool,
+) -> dict[str, jax.Array]:
+    """The losses of one batch.
+
+    Args:
+        config, params, draft_config, draft, objective: what is judged, and how.
+        batch: {"tokens": int [B, T], "learn": bool [B, T]}.
+        key: of the anchors.
+        target_is_trained: gradients flow into `params` too, and the target has a loss of its own.
+            Its distributions are constants where the draft is compared with them: they are not
+            trained to be easy to guess.
+        remat: see `Transformer`.
+
+    Returns:
+        "draft_loss"; "agreement", float32 [γ], see there; and where the target is trained
+        "next_token_loss".
+    """
+    tokens, learn = batch["tokens"], batch["learn"]
+    gamma = draft_config.gamma
+    anchors = random_anchors(key, learn, min(objective.anchors, tokens.shape[1] - 1))
+    compares = objective.objective != "ce"  # with the target's distributions
+    logits, cache = target_stream(
+        *(config, params, tokens),
+        slots=tokens.shape[1] + anchors.shape[1] * gamma,
+        compute_logits=compares or target_is_trained,
+        remat=remat,
+    )
+    if not target_is_trained:
+        cache = jax.lax.stop_gradient(cache)
+    stream = functools.partial(draft_stream, config, remat=remat)
+    if objective.hop:
+        _, targets, _ = block_targets(tokens, learn, anchors, gamma, objective.decay)
+        still = jax.lax.stop_gradient((params, draft, cache))
+        q = stream(still[0], draft_config, still[1], tokens, anchors, still[2])
+        anchors = next_anchors(anchors, q, targets, gamma, tokens.shape[1])
+    rows, targets, weights = block_targets(tokens, learn, anchors, gamma, objective.decay)
+    q = stream(params, draft_config, draft, tokens, anchors, cache)
+    goal = None
+    if compares:
+        assert logits is not None
+        goal = jax.lax.stop_gradient(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
+    loss = weighted_mean(divergence(objective.objective, q, goal, targets), weights)
+    metrics = {"draft_loss": loss, "agreement": agreement(q, targets, weights, gamma)}
+    if target_is_trained:
+        assert logits is not None
+        metrics["next_token_loss"] = next_token_loss(logits, tokens, learn)
+    return metrics

@@ -1,0 +1,381 @@
+"""The training loop: steps, states that survive a kill, metrics, validation.
+
+A run is a folder:
+
+    options.json        what was asked for; a run is only resumed with the same
+    metrics.jsonl       one JSON object per line: the loss of a step, or a validation
+    states/<step>/      orbax checkpoints of everything that changes; the last few
+    curves.png          loss and acceptance (needs matplotlib)
+
+Everything random is a function of the seed and the step, and the state is whole or absent, so a
+run that was killed at any moment goes on bit for bit.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.errors import ConfigError, TrainingError
+from s3d_jax.train.optimizer import OptimizerConfig
+
+_SMOOTHING = 0.98  # of the running loss that divergence is judged by
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How a run goes.
+
+    Attributes:
+        optimizer: the updates.
+        batch_size: rows per update.
+        accumulate: parts that a batch is worked off in, one after the other, to save memory.
+        ema_decay: of the running average of the trained weights, which is what is validated and
+            kept; 0 takes the weights themselves.
+        seed: of everything random.
+        log_every, save_every, validate_every: steps; 0 is only at the end.
+        keep_states: how many states stay on disk.
+    """
+
+    optimizer: OptimizerConfig
+    batch_size: int = 16
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 200
+    validate_every: int = 200
+    keep_states: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "keep_states"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate "
+                f"({self.accumulate})"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    frozen: Any
+
+    def init(self, key: jax.Array) -> Any:
+        """The trained tree, float32."""
+
+    def loss(
+        self, tree: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch, and metrics."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that changes.
+
+    Attributes:
+        step: int32, updates so far.
+        tree: what is trained.
+        average: its running average; () without one.
+        optimizer: the state of optax.
+    """
+
+    step: jax.Array
+    tree: Any
+    average: Any
+    optimizer: Any
+
+    @property
+    def result(self) -> Any:
+        """What is validated and kept."""
+        return self.tree if self.average == () else self.average
+
+
+def _make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
+    optimizer = config.optimizer.build()
+    key = jax.random.key(config.seed)
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        import optax
+
+        keys = jax.random.split(jax.random.fold_in(key, state.step), config.accumulate)
+        parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
+        gradient_of = jax.value_and_grad(task.loss, has_aux=True)
+
+        def part(_: None, part: Any) -> tuple[None, Any]:
+            (loss, metrics), gradients = gradient_of(state.tree, frozen, part[0], part[1])
+            return None, (gradients, metrics | {"loss": loss})
+
+        if config.accumulate == 1:
+            _, (gradients, metrics) = part(None, (jax.tree.map(lambda x: x[0], parts), keys[0]))
+        else:
+            gradients, metrics = _mean_over_parts(part, (parts, keys))
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.tree)
+        tree = optax.apply_updates(state.tree, updates)
+        average = state.average
+        if config.ema_decay:
+            # While it is young the average is a plain mean, so that the beginning is forgotten.
+            age = state.step.astype(jnp.float32)
+            decay = jnp.minimum(config.ema_decay, (1 + age) / (10 + age))
+            average = jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, tree)
+        return TrainState(state.step + 1, tree, average, optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _mean_over_parts(part: Callable[..., Any], parts: Any) -> Any:
+    """Gradients and metrics averaged over the parts, with one sum in memory."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda p: part(None, p)[1], first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    count = jax.tree.leaves(parts)[0].shape[0]
+
+    def add(total: Any, p: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, part(None, p)[1]), None
+
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def fit(
+    task: Task,
+    batches: Callable[[int], Mapping[str, np.ndarray]],
+    config: LoopConfig,
+    run: str | os.PathLike[str],
+    *,
+    options: Mapping[str, Any],
+    validate: Callable[[Any], dict[str, Any]] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Any:
+    """Trains to the end.
+
+    Args:
+        task: what is trained.
+        batches: step -> arrays with a leading axis of `batch_size`.
+        config: how.
+        run: the run's folder.
+        options: JSON; everything that the run depends on, to refuse a resume with others.
+        validate: trained tree -> JSON, called at the start, every `validate_every` steps, and at
+            the end.
+        resume: go on from the last state in `run`; without one, begin.
+        progress: show a bar.
+
+    Returns:
+        The trained tree (its running average, if there is one).
+
+    Raises:
+        TrainingError: the folder holds another run; or the loss became NaN or diverged. The last
+            good state stays.
+    """
+    from tqdm import tqdm
+
+    folder = _Run(Path(run), config, options, resume)
+    optimizer = config.optimizer.build()
+
+    def begin() -> TrainState:
+        tree = task.init(jax.random.key(config.seed))
+        average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
+        return TrainState(jnp.int32(0), tree, average, optimizer.init(tree))
+
+    try:
+        state = folder.restore(begin)
+        first, last = int(state.step), config.optimizer.steps
+        step_program = _make_step(task, config)
+        guard = _Guard(folder, config.optimizer.warmup_steps + 10)
+        pending: tuple[int, Any] | None = None
+
+        def settle() -> None:
+            nonlocal pending
+            if pending is not None:
+                number, metrics = pending
+                values = {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()}
+                guard.check(number, values)
+                if number % config.log_every == 0 or number == last:
+                    folder.write({"step": number, **values})
+                bar.set_postfix(loss=f"{guard.running:.3f}", refresh=False)
+            pending = None
+
+        def validated() -> None:
+            if validate is not None:
+                folder.write({"step": int(state.step), "validation": validate(state.result)})
+                folder.draw()
+
+        with tqdm(
+            total=last, initial=first, desc="training", unit=" steps", disable=not progress
+        ) as bar:
+            if first == 0:
+                validated()
+            for number in range(first + 1, last + 1):
+                batch = batches(number - 1)
+                state, metrics = step_program(state, task.frozen, batch)
+                settle()  # the step before: the device works on this one meanwhile
+                pending = number, metrics
+                bar.update()
+                if _due(number, config.validate_every) or number == last:
+                    settle()
+                    validated()
+                if _due(number, config.save_every) or number == last:
+                    settle()
+                    folder.save(state)
+        folder.draw()
+        return state.result
+    finally:
+        folder.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Guard:
+    """Stops a run that went wrong, before its state is saved."""
+
+    def __init__(self, folder: "_Run", settled: int) -> None:
+        self._folder = folder
+        self._settled = settled  # before this step a loss may rise
+        self.running = math.nan
+        self._best = math.inf
+
+    def check(self, step: int, values: Mapping[str, Any]) -> None:
+        loss = values["loss"]
+        if not (math.isfinite(loss) and math.isfinite(values["gradient_norm"])):
+            raise TrainingError(self._message(f"the loss is not a number at step {step}"))
+        old = self.running
+        self.running = loss if math.isnan(old) else _SMOOTHING * old + (1 - _SMOOTHING) * loss
+        if step <= self._settled:
+            return
+        self._best = min(self._best, self.running)
+        if self.running > 1.5 * self._best + 1.0:
+            raise TrainingError(
+                self._message(
+                    f"the loss diverged: about {self.running:.3g} at step {step}, after "
+                    f"{self._best:.3g}"
+                )
+            )
+
+    def _message(self, what: str) -> str:
+        kept = self._folder.latest()
+        where = "no state was saved yet" if kept is None else f"the last good state is step {kept}"
+        return (
+            f"{what}; {where} ({self._folder.path}): begin anew with a lower learning rate, a "
+            "longer warm-up or stronger clipping"
+        )
+
+
+class _Run:
+    """The folder of a run."""
+
+    def __init__(
+        self, path: Path, config: LoopConfig, options: Mapping[str, Any], resume: bool
+    ) -> None:
+        import orbax.checkpoint as ocp
+
+        self.path = path
+        self._config = config
+        self._metrics = path / "metrics.jsonl"
+        known = path / "options.json"
+        text = json.dumps(options, indent=1, sort_keys=True) + "\n"
+        has_states = any((path / "states").glob("[0-9]*"))
+        try:
+            if known.exists() and has_states:
+                if not resume:
+                    raise TrainingError(
+                        f"{path} holds a run already: go on with --resume (resume=True), or choose "
+                        "another folder"
+                    )
+                _check_same(json.loads(known.read_text()), json.loads(text), path)
+            path.mkdir(parents=True, exist_ok=True)
+            _write_atomically(known, text)
+        except OSError as error:
+            raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+        self._manager = ocp.CheckpointManager(
+            (path / "states").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_states, enable_async_checkpointing=False
+            ),
+        )
+        self._started = time.perf_counter()
+
+    def latest(self) -> int | None:
+        """Step of the newest state."""
+        return self._manager.latest_step()
+
+    def restore(self, begin: Callable[[], TrainState]) -> TrainState:
+        """The newest state, or the first one; metrics of later steps are forgotten."""
+        import orbax.checkpoint as ocp
+
+        step = self.latest()
+        lines = self.lines() if step is not None else []
+        kept = [line for line in lines if step is not None and line["step"] <= step]
+        _write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        if step is None:
+            return begin()
+        abstract = jax.eval_shape(begin)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+        )
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def save(self, state: TrainState) -> None:
+        import orbax.checkpoint as ocp
+
+        if self.latest() != int(state.step):
+            self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line to the metrics."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics so far; a line that was cut off by a kill is not one."""
+        return read_metrics(self._metrics)
+
+    def draw(self) -> None:
+        from s3d_jax.train.curves import draw_curves
+
+        draw_curves(self.lines(), self.path / "curves.png")
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; [] if there is none. A half-written last line is left out."""
+    lines = []
+    if Path(path).exists():
+        for text in Path(path).read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def _check_same(old: Any, new: Any, path: Path) -> None:
+    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    if changed:
+        details = ", ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in changed)
+        raise TrainingError(f"{path} holds a run with other options: {details}")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

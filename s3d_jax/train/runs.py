@@ -1,0 +1,340 @@
+"""Whole training runs: from a checkpoint and files to a trained draft, or to a trained model."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from s3d_jax import checkpoint
+from s3d_jax.config import DraftConfig, ModelConfig
+from s3d_jax.drafts import DEFAULT, check_name, draft_names, save_draft
+from s3d_jax.errors import CheckpointError, ConfigError, InputError
+from s3d_jax.generate import LM, default_draft, load
+from s3d_jax.staging import check_apart
+from s3d_jax.train.data import Batches, Document, concatenate, pack, read_documents
+from s3d_jax.train.draft import AdapterConfig, DraftTask
+from s3d_jax.train.loop import LoopConfig, fit
+from s3d_jax.train.objective import ObjectiveConfig
+from s3d_jax.train.pretrain import END_OF_TURN, PretrainTask, text_of_files, train_tokenizer
+from s3d_jax.train.validation import (
+    held_out_prompts,
+    measure_acceptance,
+    perplexity,
+    warn_if_useless,
+)
+
+Files = Sequence[str | os.PathLike[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """What held-out decoding looks at.
+
+    Attributes:
+        prompts: how many, the first ones of the held-out documents.
+        prompt_tokens: length of a prompt, where a document does not say itself what its prompt is.
+        new_tokens: decoded per prompt.
+        held_out: share of the documents that is held out where no files are given for that.
+    """
+
+    prompts: int = 32
+    prompt_tokens: int = 16
+    new_tokens: int = 128
+    held_out: float = 0.02
+
+
+def train_draft(
+    model: str | os.PathLike[str],
+    data: Files,
+    run: str | os.PathLike[str],
+    loop: LoopConfig,
+    *,
+    name: str = DEFAULT,
+    out: str | os.PathLike[str] | None = None,
+    mode: str = "adapter",
+    draft: DraftConfig | None = None,
+    objective: ObjectiveConfig = ObjectiveConfig(),
+    adapter: AdapterConfig = AdapterConfig(),
+    row_length: int = 256,
+    valid: Files = (),
+    validation: ValidationConfig = ValidationConfig(),
+    dtype: str | None = None,
+    remat: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Trains the draft of a checkpoint, and puts it there.
+
+    Args:
+        model: a native checkpoint folder.
+        data: .txt and .jsonl files; see `read_documents`.
+        run: a folder for states, metrics and curves.
+        loop: steps, batch, optimiser, ...
+        name: of the draft in the checkpoint.
+        out: of mode "full", which changes the target: the folder of the new checkpoint.
+        mode: "adapter", "mask" or "full".
+        draft: skip, γ and block attention; None is the middle half, γ = 4, causal.
+        objective, adapter: what is trained for, and how large the low-rank parts are.
+        row_length: tokens per row of a batch.
+        valid: held-out files; without them a share of `data` is held out.
+        validation: what held-out decoding looks at.
+        dtype: of the frozen target; None keeps the stored one.
+        remat: compute activations anew in the backward pass: less memory, a third more time.
+        resume: go on with the run in `run`.
+        overwrite: replace a draft of that name (an `out` in mode "full").
+        progress: show a bar.
+
+    Returns:
+        JSON: what was reached, as stored with the draft.
+
+    Raises:
+        InputError, ConfigError, CheckpointError: files, settings or folders that do not fit.
+        TrainingError: see `fit`.
+    """
+    check_name(name)
+    if mode == "full":
+        if out is None:
+            raise ConfigError("mode 'full' changes the target: say where the new one goes (out)")
+        check_apart(out, model)
+        if Path(out).exists() and not overwrite:
+            raise CheckpointError(f"{out} exists: choose another folder, or replace it (overwrite)")
+    elif out is not None:
+        raise ConfigError(f"mode {mode!r} adds a draft to the checkpoint itself: it takes no out")
+    elif name in draft_names(model) and not overwrite:
+        raise CheckpointError(
+            f"{model} has a draft {name!r} already: choose another name, or replace it "
+            "(--overwrite, overwrite=True)"
+        )
+    stored = checkpoint.read_header(model)
+    lm = load(model, dtype=dtype, progress=progress, use_draft=False)
+    config = lm.config
+    draft = draft or default_draft(config)
+    task = DraftTask(
+        *(config, lm.params, draft),
+        mode=mode,
+        objective=objective,
+        adapter=adapter,
+        remat=remat,
+    )
+    row_length = min(row_length, config.max_position_embeddings)
+    documents, held_out = _split(
+        data, valid, lm.tokenizer, _end(lm), config.vocab_size, validation, loop.seed
+    )
+    rows = pack(documents, row_length)
+    held_rows = pack(held_out, row_length)
+    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
+    judge = LM(
+        *(config, lm.params),
+        draft_config=draft,
+        tokenizer=lm.tokenizer,
+        eos_token_ids=lm.eos_token_ids,
+        max_length=lm.max_length,
+    )
+    before: dict[str, Any] = measure_acceptance(judge, prompts, validation.new_tokens)
+
+    def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
+        judge.params, trained = task.merged(tree, lm.params)
+        judge.draft_params = jax.tree.map(lambda x: x.astype(config.dtype), trained)
+        report = measure_acceptance(judge, prompts, validation.new_tokens)
+        if mode == "full":
+            report["perplexity"] = perplexity(config, judge.params, held_rows)
+        return report
+
+    settings = {
+        "mode": mode,
+        "draft": draft.to_dict(),
+        "objective": dataclasses.asdict(objective),
+        "adapter": dataclasses.asdict(task.adapter),
+        "row_length": row_length,
+        "validation": dataclasses.asdict(validation),
+        "dtype": config.dtype,
+        "loop": dataclasses.asdict(loop),
+        "data": _identities(data),
+        "valid": _identities(valid),
+        "model": str(Path(model).resolve()),
+    }
+    tree = fit(
+        *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
+        options=settings,
+        validate=validate,
+        resume=resume,
+        progress=progress,
+    )
+    reached = validate(tree)
+    warn_if_useless(before["tokens_per_iteration"], reached["tokens_per_iteration"])
+    params, trained = task.merged(tree, lm.params)
+    report = {k: v for k, v in settings.items() if k not in ("draft", "model")} | {
+        "untrained": before,
+        "reached": reached,
+        "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
+    }
+    target = Path(model)
+    if mode == "full":
+        assert out is not None
+        report["perplexity_before"] = perplexity(config, lm.params, held_rows)
+        target = checkpoint.save(
+            *(out, config, params),
+            source={"target": stored.source, "changed_by": "s3d train --mode full"},
+            generation_config=stored.generation_config,
+            tokenizer=model,
+            overwrite=overwrite,
+        )
+    save_draft(target, name, draft, trained, report, overwrite=True)
+    return report
+
+
+def pretrain(
+    data: Files,
+    out: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    config: ModelConfig,
+    loop: LoopConfig,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    draft: DraftConfig | None = None,
+    draft_weight: float = 0.3,
+    objective: ObjectiveConfig = ObjectiveConfig(),
+    adapter: AdapterConfig = AdapterConfig(),
+    row_length: int = 256,
+    valid: Files = (),
+    validation: ValidationConfig = ValidationConfig(),
+    remat: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Trains a small model from nothing, and writes it as a native checkpoint.
+
+    Args:
+        data: .txt and .jsonl files; see `read_documents`.
+        out: the checkpoint folder.
+        run: a folder for states, metrics, curves and the tokenizer.
+        config: the model; its dtype is what is written, training is in float32.
+        loop: steps, batch, optimiser, ...
+        tokenizer: a folder with tokenizer files; None trains a byte-level BPE on `data`.
+        draft: also teach the model to draft, with this skip and γ; the draft is written too.
+        draft_weight: of the draft's loss beside the next-token loss.
+        objective, adapter: of the draft.
+        row_length, valid, validation, remat, resume, overwrite, progress: as in `train_draft`.
+
+    Returns:
+        JSON: what was reached.
+
+    Raises:
+        InputError, ConfigError, CheckpointError, TrainingError: as `train_draft`.
+    """
+    import transformers
+
+    if Path(out).exists() and any(Path(out).iterdir()) and not overwrite:
+        raise CheckpointError(f"{out} exists: choose another folder, or replace it (--overwrite)")
+    vocabulary = Path(tokenizer or Path(run) / "tokenizer")
+    if tokenizer is None and not (vocabulary / "tokenizer_config.json").exists():
+        vocabulary.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(text_of_files(data), config.vocab_size, vocabulary)
+    words = transformers.AutoTokenizer.from_pretrained(vocabulary)
+    if len(words) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(words)} tokens, the model's vocab_size is {config.vocab_size}"
+        )
+    end = words.eos_token_id
+    ends = [end, *(i for i in (words.convert_tokens_to_ids(END_OF_TURN),) if i is not None)]
+    documents, held_out = _split(data, valid, words, end, config.vocab_size, validation, loop.seed)
+    # Unlike a draft, the model learns all words of a chat, the user's too.
+    rows = concatenate(documents, row_length, loop.seed)
+    held_rows = pack(held_out, row_length)
+    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
+    task = PretrainTask(
+        config,
+        draft_config=draft,
+        draft_weight=draft_weight,
+        objective=objective,
+        adapter=adapter,
+        remat=remat,
+    )
+    trained_config = config.replace(dtype="float32")
+    judge: LM | None = None
+
+    def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
+        nonlocal judge
+        loss = float(np.log(perplexity(trained_config, tree["params"], held_rows)))
+        report: dict[str, Any] = {"next_token_loss": loss}
+        if draft is not None:
+            judge = judge or LM(
+                trained_config, tree["params"], draft_config=draft, eos_token_ids=ends
+            )
+            judge.params, judge.draft_params = tree["params"], tree["draft"]
+            report |= measure_acceptance(judge, prompts, validation.new_tokens)
+        return report
+
+    settings = {
+        "model": config.to_dict(),
+        "tokens": int(rows.tokens.size),
+        "draft": None if draft is None else draft.to_dict() | {"weight": draft_weight},
+        "objective": dataclasses.asdict(objective),
+        "adapter": dataclasses.asdict(adapter),
+        "row_length": row_length,
+        "validation": dataclasses.asdict(validation),
+        "loop": dataclasses.asdict(loop),
+        "data": _identities(data),
+        "valid": _identities(valid),
+    }
+    tree = fit(
+        *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
+        options=settings,
+        validate=validate,
+        resume=resume,
+        progress=progress,
+    )
+    report = settings | {"reached": validate(tree)}
+    dtype = jax.numpy.dtype(config.dtype)
+    checkpoint.save(
+        *(out, config, jax.tree.map(lambda x: x.astype(dtype), tree["params"])),
+        source={"trained_by": "s3d pretrain", **report},
+        generation_config={"bos_token_id": words.bos_token_id, "eos_token_id": ends},
+        tokenizer=vocabulary,
+        overwrite=overwrite,
+    )
+    if draft is not None:
+        save_draft(out, DEFAULT, draft, tree["draft"], report)
+    return report
+
+
+def _end(lm: LM) -> int | None:
+    return lm.eos_token_ids[0] if lm.eos_token_ids else None
+
+
+def _split(
+    data: Files,
+    valid: Files,
+    tokenizer: Any,
+    end: int | None,
+    vocab_size: int,
+    validation: ValidationConfig,
+    seed: int,
+) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and held-out ones."""
+    documents = read_documents(data, tokenizer, end)
+    if valid:
+        held_out = read_documents(valid, tokenizer, end)
+    else:
+        count = max(1, round(validation.held_out * len(documents)))
+        order = np.random.default_rng(seed).permutation(len(documents))
+        held_out = [documents[i] for i in sorted(order[:count])]
+        documents = [documents[i] for i in sorted(order[count:])]
+    for name, part in (("to train on", documents), ("held out", held_out)):
+        if not part:
+            raise InputError(f"no document is {name}: give more data, or files with --valid")
+        largest = max(int(d.tokens.max(initial=0)) for d in part)
+        if largest >= vocab_size:
+            raise InputError(f"the data holds token {largest}; the vocabulary has {vocab_size}")
+    return documents, held_out
+
+
+def _identities(files: Files) -> dict[str, int]:
+    """What a resumed run must find again: the files' names and sizes."""
+    return {str(Path(f).resolve()): Path(f).stat().st_size for f in files}

@@ -1,0 +1,106 @@
+"""Judging a draft by the real thing: acceptance in actual decoding of held-out prompts."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.config import ModelConfig
+from s3d_jax.generate import LM
+from s3d_jax.model import Params
+from s3d_jax.train.data import Document, Rows
+from s3d_jax.train.objective import next_token_loss, target_stream
+
+
+def held_out_prompts(documents: Sequence[Document], count: int, length: int) -> list[np.ndarray]:
+    """The beginnings of documents, as prompts.
+
+    Args:
+        documents: held out ones.
+        count: prompts at most.
+        length: tokens of a prompt, where the document does not say itself what its prompt is.
+    """
+    prompts: list[np.ndarray] = []
+    for document in documents:
+        if len(prompts) == count:
+            break
+        size = document.prompt_tokens or min(length, len(document.tokens) - 1)
+        if size >= 1:
+            prompts.append(document.tokens[:size])
+    return prompts
+
+
+def measure_acceptance(
+    lm: LM, prompts: Sequence[np.ndarray], max_new_tokens: int, **options: Any
+) -> dict[str, Any]:
+    """Decodes the prompts in one batch by S3D.
+
+    Args:
+        lm: the model with the draft in question.
+        prompts: ids.
+        max_new_tokens: per prompt.
+        **options: of `LM.generate`.
+
+    Returns:
+        tokens_per_iteration: τ over all prompts together, new tokens over iterations;
+        acceptance_per_position: how often the draft token at each position was accepted;
+        prompts, new_tokens: what it was measured on.
+    """
+    results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, **options)
+    iterations = sum(r.stats.iterations for r in results)
+    tokens = sum(r.stats.new_tokens for r in results)
+    accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)
+    return {
+        "tokens_per_iteration": tokens / max(iterations, 1),
+        "acceptance_per_position": (accepted / max(iterations, 1)).tolist(),
+        "prompts": len(results),
+        "new_tokens": tokens,
+    }
+
+
+def warn_if_useless(before: float, after: float) -> None:
+    """A loud word where training did not teach the draft much.
+
+    Args:
+        before, after: τ of the untrained and of the trained draft.
+    """
+    if after < 1.2 * before:
+        warnings.warn(
+            f"the trained draft makes {after:.2f} tokens per iteration, the untrained one "
+            f"{before:.2f}: it has learnt next to nothing, and S3D will be slower than plain "
+            "decoding. Train longer, skip fewer layers, use --mode adapter with a higher rank, or "
+            "data that is more like the prompts (s3d distill)",
+            stacklevel=2,
+        )
+
+
+def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int = 8) -> float:
+    """exp of the mean cross-entropy of the tokens that are to be learnt.
+
+    Args:
+        config, params: the target.
+        rows: held-out text.
+        batch_size: rows per pass.
+    """
+
+    @jax.jit
+    def losses(params: Params, tokens: jax.Array, learn: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, _ = target_stream(config, params, tokens, tokens.shape[1])
+        assert logits is not None
+        count = jnp.sum(learn[:, 1:])
+        return next_token_loss(logits, tokens, learn) * count, count
+
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        tokens, learn = rows.tokens[part], rows.learn[part]
+        missing = batch_size - len(tokens)  # padded, so that one program serves all
+        tokens = np.pad(tokens, ((0, missing), (0, 0)))
+        learn = np.pad(learn, ((0, missing), (0, 0)))
+        loss, n = losses(params, tokens, learn)
+        total, count = total + float(loss), count + int(n)
+    return math.exp(total / max(count, 1))

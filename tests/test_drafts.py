@@ -1,0 +1,113 @@
+"""Trained drafts in a checkpoint: stored exactly, chosen by name, whole or absent."""
+
+import jax
+import numpy as np
+import pytest
+
+import s3d_jax
+from s3d_jax import checkpoint
+from s3d_jax.config import DraftConfig
+from s3d_jax.drafts import choose_draft, draft_names, read_draft, save_draft
+from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.model import DraftParams
+from tests.tiny import tiny_config, tiny_params
+from tests.train.test_objective import noisy_draft
+
+DRAFT = DraftConfig((False, True, True, False), 3, "bidirectional")
+
+
+@pytest.fixture
+def model(tmp_path):
+    config = tiny_config()
+    return checkpoint.save(tmp_path / "model", config, tiny_params(config))
+
+
+def draft_of(model) -> DraftParams:
+    loaded = checkpoint.load(model)
+    return noisy_draft(loaded.config, loaded.params, DRAFT)
+
+
+def test_a_draft_comes_back_exactly(model):
+    params = draft_of(model)
+    save_draft(model, "default", DRAFT, params, {"steps": 7})
+    stored = read_draft(model, "default", tiny_config())
+    assert (stored.config, stored.training) == (DRAFT, {"steps": 7})
+    jax.tree.map(np.testing.assert_array_equal, stored.params, params)
+    assert stored.num_params == sum(x.size for x in jax.tree.leaves(params))
+    settings = read_draft(model, "default", tiny_config(), weights=False)
+    assert settings.params is None and settings.num_params == stored.num_params
+
+
+def test_masks_alone_are_a_draft(model):
+    params = DraftParams(mask_embeddings=draft_of(model).mask_embeddings)
+    save_draft(model, "masks", DRAFT, params, {})
+    stored = read_draft(model, "masks", tiny_config()).params
+    assert stored is not None and stored.deltas == {} and stored.bridges == {}
+
+
+def test_loading_takes_the_default_and_keeps_the_output(model):
+    plain = s3d_jax.load(model).generate([5, 6, 7], max_new_tokens=30, method="ar")[0]
+    save_draft(model, "default", DRAFT, draft_of(model), {})
+    save_draft(model, "other", DRAFT.replace(gamma=5), draft_of(model), {})
+    lm = s3d_jax.load(model)
+    assert lm.draft_config == DRAFT and lm.draft_params.bridges
+    assert lm.generate([5, 6, 7], max_new_tokens=30)[0].tokens == plain.tokens
+    assert s3d_jax.load(model, draft="other").draft_config.gamma == 5
+    untrained = s3d_jax.load(model, use_draft=False)
+    assert untrained.draft_config.gamma == 4 and not untrained.draft_params.bridges
+    half = s3d_jax.load(model, dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(half.draft_params)} == {"bfloat16"}
+
+
+def test_which_draft_is_taken(model):
+    assert choose_draft(model, None) is None
+    with pytest.raises(CheckpointError, match="no draft 'a': it has no trained draft"):
+        choose_draft(model, "a")
+    save_draft(model, "a", DRAFT, draft_of(model), {})
+    assert choose_draft(model, None) == "a"
+    save_draft(model, "b", DRAFT, draft_of(model), {})
+    with pytest.raises(CheckpointError, match="drafts a, b, and none is called 'default'"):
+        s3d_jax.load(model)
+    assert choose_draft(model, "b") == "b"
+    with pytest.raises(CheckpointError, match="no draft 'c': it has a, b"):
+        choose_draft(model, "c")
+
+
+def test_a_draft_is_replaced_only_on_demand(model):
+    save_draft(model, "a", DRAFT, draft_of(model), {"first": 1})
+    with pytest.raises(CheckpointError, match="exists"):
+        save_draft(model, "a", DRAFT, draft_of(model), {})
+    save_draft(model, "a", DRAFT, draft_of(model), {"second": 1}, overwrite=True)
+    assert read_draft(model, "a", tiny_config(), weights=False).training == {"second": 1}
+    assert [p.name for p in (model / "drafts").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "-a", "a.partial-12"])
+def test_names_that_are_no_names(model, name):
+    with pytest.raises(CheckpointError, match="cannot be the name"):
+        save_draft(model, name, DRAFT, draft_of(model), {})
+    assert draft_names(model) == ()
+
+
+def test_damage_is_noticed(model):
+    folder = save_draft(model, "a", DRAFT, draft_of(model), {})
+    data = next(p for p in (folder / "weights").rglob("c/0/0") if "mask_embeddings" in str(p))
+    raw = bytearray(data.read_bytes())
+    raw[5] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"damaged.*\n.*mask_embeddings"):
+        read_draft(model, "a", tiny_config())
+    (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 9}')
+    with pytest.raises(CheckpointError, match="format version 1"):
+        read_draft(model, "a", tiny_config())
+    (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 1}')
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_draft(model, "a", tiny_config())
+
+
+def test_a_draft_of_another_model_is_refused(model):
+    save_draft(model, "a", DRAFT, draft_of(model), {})
+    with pytest.raises(CheckpointError, match="skip has 4 entries, the model has 6"):
+        read_draft(model, "a", tiny_config(num_layers=6))
+    with pytest.raises(ConfigError, match="skip has 2 entries"):
+        save_draft(model, "b", DraftConfig((True, False)), draft_of(model), {})

@@ -1,0 +1,252 @@
+"""The loop: optimisers, accumulation, averages, states that survive a kill, runs that go wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s3d_jax.errors import ConfigError, TrainingError
+from s3d_jax.train.loop import LoopConfig, fit, read_metrics
+from s3d_jax.train.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Line:
+    """y = w·x + b by least squares."""
+
+    def __init__(self):
+        self.frozen = {"scale": jnp.float32(1.0)}
+
+    def init(self, key):
+        return {"w": jax.random.normal(key, (3, 2)), "b": jnp.zeros(2)}
+
+    def loss(self, tree, frozen, batch, key):
+        noise = 0.01 * jax.random.normal(key, batch["y"].shape)
+        error = batch["x"] @ tree["w"] + tree["b"] - frozen["scale"] * batch["y"] + noise
+        loss = jnp.mean(error**2)
+        return loss, {"worst": jnp.max(jnp.abs(error), axis=0)}
+
+
+def batches(step):
+    generator = np.random.default_rng(step)
+    x = generator.normal(size=(8, 3)).astype(np.float32)
+    return {"x": x, "y": x @ np.arange(6, dtype=np.float32).reshape(3, 2) + 1}
+
+
+def config(steps=60, **changes):
+    optimizer = {k: changes.pop(k) for k in list(changes) if k in OptimizerConfig.__annotations__}
+    settings = dict(learning_rate=0.3, warmup_steps=5) | optimizer
+    defaults = dict(batch_size=8, log_every=1, save_every=10, validate_every=0)
+    return LoopConfig(OptimizerConfig(steps, **settings), **(defaults | changes))
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(optimizer="lion", learning_rate=0.2), dict(optimizer="adafactor")]
+)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_every_optimizer_learns(changes, schedule, tmp_path):
+    tree = fit(
+        Line(), batches, config(150, schedule=schedule, save_every=0, **changes), tmp_path / "run",
+        options={},
+    )  # fmt: skip
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 150 and curve[150] < 0.05 * curve[1]
+    if schedule != "constant":
+        np.testing.assert_allclose(tree["w"], np.arange(6).reshape(3, 2), atol=0.3)
+
+
+def test_the_schedule():
+    rate = OptimizerConfig(
+        110, learning_rate=2.0, warmup_steps=10, schedule="linear", final_fraction=0.1
+    ).learning_rate_at()
+    assert float(rate(0)) == pytest.approx(0.2) and float(rate(9)) == pytest.approx(2.0)
+    assert float(rate(10)) == pytest.approx(2.0) and float(rate(60)) == pytest.approx(1.1)
+    assert float(rate(110)) == pytest.approx(0.2)
+
+
+def test_weight_decay_is_for_matrices():
+    optimizer = OptimizerConfig(10, weight_decay=0.5, warmup_steps=0, schedule="constant").build()
+    tree = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    zero = jax.tree.map(jnp.zeros_like, tree)
+    updates, _ = optimizer.update(zero, optimizer.init(tree), tree)
+    np.testing.assert_allclose(updates["matrix"], -0.5 * 2e-3)
+    np.testing.assert_array_equal(updates["vector"], 0.0)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    class Exact(Line):
+        def loss(self, tree, frozen, batch, key):
+            return super().loss(tree, frozen, batch, jax.random.key(0))
+
+    def noiseless(step):
+        return batches(step)
+
+    curves = []
+    for accumulate in (1, 4):
+        run = tmp_path / f"run{accumulate}"
+        task = Exact()
+        task.loss = lambda t, f, b, k: (  # noise depends on shapes, so there is none here
+            jnp.mean((b["x"] @ t["w"] + t["b"] - b["y"]) ** 2),
+            {},
+        )
+        fit(task, noiseless, config(20, accumulate=accumulate), run, options={})
+        curves.append(list(losses(run).values()))
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
+def test_the_average_is_what_is_kept(tmp_path):
+    decay, steps = 0.5, 4
+    seen = []
+    fit(
+        Line(), batches, config(steps, validate_every=1, ema_decay=decay), tmp_path / "run",
+        options={}, validate=lambda tree: seen.append(np.asarray(tree["b"])) or {},
+    )  # fmt: skip
+    plain = []
+    fit(
+        Line(), batches, config(steps, validate_every=1), tmp_path / "plain",
+        options={}, validate=lambda tree: plain.append(np.asarray(tree["b"])) or {},
+    )  # fmt: skip
+    average = plain[0]
+    for age, value in enumerate(plain[1:]):
+        d = min(decay, (1 + age) / (10 + age))
+        average = d * average + (1 - d) * value
+        np.testing.assert_allclose(seen[age + 1], average, atol=1e-6)
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path):
+    whole = fit(Line(), batches, config(ema_decay=0.9), tmp_path / "whole", options={"a": 1})
+
+    class Killed(Exception):
+        pass
+
+    def dying(step):
+        if step == 37:
+            raise Killed
+        return batches(step)
+
+    with pytest.raises(Killed):
+        fit(Line(), dying, config(ema_decay=0.9), tmp_path / "run", options={"a": 1})
+    assert max(losses(tmp_path / "run")) > 30  # behind the last state: will be done anew
+    resumed = fit(
+        Line(), batches, config(ema_decay=0.9), tmp_path / "run", options={"a": 1}, resume=True
+    )
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    states = sorted(
+        int(p.name) for p in (tmp_path / "run" / "states").iterdir() if p.name.isdigit()
+    )
+    assert states == [50, 60]
+    again = fit(
+        Line(), batches, config(ema_decay=0.9), tmp_path / "run", options={"a": 1}, resume=True
+    )
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_another_run_is_not_touched(tmp_path):
+    fit(Line(), batches, config(5), tmp_path / "run", options={"rank": 4})
+    with pytest.raises(TrainingError, match="holds a run already: go on with --resume"):
+        fit(Line(), batches, config(5), tmp_path / "run", options={"rank": 4})
+    with pytest.raises(TrainingError, match="other options: rank was 4, is 8"):
+        fit(Line(), batches, config(5), tmp_path / "run", options={"rank": 8}, resume=True)
+
+
+@pytest.mark.parametrize("what", ["nan", "diverging"])
+def test_a_run_that_goes_wrong_stops_with_the_last_good_state(what, tmp_path):
+    def spoilt(step):
+        batch = batches(step)
+        if what == "nan" and step == 25:
+            batch["y"][0, 0] = np.nan
+        if what == "diverging" and step >= 25:
+            batch["y"] = batch["y"] * 10.0 ** (step - 24)
+        return batch
+
+    message = "not a number at step 26; the last good state is step 20"
+    with pytest.raises(TrainingError, match=message if what == "nan" else "diverged.*is step 20"):
+        fit(Line(), spoilt, config(), tmp_path / "run", options={})
+    assert max(losses(tmp_path / "run")) < 30
+    fit(Line(), batches, config(), tmp_path / "run", options={}, resume=True)
+    assert losses(tmp_path / "run")[60] < 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(steps=0),
+        dict(optimizer="sgd"),
+        dict(schedule="step"),
+        dict(learning_rate=-1.0),
+        dict(learning_rate=float("nan")),
+        dict(clip_norm=0.0),
+        dict(warmup_steps=-1),
+        dict(final_fraction=2.0),
+        dict(batch_size=0),
+        dict(accumulate=3),
+        dict(ema_decay=1.0),
+        dict(keep_states=0),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        config(**changes)
+
+
+def test_curves_are_drawn(tmp_path):
+    reports = iter([{"tokens_per_iteration": 1.0, "acceptance_per_position": [0.2, 0.1]}] * 9)
+    fit(
+        Line(), batches, config(20, validate_every=10), tmp_path / "run", options={},
+        validate=lambda tree: next(reports),
+    )  # fmt: skip
+    data = (tmp_path / "run" / "curves.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 5000
+    kinds = [("validation" in x, x["step"]) for x in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert [step for validation, step in kinds if validation] == [0, 10, 20]
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.train.test_loop import Line, batches, config, fit
+fit(Line(), batches, config(400, save_every=3, ema_decay=0.9), {run!r}, options={{}}, resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_curve_as_it_is(tmp_path):
+    """SIGKILL at random moments, in steps and in saving (a state every third step)."""
+    fit(Line(), batches, config(400, save_every=3, ema_decay=0.9), tmp_path / "whole", options={})
+    expected = losses(tmp_path / "whole")
+    generator, run, kills = random.Random(0), tmp_path / "run", 0
+    code = KILLED.format(root=str(ROOT), run=str(run))
+    while kills < 10:
+        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ, cwd=ROOT)
+        begun = len(losses(run))
+        # Wait until it makes progress, then kill at a random moment shortly after.
+        deadline = time.monotonic() + 120
+        while len(losses(run)) <= begun and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.25))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 10, f"it was through after {kills} kills: more steps are needed"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, cwd=ROOT)
+    assert losses(run) == expected
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(expected) and all(json.loads(line) for line in lines)

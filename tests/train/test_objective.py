@@ -1,0 +1,232 @@
+"""What is trained is what is decoded: the two-stream pass against the real draft pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s3d_jax import decode
+from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
+from s3d_jax.decode import DecodeSpec
+from s3d_jax.model import DraftParams
+from s3d_jax.sampling import batch_sampling
+from s3d_jax.train.draft import AdapterConfig, DraftTask, init_draft
+from s3d_jax.train.objective import (
+    ObjectiveConfig,
+    agreement,
+    block_targets,
+    divergence,
+    draft_stream,
+    next_anchors,
+    next_token_loss,
+    random_anchors,
+    target_stream,
+    weighted_mean,
+)
+from tests.tiny import tiny_config, tiny_params
+
+
+def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
+    """A draft whose every part matters."""
+    draft = init_draft(config, params, draft_config, AdapterConfig(3, 5), jax.random.key(1))
+    leaves, tree = jax.tree.flatten(draft)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noise)
+
+
+def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
+    """q of one block, from the functions that decoding uses: float32 [γ, V]."""
+    prompt = np.asarray(tokens[: anchor + 1])
+    sampling, features = batch_sampling(
+        [SamplingConfig(temperature=1.0)], jax.random.split(jax.random.key(0), 1), config.vocab_size
+    )
+    spec = DecodeSpec(config, draft_config, features)
+    chunks = decode.prefill_chunks(len(prompt) - 1)
+    slots = max(sum(chunks), len(prompt) + 4) + draft_config.gamma + 1
+    state = decode.init_state(spec, [prompt], slots, np.array([len(prompt) + 4]), sampling)
+    offset = 0
+    for chunk in chunks:
+        block = state.tokens[:, offset : offset + chunk]
+        cache = decode.prefill_jit(config, params, block, state.cache, jnp.int32(offset))
+        state, offset = state.replace(cache=cache), offset + chunk
+    return np.asarray(decode.draft_pass(spec, params, draft, state).logits[0])
+
+
+@pytest.mark.parametrize("block_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(sliding_window=(3, None, 3, None), local_rope=RopeConfig(theta=500.0)),
+        dict(qk_norm=True, post_norms=True, norm_offset=1.0, embedding_scale=4.9, qkv_bias=True),
+        dict(rope=RopeConfig("llama3", factor=4.0, original_max_position_embeddings=16)),
+    ],
+    ids=["llama", "windows", "gemma", "llama3"],
+)
+def test_training_sees_what_decoding_sees(block_attention, changes):
+    config = tiny_config(**changes)
+    params = tiny_params(config)
+    draft_config = DraftConfig((False, True, True, False), 4, block_attention)
+    draft = noisy_draft(config, params, draft_config)
+    tokens = jax.random.randint(jax.random.key(3), (2, 21), 0, config.vocab_size)
+    anchors = jnp.array([[0, 9, 3], [16, 1, 20]])
+    _, cache = target_stream(config, params, tokens, tokens.shape[1] + 3 * 4)
+    q = draft_stream(config, params, draft_config, draft, tokens, anchors, cache)
+    q = np.asarray(q).reshape(2, 3, 4, -1)
+    for b, row in enumerate(np.asarray(anchors)):
+        for a, anchor in enumerate(row):
+            expected = decoded_draft_logits(
+                config, params, draft_config, draft, np.asarray(tokens[b]), int(anchor)
+            )
+            np.testing.assert_allclose(q[b, a], expected, atol=2e-5)
+
+
+def test_a_new_adapter_changes_nothing():
+    config = tiny_config()
+    params = tiny_params(config)
+    draft_config = DraftConfig((True, False, True, False), 3)
+    draft = init_draft(config, params, draft_config, AdapterConfig(4, 6), jax.random.key(0))
+    assert set(draft.bridges) == {"layers_1", "layers_3"}
+    assert set(draft.deltas) == {"layers_1", "layers_3"}
+    plain = DraftParams(mask_embeddings=draft.mask_embeddings)
+    tokens = np.arange(9) % config.vocab_size
+    both = [
+        decoded_draft_logits(config, params, draft_config, d, tokens, 8) for d in (draft, plain)
+    ]
+    np.testing.assert_array_equal(*both)
+
+
+def test_a_bridge_stands_in_for_trailing_layers_too():
+    config = tiny_config()
+    params = tiny_params(config)
+    draft_config = DraftConfig((False, False, True, True), 2)
+    draft = init_draft(config, params, draft_config, AdapterConfig(0, 6), jax.random.key(0))
+    assert set(draft.bridges) == {"final_norm"} and draft.deltas == {}
+    moved = draft.replace(bridges=jax.tree.map(lambda x: x + 0.5, draft.bridges))
+    tokens = np.arange(9)
+    one, other = (
+        decoded_draft_logits(config, params, draft_config, d, tokens, 8) for d in (draft, moved)
+    )
+    assert np.abs(one - other).max() > 0.1
+
+
+def test_anchors_are_where_something_is_learnt():
+    learn = np.zeros((2, 12), bool)
+    learn[0, [3, 4, 8]] = True
+    learn[1, 1:] = True
+    anchors = np.asarray(random_anchors(jax.random.key(0), jnp.asarray(learn), 3))
+    assert sorted(anchors[0].tolist()) == [2, 3, 7]
+    assert len(set(anchors[1].tolist())) == 3 and anchors[1].max() <= 10
+    drawn = [
+        np.asarray(random_anchors(jax.random.key(i), jnp.asarray(learn), 3))[1].tolist()
+        for i in range(300)
+    ]
+    counts = np.bincount(np.concatenate(drawn), minlength=11)
+    assert counts.min() > 50 and counts.max() < 120  # 900 / 11 = 82 each
+
+
+def test_block_targets_end_with_the_text():
+    tokens = jnp.arange(10)[None] * 10
+    learn = jnp.array([[True] * 6 + [False] + [True] * 3])
+    rows, targets, weights = block_targets(tokens, learn, jnp.array([[2, 4, 7]]), 3, 0.5)
+    assert rows.tolist() == [[2, 3, 4, 4, 5, 6, 7, 8, 9]]
+    assert targets[0, :4].tolist() == [30, 40, 50, 50] and targets[0, 6:8].tolist() == [80, 90]
+    # Nothing behind the gap at 6, nothing behind the end.
+    assert weights.tolist() == [[1, 0.5, 0.25, 1, 0, 0, 1, 0.5, 0]]
+
+
+def test_divergences_against_numpy():
+    generator = np.random.default_rng(0)
+    draft, target = generator.normal(size=(2, 5, 7)).astype(np.float32)
+    tokens = generator.integers(0, 7, 5)
+    q = np.exp(draft) / np.exp(draft).sum(-1, keepdims=True)
+    p = np.exp(target) / np.exp(target).sum(-1, keepdims=True)
+    expected = {
+        "ce": -np.log(q[np.arange(5), tokens]),
+        "kl": (p * np.log(p / q)).sum(-1),
+        "tv": 0.5 * np.abs(p - q).sum(-1),
+    }
+    for name, values in expected.items():
+        ours = divergence(name, jnp.asarray(draft), jnp.asarray(target), jnp.asarray(tokens))
+        np.testing.assert_allclose(ours, values, rtol=1e-5)
+
+
+def test_agreement_counts_whole_prefixes():
+    logits = jax.nn.one_hot(jnp.array([1, 2, 3, 1, 9, 3, 1, 2, 3]), 10)
+    tokens = jnp.array([1, 2, 3, 1, 2, 3, 1, 2, 3])
+    weights = jnp.array([1.0, 1, 1, 1, 1, 1, 1, 1, 0])  # the last block is cut off
+    np.testing.assert_allclose(agreement(logits, tokens, weights, 3), [1.0, 0.5, 0.5])
+
+
+def test_next_token_loss_is_the_mean_over_what_is_learnt():
+    logits = jax.random.normal(jax.random.key(0), (1, 4, 5))
+    tokens, learn = jnp.array([[0, 1, 2, 3]]), jnp.array([[True, True, False, True]])
+    log_p = jax.nn.log_softmax(logits)
+    expected = -(log_p[0, 0, 1] + log_p[0, 2, 3]) / 2
+    np.testing.assert_allclose(next_token_loss(logits, tokens, learn), expected, rtol=1e-6)
+    assert weighted_mean(jnp.ones(3), jnp.zeros(3)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "mode, objective", [("adapter", "ce"), ("adapter", "tv"), ("mask", "kl"), ("full", "kl")]
+)
+def test_gradients_reach_what_is_trained_and_nothing_is_nan(mode, objective):
+    config = tiny_config()
+    params = tiny_params(config)
+    draft_config = DraftConfig(symmetric_skip(4, 2), 3)
+    task = DraftTask(
+        *(config, params, draft_config),
+        mode=mode,
+        objective=ObjectiveConfig(objective, 0.8, 4),
+        adapter=AdapterConfig(2, 2),
+    )
+    tree = task.init(jax.random.key(0))
+    batch = {
+        "tokens": jax.random.randint(jax.random.key(1), (2, 16), 0, 31),
+        "learn": jnp.ones((2, 16), bool).at[1, 9:].set(False),
+    }
+    run = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    (loss, metrics), gradients = run(tree, params, batch, jax.random.key(2))
+    flat = jax.tree_util.tree_flatten_with_path(gradients)[0]
+    still = {jax.tree_util.keystr(p) for p, g in flat if float(jnp.abs(g).max()) == 0.0}
+    # Every "up" is 0 at first, so no gradient passes to its "down" in the first step.
+    assert all("down" in name for name in still) and all(
+        np.isfinite(np.asarray(g)).all() for _, g in flat
+    )
+    parts = {p[0].key for p, _ in flat}
+    assert parts == ({"draft", "layers"} if mode == "full" else {"draft"})
+    if mode == "full":
+        assert set(tree["layers"]) == {"layers_0", "layers_3"}
+        assert float(loss) == pytest.approx(
+            float(metrics["draft_loss"] + metrics["next_token_loss"]), rel=1e-6
+        )
+    else:
+        assert set(metrics) == {"draft_loss", "agreement"}
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    config = tiny_config()
+    params = tiny_params(config)
+    batch = {
+        "tokens": jax.random.randint(jax.random.key(1), (2, 16), 0, 31),
+        "learn": jnp.ones((2, 16), bool),
+    }
+    gradients = []
+    for remat in (False, True):
+        task = DraftTask(
+            *(config, params, DraftConfig(symmetric_skip(4, 2), 3)), mode="full", remat=remat
+        )
+        tree = task.init(jax.random.key(0))
+        gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+        gradients.append(gradient(tree, params, batch, jax.random.key(2))[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
+
+
+def test_the_next_block_begins_where_decoding_goes_on():
+    gamma, anchors = 3, jnp.array([[0, 4, 8]])
+    targets = jnp.array([[1, 2, 3, 1, 2, 3, 1, 2, 3]])
+    guesses = jnp.array([[1, 2, 3, 1, 9, 3, 9, 2, 3]])  # 3, 1 and 0 are accepted
+    logits = jax.nn.one_hot(guesses, 10)
+    assert next_anchors(anchors, logits, targets, gamma, 20).tolist() == [[4, 6, 9]]
+    assert next_anchors(anchors, logits, targets, gamma, 6).tolist() == [[4, 5, 5]]

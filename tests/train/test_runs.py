@@ -1,0 +1,219 @@
+"""Training as people do it: distill, train, generate; and a model from nothing."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import s3d_jax
+from s3d_jax import checkpoint, cli
+from s3d_jax.errors import CheckpointError, ConfigError, InputError
+from s3d_jax.train.commands import parse_skip
+from s3d_jax.train.distill import distill
+from s3d_jax.train.validation import warn_if_useless
+from tests.tiny import tiny_config, tiny_lm, tiny_params
+
+FAST = (
+    *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),
+    *("--validate-every", "60", "--valid-prompts", "8", "--valid-tokens", "24"),
+    *("--rank", "4", "--bridge-rank", "8", "--gamma", "3", "--learning-rate", "1e-2"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of ids alone, with its own output as data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny_config()
+    checkpoint.save(folder / "model", config, tiny_params(config))
+    lines = [{"prompt_tokens": [i % 31, (7 * i) % 31, i // 31], "tokens": []} for i in range(200)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "prompts.jsonl").write_text(text)
+    arguments = ("--batch-size", "50", "--max-new-tokens", "29", "--sampled-fraction", "0")
+    command = ("distill", "--model", folder / "model", "--prompts", folder / "prompts.jsonl")
+    assert run(*command, "--out", folder / "own.jsonl", *arguments) == 0
+    return folder
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def train(model, name, *arguments) -> int:
+    return run(
+        *("train", "--model", model / "model", "--data", model / "own.jsonl"),
+        *("--run", model / f"run-{name}", "--name", name, *FAST, *arguments),
+    )
+
+
+def test_training_teaches_the_draft_and_changes_no_output(model, capsys):
+    assert train(model, "default") == 0
+    printed = capsys.readouterr().out
+    assert "tokens per iteration:" in printed and "draft 'default' is in" in printed
+    lines = [json.loads(x) for x in (model / "run-default/metrics.jsonl").read_text().splitlines()]
+    validations = [line["validation"] for line in lines if "validation" in line]
+    taus = [v["tokens_per_iteration"] for v in validations]
+    assert len(taus) == 3 and taus[-1] > taus[0] + 0.4
+    assert (model / "run-default/curves.png").exists()
+
+    lm, plain = s3d_jax.load(model / "model"), s3d_jax.load(model / "model", use_draft=False)
+    assert lm.draft_config.gamma == 3
+    prompts = [[3, 1, 4], [15, 9], [26, 5, 3, 5]]
+    ours = lm.generate(prompts, max_new_tokens=40)
+    theirs = plain.generate(prompts, max_new_tokens=40)
+    reference = plain.generate(prompts, max_new_tokens=40, method="ar")
+    assert [r.tokens for r in ours] == [r.tokens for r in reference]
+    assert sum(r.stats.iterations for r in ours) < sum(r.stats.iterations for r in theirs)
+
+    assert run("info", "--model", model / "model", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["drafts"]["default"]["gamma"] == 3
+    assert facts["drafts"]["default"]["tokens_per_iteration"] == pytest.approx(taus[-1])
+
+
+def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
+    assert train(model, "again", "--steps", "20") == 0
+    assert train(model, "again", "--steps", "20") == 2
+    assert "has a draft 'again' already" in capsys.readouterr().err
+    assert train(model, "again", "--steps", "20", "--overwrite") == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert train(model, "again", "--steps", "20", "--overwrite", "--resume") == 0
+
+
+def test_masks_alone_train_masks_alone(model):
+    assert train(model, "masks", "--mode", "mask", "--steps", "20", "--skip", "") == 0
+    lm = s3d_jax.load(model / "model", draft="masks")
+    assert lm.draft_config.skip == (False,) * 4
+    assert lm.draft_params.deltas == {} and lm.draft_params.bridges == {}
+    assert lm.draft_params.mask_embeddings.shape == (2, 24)
+
+
+def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
+    before = checkpoint.load(model / "model").params
+    out = ("--mode", "full", "--out", model / "full", "--steps", "30", "--learning-rate", "1e-3")
+    assert train(model, "default", *out, "--run", model / "run-full") == 0
+    assert "perplexity: " in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(model / "model").params, before)
+    after = checkpoint.load(model / "full").params
+    changed = {
+        name
+        for name, tree in after.items()
+        if any(
+            not np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(before[name]), strict=True)
+        )
+    }
+    assert changed == {"layers_0", "layers_3"}  # the layers that the draft runs
+    lm = s3d_jax.load(model / "full")
+    ar = lm.generate([1, 2, 3], max_new_tokens=40, method="ar")[0]
+    assert lm.generate([1, 2, 3], max_new_tokens=40)[0].tokens == ar.tokens
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--skip", "2-9"), "layers 0 to 3"),
+        (("--skip", "two"), "--skip takes layers"),
+        (("--skip", "0-3"), "keeps no layer"),
+        (("--gamma", "0"), "gamma must be an integer >= 1"),
+        (("--mode", "full"), "say where the new one goes"),
+        (("--out", "x"), "takes no out"),
+        (("--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
+        (("--batch-size", "0"), "batch_size must be at least 1"),
+        (("--name", "a/b"), "cannot be the name of a draft"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
+)
+def test_wrong_arguments_are_said_before_anything_is_written(model, arguments, message, capsys):
+    assert train(model, "wrong", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (model / "run-wrong").exists()
+
+
+def test_distilled_lines_are_the_targets_own_and_a_cut_off_file_goes_on(model, tmp_path):
+    lm = tiny_lm()
+    prompts = [[i, i + 1] for i in range(10)]
+    options = dict(max_new_tokens=8, batch_size=4, sampled_fraction=0.5, seed=3)
+    whole = distill(lm, prompts, tmp_path / "whole.jsonl", **options)
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [line["prompt_tokens"] for line in lines] == prompts
+    assert [line["temperature"] for line in lines] == [0.0, 1.0] * 5
+    greedy = lm.generate(prompts[::2], max_new_tokens=8, method="ar")
+    assert [line["tokens"] for line in lines[::2]] == [r.tokens for r in greedy]
+    assert len({tuple(line["tokens"]) for line in lines[1::2]}) == 5
+
+    text = whole.read_text()
+    cut = text[: len(text) * 2 // 3]  # in the middle of a line, two batches whole at most
+    (tmp_path / "other.jsonl.partial").write_text(cut)
+    assert distill(lm, prompts, tmp_path / "other.jsonl", **options).read_text() == text
+    assert not (tmp_path / "other.jsonl.partial").exists()
+    with pytest.raises(InputError, match="exists: choose another file"):
+        distill(lm, prompts, whole, **options)
+    with pytest.raises(InputError, match="no prompts"):
+        distill(lm, [], tmp_path / "x.jsonl")
+
+
+def test_a_draft_that_learnt_nothing_is_said_loudly():
+    with pytest.warns(UserWarning, match="learnt next to nothing"):
+        warn_if_useless(1.3, 1.4)
+
+
+def test_skip_is_read_from_ranges_and_lists():
+    assert parse_skip("1-2", 4) == (False, True, True, False)
+    assert parse_skip("0, 3", 4) == (True, False, False, True)
+    assert parse_skip("", 2) == (False, False)
+
+
+def test_a_model_from_nothing(tmp_path, capsys):
+    """It learns its text by heart, with its own tokenizer, and drafts for itself."""
+    sentence = "the small cat sat on the warm mat and saw a bird in the tall tree. "
+    texts = tmp_path / "texts.txt"
+    texts.write_text("<|endoftext|>".join([sentence * 3] * 30))
+    sizes = ("--vocab-size", "280", "--layers", "4", "--width", "32", "--heads", "4")
+    more = ("--kv-heads", "2", "--joint-draft", "--draft-weight", "0.5", "--dtype", "float32")
+    training = (
+        *("--steps", "150", "--batch-size", "8", "--row-length", "48", "--anchors", "6"),
+        *("--valid-prompts", "4", "--valid-tokens", "24", "--prompt-tokens", "6"),
+        *("--validate-every", "0", "--learning-rate", "1e-2", "--ema-decay", "0.9"),
+    )
+    out = ("--out", tmp_path / "model", "--run", tmp_path / "run")
+    assert run("pretrain", "--data", texts, *out, *sizes, *more, *training) == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split("held-out loss: ")[1].split()[0]) < 0.5
+    assert float(printed.split("tokens per iteration: ")[1].split()[0]) > 3.0
+    lm = s3d_jax.load(tmp_path / "model")
+    result = lm.generate("the small cat", max_new_tokens=12)[0]
+    assert result.text.startswith(" sat on the warm mat")
+    assert result.stats.tokens_per_iteration > 3
+    plain = lm.generate("the small cat", max_new_tokens=12, method="ar")[0]
+    assert plain.tokens == result.tokens
+    assert run("pretrain", "--data", texts, *out, *sizes, *training) == 2
+    assert "exists: choose another folder" in capsys.readouterr().err
+
+
+def test_pretrain_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("too little to make words of")
+    common = ("pretrain", "--data", tmp_path / "t.txt", "--out", tmp_path / "m", "--run")
+    assert run(*common, tmp_path / "r", "--vocab-size", "100") == 2
+    assert "at least 260" in capsys.readouterr().err
+    assert run(*common, tmp_path / "r2", "--vocab-size", "4096") == 2
+    assert "give a vocabulary of" in capsys.readouterr().err
+    assert run(*common, tmp_path / "r3", "--width", "30", "--heads", "4") == 2
+    assert "--width 30 must be a multiple of --heads 4" in capsys.readouterr().err
+    assert run(*common, tmp_path / "r4", "--config", tmp_path / "none.json") == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_python_refuses_what_the_command_refuses(model):
+    from s3d_jax.train.loop import LoopConfig
+    from s3d_jax.train.optimizer import OptimizerConfig
+    from s3d_jax.train.runs import train_draft
+
+    loop = LoopConfig(OptimizerConfig(3))
+    arguments = (model / "model", [model / "own.jsonl"], model / "run-x", loop)
+    with pytest.raises(ConfigError, match="mode must be one of"):
+        train_draft(*arguments, mode="half", name="half")
+    with pytest.raises(CheckpointError, match="it is, or holds, what is being read"):
+        train_draft(*arguments, mode="full", out=model / "model")
