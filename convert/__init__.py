@@ -29,9 +29,14 @@ def convert(
 ) -> "Report":
     """Writes a native checkpoint folder from other people's weights.
 
-    Works tensor by tensor: at most one layer (or the embedding table) is in memory. Nothing is
-    written before all names, shapes and settings have been checked, and `out` appears when it is
-    complete or not at all.
+    Works tensor by tensor: one layer (or the embedding table, or the output head) and a copy of
+    its largest tensor are in memory. Of torch's `.bin` files in the format before torch 1.6, which
+    cannot be mapped, one whole file is in memory beside that. Nothing is written before all names,
+    shapes and settings have been checked, and `out` appears when it is complete or not at all.
+
+    Where the tokenizer is a SentencePiece model alone (tokenizer.model), and sentencepiece is
+    installed, a tokenizer.json is made of it. A tokenizer that cannot be read is no error: the
+    report's `tokenizer_problem` says what to do.
 
     Args:
         source: a HF folder, the id of a model on the HF hub, or a llama2.c `.bin` file.
@@ -39,7 +44,7 @@ def convert(
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored.
         tokenizer: a folder to take the tokenizer from, where `source` has none.
         revision: branch, tag or commit on the hub.
-        overwrite: replace an existing checkpoint.
+        overwrite: replace an existing checkpoint folder, and all that it holds.
         parity: compare with HF transformers at the end, where torch is there and memory allows.
         progress: show a bar on a terminal.
 
@@ -80,7 +85,7 @@ def export(
         out: the folder to write.
         max_shard_size: bytes per safetensors file, or a text such as "500MB"; a larger tensor gets
             a file of its own.
-        overwrite: replace an existing checkpoint.
+        overwrite: replace an existing checkpoint folder, and all that it holds.
         progress: show a bar on a terminal.
 
     Returns:

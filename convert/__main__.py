@@ -3,9 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from s3d_jax import __version__
 from s3d_jax.errors import S3DError
+
+if TYPE_CHECKING:
+    from convert.to_native import Report
 
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
@@ -78,12 +82,22 @@ def _convert(words: list[str]) -> int:
         parity=not arguments.no_parity,
         progress=not arguments.quiet,
     )
-    if arguments.quiet:
-        return 0
+    if not arguments.quiet:
+        _print_report(report)
+    if report.tokenizer_problem:  # to stderr, and if quiet too: a part of the model is of no use
+        print(
+            f"warning: {report.tokenizer_problem}. The weights are converted; the model works with "
+            "token ids only",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _print_report(report: "Report") -> None:
+    tokenizer = "" if report.tokenizer else "; no tokenizer, so it works with token ids only"
     print(
         f"{report.out}: {report.num_params:,} parameters in {report.config.dtype}, "
-        f"{report.num_bytes / 2**20:,.1f} MiB"
-        f"{'' if report.tokenizer else '; no tokenizer, so it works with token ids only'}"
+        f"{report.num_bytes / 2**20:,.1f} MiB{tokenizer}"
     )
     if report.parity is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
@@ -93,8 +107,16 @@ def _convert(words: list[str]) -> int:
             f"difference of a logit {report.parity.max_difference:.1e}, same greedy token at "
             f"{report.parity.greedy_agreement:.1%} of the positions"
         )
-    print(f'next: s3d generate "Once upon a time" --model {report.out}')
-    return 0
+        if report.is_rounded:
+            stored = " and ".join(report.stored_dtypes)
+            print(
+                f"  these differences include the cast of the weights from {stored} to "
+                f"{report.config.dtype}; convert with --dtype float32 to see them without it"
+            )
+    if report.tokenizer:
+        print(f'next: s3d generate "Once upon a time" --model {report.out}')
+    else:
+        print(f"next: s3d info --model {report.out}")
 
 
 def _export(words: list[str]) -> int:
@@ -133,7 +155,12 @@ def _parser(name: str, description: str, epilog: str | None = None) -> argparse.
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing checkpoint: all that OUT_DIR holds is removed, files that you "
+        "put there too",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
 
 

@@ -8,7 +8,7 @@ would kill the process.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-_CHUNK = 1 << 22  # elements converted at a time
+CHUNK = 1 << 22  # elements converted or compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,13 @@ class Source(Protocol):
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
 
-    def read(self, name: str, out: np.ndarray) -> None:
-        """Fills the contiguous array `out`, which has the tensor's shape, casting to its dtype.
+    @property
+    def faults(self) -> Mapping[str, str]:
+        """Tensors whose place is wrong (in two files, or in none): what is wrong with it."""
+
+    def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
+        """Fills the contiguous array `out` with the tensor's rows from `first_row` on, as many as
+        `out` has, casting to its dtype.
 
         Raises:
             ConversionError: the data cannot be read.
@@ -85,24 +90,27 @@ def open_source(folder: Path) -> Source:
     """The weights of a HF folder: safetensors if there are any, else torch's .bin files.
 
     Raises:
-        ConversionError: there are no weights, or files are missing, damaged or contradict each
-            other. All faults of all files are in the one message.
+        ConversionError: there are no weights, or files are missing or damaged. All of these are in
+            the one message. What contradicts in sound files is in the source's `faults`.
     """
-    files = weight_files(folder)
+    files, index = weight_files(folder)
     if files[0].suffix == ".safetensors":
-        return SafetensorsSource(files)
+        return SafetensorsSource(files, index)
     from convert.torch_bin import TorchSource
 
-    return TorchSource(files)
+    return TorchSource(files, index)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, the shards of an index in order; each is there."""
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold the weights, in order, each of which is there; and the index.
+
+    The index says for each tensor the name of its file. It is empty where there is only one file.
+    """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
         if single.is_file():  # the one that transformers prefers as well
-            return [single]
+            return [single], {}
         if index.is_file():
             return _shards(index)
     raise ConversionError(
@@ -111,12 +119,13 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index}: weight_map is missing or empty")
+    weight_map = {str(tensor): str(file) for tensor, file in weight_map.items()}
     problems, files = [], []
-    for name in dict.fromkeys(map(str, weight_map.values())):
+    for name in dict.fromkeys(weight_map.values()):
         path = index.parent / name
         if name != Path(name).name:
             problems.append(f"{name}: points outside of the folder")
@@ -125,55 +134,79 @@ def _shards(index: Path) -> list[Path]:
         files.append(path)
     if problems:
         raise ConversionError(f"{index} names shards that cannot be used:\n{bullets(problems)}")
-    return files
+    return files, weight_map
 
 
 class SafetensorsSource:
     """Tensors of one or many safetensors files.
 
+    Args:
+        files: all of them.
+        index: for each tensor the name of its file, or empty.
+
     Raises:
-        ConversionError: a file is damaged, or a tensor is in two files.
+        ConversionError: files are damaged.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.tensors, problems = collect(files, read_safetensors_header)
-        if problems:
-            raise ConversionError(f"damaged or contradicting weights:\n{bullets(problems)}")
+    def __init__(self, files: Sequence[Path], index: Mapping[str, str] | None = None) -> None:
+        self.tensors, self.faults = collect(files, index or {}, read_safetensors_header)
 
-    def read(self, name: str, out: np.ndarray) -> None:
+    def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
         tensor = self.tensors[name]
         stored = DTYPES[tensor.dtype]
+        skipped = first_row * math.prod(tensor.shape[1:]) * stored.itemsize
         try:
             with open(tensor.file, "rb", buffering=0) as file:
-                file.seek(tensor.offset)
+                file.seek(tensor.offset + skipped)
                 if stored == out.dtype:
                     _fill(file, out, name)
                     return
                 flat = out.reshape(-1)
-                buffer = np.empty(min(_CHUNK, flat.size), stored)
-                for start in range(0, flat.size, _CHUNK):
-                    piece = buffer[: min(_CHUNK, flat.size - start)]
+                buffer = np.empty(min(CHUNK, flat.size), stored)
+                for start in range(0, flat.size, CHUNK):
+                    piece = buffer[: min(CHUNK, flat.size - start)]
                     _fill(file, piece, name)
                     flat[start : start + piece.size] = cast(piece, out.dtype, name)
         except OSError as error:
             raise ConversionError(f"cannot read {tensor.file}: {error.strerror}") from error
 
 
-def collect(files: Sequence[Path], read_header: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of all files, and one line per damaged file and per tensor that is in two."""
+def collect(
+    files: Sequence[Path],
+    index: Mapping[str, str],
+    read_header: Callable[[Path], Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of all files; and those whose place is wrong, with what is wrong with it.
+
+    Raises:
+        ConversionError: names every damaged file. What such a file holds is not known, so nothing
+            can be said of the tensors.
+    """
     tensors: dict[str, Tensor] = {}
-    problems: list[str] = []
+    places: dict[str, list[str]] = {}
+    damaged: list[str] = []
     for file in files:
         try:
             found = read_header(file)
         except ConversionError as error:
-            problems.append(str(error))
+            damaged.append(str(error))
             continue
         for name, tensor in found.items():
-            if name in tensors:
-                problems.append(f"{name}: in both {tensors[name].file.name} and {file.name}")
             tensors[name] = tensor
-    return tensors, problems
+            places.setdefault(name, []).append(file.name)
+    if damaged:
+        raise ConversionError(f"damaged weights:\n{bullets(damaged, limit=len(damaged))}")
+    faults = {
+        name: f"in more than one file: {', '.join(names)}"
+        for name, names in places.items()
+        if len(names) > 1
+    }
+    faults |= {
+        name: f"missing, and the index says that it is in {file}"
+        for name, file in index.items()
+        if name not in tensors
+    }
+    return tensors, faults
 
 
 def _fill(file: Any, out: np.ndarray, name: str) -> None:

@@ -6,7 +6,7 @@ arrays, each stacked over the layers. A negative vocab_size says that the output
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,20 @@ SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": [1, 2]}
 
 _HEADER = 7 * 4  # bytes
 _MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 4096  # so that a file of another format cannot ask for endless tables
+
+
+class _Sizes(NamedTuple):
+    """The header of a file; `length` is the longest sequence, in tokens."""
+
+    dim: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    length: int
+    tied: bool
 
 
 class Llama2cSource:
@@ -34,12 +48,16 @@ class Llama2cSource:
 
     def __init__(self, tensors: dict[str, Tensor], rotated: dict[str, int]) -> None:
         self.tensors = tensors
+        self.faults: dict[str, str] = {}
         self._rotated = rotated
 
-    def read(self, name: str, out: np.ndarray) -> None:
+    def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
         tensor = self.tensors[name]
         count = math.prod(tensor.shape)
-        values = np.fromfile(tensor.file, "<f4", count, offset=tensor.offset)
+        try:
+            values = np.fromfile(tensor.file, "<f4", count, offset=tensor.offset)
+        except OSError as error:
+            raise ConversionError(f"cannot read {tensor.file}: {error.strerror}") from error
         if values.size != count:
             raise ConversionError(f"{tensor.file} ended in the middle of {name}: it is truncated")
         values = values.reshape(tensor.shape)
@@ -47,7 +65,7 @@ class Llama2cSource:
             heads, columns = self._rotated[name], tensor.shape[1]
             pairs = values.reshape(heads, -1, 2, columns)
             values = pairs.swapaxes(1, 2).reshape(tensor.shape)
-        out[...] = cast(values, out.dtype, name)
+        out[...] = cast(values[first_row : first_row + len(out)], out.dtype, name)
 
 
 def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
@@ -56,27 +74,67 @@ def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
     Raises:
         ConversionError: the file is of another format, or truncated.
     """
+    sizes, file_size = _read_header(path)
+    tensors, end = _place_tensors(path, sizes)
+    if end != file_size:
+        raise ConversionError(
+            f"{path} is truncated or no llama2.c file: its header describes {end} bytes, and the "
+            f"file has {file_size}"
+        )
+    rotated = {
+        f"model.layers.{i}.self_attn.{name}.weight": count
+        for i in range(sizes.layers)
+        for name, count in (("q_proj", sizes.heads), ("k_proj", sizes.kv_heads))
+    }
+    fields = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.dim,
+        "intermediate_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "max_position_embeddings": sizes.length,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": sizes.tied,
+        **SPECIAL_TOKENS,
+    }
+    return fields, Llama2cSource(tensors, rotated)
+
+
+def _read_header(path: Path) -> tuple[_Sizes, int]:
+    """What the header says, and the size of the file in bytes."""
     try:
-        size = path.stat().st_size
+        file_size = path.stat().st_size
         header = np.fromfile(path, "<i4", 7)
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror}") from error
     if header.size < 7:
         raise ConversionError(f"{path} is truncated: it is no llama2.c file")
-    dim, hidden, layers, heads, kv_heads, vocab, length = (int(n) for n in header)
-    if header[0] == 0x616B3432:
+    dim, hidden, layers, heads, kv_heads, vocab, length = numbers = [int(n) for n in header]
+    if dim == 0x616B3432:
         raise ConversionError(
             f"{path} is of llama2.c's format version {hidden}; supported is version 0 "
             "(export.py --version 0)"
         )
     tied, vocab = vocab > 0, abs(vocab)
     sizes = (dim, hidden, layers, heads, kv_heads, vocab, length)
-    if min(sizes) <= 0 or max(sizes) > _MAX_SIZE or dim % heads or heads % kv_heads:
-        raise ConversionError(f"{path} is no llama2.c file: its header says {list(sizes)}")
+    possible = min(sizes) > 0 and max(sizes) <= _MAX_SIZE and layers <= _MAX_LAYERS
+    if not possible or dim % heads or heads % kv_heads:
+        raise ConversionError(f"{path} is no llama2.c file: its header says {numbers}")
+    return _Sizes(*sizes, tied), file_size
 
-    head_dim = dim // heads
-    kv = kv_heads * head_dim
-    stacks = {  # in the order of the file
+
+def _place_tensors(path: Path, sizes: _Sizes) -> tuple[dict[str, Tensor], int]:
+    """Where each tensor lies, and where the file should end."""
+    dim, hidden, layers = sizes.dim, sizes.hidden, sizes.layers
+    head_dim = dim // sizes.heads
+    kv = sizes.kv_heads * head_dim
+    stacks = {  # in the order of the file, and there for each layer
+        "input_layernorm": (dim,),
         "self_attn.q_proj": (dim, dim),
         "self_attn.k_proj": (kv, dim),
         "self_attn.v_proj": (kv, dim),
@@ -86,15 +144,6 @@ def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
         "mlp.down_proj": (dim, hidden),
         "mlp.up_proj": (hidden, dim),
     }
-    rotary_tables = 2 * length * (head_dim // 2)  # real and imaginary; they follow from the sizes
-    per_layer = dim + sum(math.prod(shape) for shape in stacks.values())
-    numbers = vocab * dim * (1 if tied else 2) + layers * per_layer + dim + rotary_tables
-    if _HEADER + 4 * numbers != size:
-        raise ConversionError(
-            f"{path} is truncated or no llama2.c file: its header describes "
-            f"{_HEADER + 4 * numbers} bytes, and the file has {size}"
-        )
-
     tensors: dict[str, Tensor] = {}
     position = _HEADER
 
@@ -103,34 +152,13 @@ def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
         tensors[f"{name}.weight"] = Tensor("float32", shape, path, position)
         position += 4 * math.prod(shape)
 
-    place("model.embed_tokens", (vocab, dim))
-    for name, shape in {"input_layernorm": (dim,), **stacks}.items():
+    place("model.embed_tokens", (sizes.vocab, dim))
+    for name, shape in stacks.items():
         for i in range(layers):
             place(f"model.layers.{i}.{name}", shape)
     place("model.norm", (dim,))
-    position += 4 * rotary_tables
-    if not tied:
-        place("lm_head", (vocab, dim))
-
-    rotated = {
-        f"model.layers.{i}.self_attn.{name}.weight": count
-        for i in range(layers)
-        for name, count in (("q_proj", heads), ("k_proj", kv_heads))
-    }
-    fields = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": vocab,
-        "hidden_size": dim,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": length,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": tied,
-        **SPECIAL_TOKENS,
-    }
-    return fields, Llama2cSource(tensors, rotated)
+    # Rotary tables, real and imaginary, which follow from the sizes.
+    position += 4 * 2 * sizes.length * (head_dim // 2)
+    if not sizes.tied:
+        place("lm_head", (sizes.vocab, dim))
+    return tensors, position

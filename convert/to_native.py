@@ -1,6 +1,7 @@
 """Other people's weights -> the native checkpoint. See `convert.convert`."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,19 +14,19 @@ from tqdm import tqdm
 from convert import hf, hub, llama2c
 from convert.families import Family, Table, family_of, native_shape, pieces
 from convert.parity import Parity, measure_parity
+from convert.tokenizer import has_vocabulary, write_tokenizer
 from s3d_jax.checkpoint import (
     FORMAT,
     CheckpointWriter,
     bullets,
     checkpoint_writer,
-    tokenizer_files,
     unflatten,
 )
 from s3d_jax.config import DTYPES, ModelConfig
 from s3d_jax.errors import ConfigError, ConversionError
 from s3d_jax.staging import check_apart
 
-_COMPARED_AT_ONCE = 1 << 24  # elements
+_TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
 _BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
 
 
@@ -39,8 +40,8 @@ class Origin:
         fields: HF's config.json.
         generation_config: HF's generation_config.json, or what config.json says of it.
         source: the tensors, under their HF names.
-        tokenizer_files: to be copied.
-        folder: the HF folder on disk, or None.
+        path: the HF folder on disk, or the llama2.c file.
+        tokenizer: the folder to take the tokenizer from, or None.
     """
 
     name: str
@@ -48,8 +49,8 @@ class Origin:
     fields: dict[str, Any]
     generation_config: dict[str, Any]
     source: hf.Source
-    tokenizer_files: tuple[Path, ...]
-    folder: Path | None
+    path: Path
+    tokenizer: Path | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,10 @@ class Report:
         config: the model.
         num_params: its parameters; tied embeddings count once.
         num_bytes: bytes of weights written.
-        tokenizer: whether a tokenizer came along.
+        stored_dtypes: what the source's tensors are stored as; where these are not the config's
+            dtype, they were cast.
+        tokenizer: whether a tokenizer came along that can be read.
+        tokenizer_problem: why it cannot be read and what to do about it, or "".
         parity: agreement with HF transformers, or None.
         parity_skipped: why `parity` is None, or "".
     """
@@ -70,9 +74,16 @@ class Report:
     config: ModelConfig
     num_params: int
     num_bytes: int
+    stored_dtypes: tuple[str, ...]
     tokenizer: bool
+    tokenizer_problem: str
     parity: Parity | None
     parity_skipped: str
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether casting the weights lost bits."""
+        return self.config.dtype != "float32" and set(self.stored_dtypes) != {self.config.dtype}
 
 
 def convert(
@@ -89,60 +100,33 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; known are {DTYPES}")
     origin = open_origin(source, revision)
-    check_apart(out, origin.folder, tokenizer)
     if tokenizer is not None:
-        files = tokenizer_files(tokenizer)
-        if not files:
-            raise ConversionError(f"{tokenizer} holds no tokenizer files")
-        origin = dataclasses.replace(origin, tokenizer_files=files)
+        origin = dataclasses.replace(origin, tokenizer=_tokenizer_folder(tokenizer))
+    weight_files = {tensor.file for tensor in origin.source.tensors.values()}
+    check_apart(out, origin.path, origin.tokenizer, *weight_files)  # files: they may be links
+
     family = family_of(origin.fields)
     config = family.config(origin.fields)
     config = config.replace(dtype=dtype or _stored_dtype(origin))
     _check_eos(origin.generation_config, config)
     table = family.table(config)
     check_tensors(table, family, origin.source)
-
-    num_params = sum(int(np.prod(p.shape)) for parts in table.values() for p in parts)
+    shapes = {part.name: part.shape for parts in table.values() for part in parts}
+    num_params = sum(math.prod(shape) for shape in shapes.values())
     num_bytes = num_params * hf.DTYPES[config.dtype].itemsize
-    provenance = {"name": origin.name, "format": origin.format, "config": origin.fields}
-    with (
-        checkpoint_writer(
-            out,
-            config,
-            source=provenance,
-            generation_config=origin.generation_config,
-            overwrite=overwrite,
-            needs=num_bytes,
-        ) as writer,
-        tqdm(
-            total=num_bytes,
-            desc="converting",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,  # None: only on a terminal
-            leave=False,
-        ) as bar,
-    ):
-        for group, tables in _by_group(table).items():
-            _write_group(writer, group, tables, origin.source, config.dtype, bar)
-        for file in origin.tokenizer_files:
-            writer.add_file(file)
+    problem = _write(origin, config, table, out, num_bytes, overwrite=overwrite, progress=progress)
 
     measured, skipped = None, "not asked for"
     if parity:
-        with tqdm(
-            desc="comparing with HF transformers",
-            bar_format="{desc} ...",
-            disable=None if progress else True,
-            leave=False,
-        ):
-            measured, skipped = measure_parity(origin.folder, Path(out), num_params)
+        measured, skipped = _measure(origin, Path(out), num_params, progress=progress)
     return Report(
         out=Path(out),
         config=config,
         num_params=num_params,
         num_bytes=num_bytes,
-        tokenizer=bool(origin.tokenizer_files),
+        stored_dtypes=tuple(sorted({origin.source.tensors[name].dtype for name in shapes})),
+        tokenizer=has_vocabulary(origin.tokenizer) and not problem,
+        tokenizer_problem=problem,
         parity=measured,
         parity_skipped=skipped,
     )
@@ -156,13 +140,13 @@ def open_origin(source: str | os.PathLike[str], revision: str | None = None) -> 
     """
     path = Path(source)
     if path.is_file():
-        if path.suffix != ".bin":
+        if path.suffix != ".bin" or _is_torch_file(path):
             raise ConversionError(
-                f"{path} is a file: give the HF folder it lies in (or a llama2.c .bin file)"
+                f"{path} is a file, and no llama2.c file: give the HF folder it lies in"
             )
         fields, tensors = llama2c.open_file(path)
         special = dict(llama2c.SPECIAL_TOKENS)
-        return Origin(path.name, "llama2.c", fields, special, tensors, (), None)
+        return Origin(path.name, "llama2.c", fields, special, tensors, path, None)
     name = str(source)
     if path.is_dir():
         folder, name = path, path.resolve().name
@@ -177,9 +161,28 @@ def open_origin(source: str | os.PathLike[str], revision: str | None = None) -> 
         fields=fields,
         generation_config=_generation_config(folder, fields),
         source=hf.open_source(folder),
-        tokenizer_files=tokenizer_files(folder),
-        folder=folder,
+        path=folder,
+        tokenizer=folder,
     )
+
+
+def _tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
+    if not has_vocabulary(Path(folder)):
+        raise ConversionError(
+            f"{folder} holds no tokenizer files (tokenizer.json, tokenizer.model or vocab.json)"
+        )
+    return Path(folder)
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether it is one of torch's, which end in .bin as well."""
+    if path.name.startswith("pytorch_model"):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in _TORCH_MAGIC
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _generation_config(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,11 +218,13 @@ def check_tensors(table: Table, family: Family, source: hf.Source) -> None:
     """Compares the stored tensors with what the model needs.
 
     Raises:
-        ConversionError: lists every missing, unknown, mis-shaped and unreadable one.
+        ConversionError: lists every missing, unknown, duplicate, mis-shaped and unreadable one.
     """
     wanted = {part.name: part.shape for parts in table.values() for part in parts}
     ignored = re.compile("|".join(family.ignored_tensors) or "(?!)")
-    problems = [f"{name}: missing" for name in wanted if name not in source.tensors]
+    faults = {n: fault for n, fault in source.faults.items() if not ignored.fullmatch(n)}
+    problems = [f"{name}: {fault}" for name, fault in faults.items()]
+    problems += [f"{n}: missing" for n in wanted if n not in source.tensors and n not in faults]
     for name, tensor in source.tensors.items():
         if name in wanted:
             if tensor.shape != wanted[name]:
@@ -240,24 +245,75 @@ def check_tensors(table: Table, family: Family, source: hf.Source) -> None:
             problems.append(f"{name}: unknown")
     if problems:
         raise ConversionError(
-            f"the weights are not those of the config ({len(problems)} of "
-            f"{len(wanted)} tensors):\n{bullets(problems)}"
+            f"the weights are not those of the config, which has {len(wanted)} tensors "
+            f"({len(problems)} faults):\n{bullets(problems, limit=len(problems))}"
         )
 
 
 def _equal(source: hf.Source, a: str, b: str) -> bool:
-    """Whether two tensors hold the same numbers."""
+    """Whether two matrices hold the same numbers; some rows are in memory at a time."""
     first, second = source.tensors[a], source.tensors.get(b)
-    if second is None or first.shape != second.shape:
+    if second is None or first.shape != second.shape or len(first.shape) != 2:
         return False
     if not {first.dtype, second.dtype} <= set(DTYPES):
         return False
-    x, y = (np.empty(first.shape, hf.DTYPES[t.dtype]) for t in (first, second))
-    source.read(a, x)
-    source.read(b, y)
-    x, y = x.reshape(-1), y.reshape(-1)
-    pieces = (slice(i, i + _COMPARED_AT_ONCE) for i in range(0, x.size, _COMPARED_AT_ONCE))
-    return all(np.array_equal(x[piece], y[piece]) for piece in pieces)
+    rows, columns = first.shape
+    step = max(1, hf.CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        shape = (min(step, rows - start), columns)
+        x, y = (np.empty(shape, hf.DTYPES[tensor.dtype]) for tensor in (first, second))
+        source.read(a, x, start)
+        source.read(b, y, start)
+        if not np.array_equal(x, y):
+            return False
+    return True
+
+
+def _write(
+    origin: Origin,
+    config: ModelConfig,
+    table: Table,
+    out: str | os.PathLike[str],
+    num_bytes: int,
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> str:
+    """Writes the checkpoint folder; returns why its tokenizer cannot be read, or ""."""
+    with (
+        checkpoint_writer(
+            out,
+            config,
+            source={"name": origin.name, "format": origin.format, "config": origin.fields},
+            generation_config=origin.generation_config,
+            overwrite=overwrite,
+            needs=num_bytes,
+        ) as writer,
+        tqdm(
+            total=num_bytes,
+            desc="converting",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,  # None: only on a terminal
+            leave=False,
+        ) as bar,
+    ):
+        for group, tables in _by_group(table).items():
+            _write_group(writer, group, tables, origin.source, config.dtype, bar)
+        return write_tokenizer(origin.tokenizer, writer) if origin.tokenizer else ""
+
+
+def _measure(
+    origin: Origin, out: Path, num_params: int, *, progress: bool
+) -> tuple[Parity | None, str]:
+    with tqdm(
+        desc="comparing with HF transformers",
+        bar_format="{desc} ...",
+        disable=None if progress else True,
+        leave=False,
+    ):
+        hf_folder = origin.path if origin.format == "huggingface" else None
+        return measure_parity(hf_folder, out, num_params)
 
 
 def _by_group(table: Table) -> dict[str, Table]:

@@ -1,32 +1,43 @@
 """PyTorch's `.bin` checkpoints, read without executing the code that pickles can hold."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from convert.hf import Tensor, collect
-from s3d_jax.checkpoint import bullets, cast
+from convert.hf import CHUNK, Tensor, collect
+from s3d_jax.checkpoint import cast
 from s3d_jax.errors import ConversionError
-
-_CHUNK = 1 << 22  # elements converted at a time
 
 
 class TorchSource:
-    """Tensors of one or many `.bin` files; they are mapped, and one file is open at a time.
+    """Tensors of one or many `.bin` files, one of which is open at a time.
+
+    The open file is mapped, so that only the tensor that is read takes memory. The format before
+    torch 1.6 cannot be mapped: there the whole of one file is in memory.
+
+    Args:
+        files: all of them.
+        index: for each tensor the name of its file, or empty.
 
     Raises:
-        ConversionError: torch is missing, a file is damaged, or a tensor is in two files.
+        ConversionError: torch is missing, or files are damaged.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._load = functools.lru_cache(maxsize=1)(load)
-        self.tensors, problems = collect(files, self._header)
-        if problems:
-            raise ConversionError(f"damaged or contradicting weights:\n{bullets(problems)}")
+    def __init__(self, files: Sequence[Path], index: Mapping[str, str] | None = None) -> None:
+        self._path: Path | None = None
+        self._state: dict[str, Any] = {}
+        self.tensors, self.faults = collect(files, index or {}, self._header)
+
+    def _load(self, file: Path) -> dict[str, Any]:
+        if file != self._path:
+            # Dropped before the next is loaded: a file of the old format is in memory as a whole.
+            self._path, self._state = None, {}
+            self._state = load(file)
+            self._path = file
+        return self._state
 
     def _header(self, file: Path) -> dict[str, Tensor]:
         return {
@@ -34,16 +45,19 @@ class TorchSource:
             for name, tensor in self._load(file).items()
         }
 
-    def read(self, name: str, out: np.ndarray) -> None:
+    def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
         import torch
 
-        tensor = self._load(self.tensors[name].file)[name].contiguous().reshape(-1)
+        tensor = self._load(self.tensors[name].file)[name]
+        if tensor.ndim:
+            tensor = tensor[first_row : first_row + len(out)]
+        tensor = tensor.contiguous().reshape(-1)
         is_bfloat16 = tensor.dtype == torch.bfloat16  # which numpy knows only by ml_dtypes
         values = tensor.view(torch.int16).numpy() if is_bfloat16 else tensor.numpy()
         values = values.view(ml_dtypes.bfloat16) if is_bfloat16 else values
         flat = out.reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            piece = slice(start, start + _CHUNK)
+        for start in range(0, flat.size, CHUNK):
+            piece = slice(start, start + CHUNK)
             flat[piece] = cast(values[piece], out.dtype, name)
 
 

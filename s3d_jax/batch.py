@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax import decode
-from s3d_jax.config import SamplingConfig
+from s3d_jax.config import SamplingConfig, is_integer, is_list, plain
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.sampling import batch_sampling
+from s3d_jax.sampling import SamplingParams, batch_sampling
 from s3d_jax.text import TextRow
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ METHODS = ("s3d", "ar")
 
 UNLIMITED = int(np.iinfo(np.int32).max)
 _USUAL_SLACK = 16  # slots behind the last token, for γ up to 15
+_STEPS_PER_LOOK = 8  # iterations between two looks for stop strings
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -66,10 +67,11 @@ class Stats:
 
     Attributes:
         prompt_tokens, new_tokens: tokens in and out.
-        iterations: passes of the full model behind the prefill.
+        iterations: passes of the full model behind the prefill, those that the row's tokens came
+            from.
         drafted: draft tokens proposed, γ per iteration.
-        accepted: draft tokens accepted and committed (what a stop string cut off afterwards
-            included).
+        accepted: draft tokens accepted and kept: not those behind an end-of-text token, a stop
+            string or the row's end.
         accepted_per_position: the same for each of the γ positions; each was proposed `iterations`
             times.
         prefill_seconds, decode_seconds: without compilation.
@@ -137,99 +139,47 @@ class Batch:
         texts: the rows' texts, or None without a tokenizer.
     """
 
-    def __init__(
-        self,
-        lm: "LM",
-        prompts: list[np.ndarray],
-        *,
-        max_new_tokens: int | Sequence[int] = 128,
-        method: Method = "s3d",
-        gamma: int | None = None,
-        skip: Sequence[bool] | None = None,
-        stop: str | Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
-        seed: int | Sequence[int] = 0,
-        **sampling: Any,
-    ) -> None:
-        if method not in METHODS:
-            raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
-        rows = len(prompts)
-        stops = _stop_strings(stop)
-        if stops and lm.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this checkpoint has none")
-        limits = _per_row("max_new_tokens", max_new_tokens, rows)
-        if not all(type(n) is int and n >= 1 for n in limits):
-            raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
-        limits = [min(n, lm.max_length) for n in limits]
-
-        # Settings are checked also where the method does not use them: a wrong γ is a mistake
-        # either way.
-        draft = lm.draft_config
-        if gamma is not None:
-            draft = draft.replace(gamma=_plain(gamma))
-        if skip is not None:
-            layers = _plain(skip)
-            if not isinstance(layers, Sequence):
-                raise InputError(f"skip must be a list with one entry per layer, got {skip!r}")
-            draft = draft.replace(skip=tuple(layers))
-        draft.validate_for(lm.config)
-        params, features = batch_sampling(
-            _sampling_rows(sampling, rows), _row_keys(seed, rows), lm.config.vocab_size
-        )
-        self._stop_ids = _stop_ids(
-            lm.eos_token_ids if eos_token_ids is None else eos_token_ids, lm.config.vocab_size
-        )
-        self._spec = decode.DecodeSpec(
-            config=lm.config,
-            draft=draft if method == "s3d" else None,
-            features=features,
-            stop_ids=self._stop_ids,
-        )
+    def __init__(self, lm: "LM", prompts: list[np.ndarray], **options: Any) -> None:
+        request = _checked(lm, len(prompts), **options)
         self._lm = lm
         self._prompts = prompts
-        self._has_stop_strings = bool(stops)
+        self._spec = request.spec
+        self._has_stop_strings = bool(request.stops)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.texts = (
             None
             if lm.tokenizer is None
-            else [TextRow(lm.tokenizer, prompt.tolist(), stops) for prompt in prompts]
+            else [TextRow(lm.tokenizer, prompt.tolist(), request.stops) for prompt in prompts]
         )
-        self._stopped = [False] * rows  # by a stop string; the device knows nothing of those
+        self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 
         lengths = np.array([len(prompt) for prompt in prompts])
         self._chunks = decode.prefill_chunks(int(lengths.max()) - 1)
-        total = np.minimum(lengths + np.array(limits), lm.max_length)
-        self._slots = _slots(lengths.tolist(), limits, lm.max_length, self._spec.gamma)
-        self._state = decode.init_state(self._spec, prompts, self._slots, total, params)
+        ends = np.minimum(lengths + np.array(request.max_new_tokens), lm.max_length)
+        self._slots = _slots(
+            lengths.tolist(), request.max_new_tokens, lm.max_length, self._spec.gamma
+        )
+        self._state = decode.init_state(self._spec, prompts, self._slots, ends, request.sampling)
         self._signature = _signature((lm.params, lm.draft_params))
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
         if self._has_stop_strings:
-            iterations_per_call = 1  # the text must be looked at after every step
+            # The device knows no texts. Iterations behind a stop string are in vain, but a few of
+            # those at a row's end cost less than to look at the text after each iteration.
+            iterations_per_call = min(iterations_per_call, _STEPS_PER_LOOK)
+        padding = jax.device_get(self._state.padding)
+        used = int((padding + [len(prompt) - 1 for prompt in self._prompts]).max())
         self._prefill()
-        params, draft_params = self._lm.params, self._lm.draft_params
-        limit = jnp.int32(iterations_per_call)
-        used = max(len(prompt) for prompt in self._prompts) - 1
         finished = False
         while not finished:
-            visible = decode.visible_slots(used + self._spec.gamma + 1, self._slots)
-            program = self._program(
-                decode.decode_jit,
-                (self._spec, visible),
-                *(self._spec, params, draft_params, self._state, limit, visible),
-            )
-            start = time.perf_counter()
-            self._state = program(params, draft_params, self._state, limit)
-            tokens, lengths, done = jax.device_get(
-                (self._state.tokens, self._state.cache.length, self._state.done)
-            )
-            self._decode_seconds += time.perf_counter() - start
+            tokens, lengths, done = self._decode(used, iterations_per_call)
             yield [self._take(b, tokens[b], int(lengths[b])) for b in range(len(tokens))]
             done = done | np.array(self._stopped)
             finished = bool(done.all())
-            used = int(lengths[~done].max(initial=0))
+            # Never less than before: another program would cost more than it saves.
+            used = max(used, int((lengths + padding)[~done].max(initial=0)))
             if any(self._stopped) and not finished:
                 self._state = self._state.replace(done=jnp.asarray(done))
         for text in self.texts or ():
@@ -237,20 +187,22 @@ class Batch:
 
     def results(self) -> list[Result]:
         """One Result per row; call it when `run` has ended."""
-        iterations, accepted = jax.device_get((self._state.iterations, self._state.accepted))
+        passes = jax.device_get(self._state.passes)
         memory = peak_memory_bytes()
         results = []
         for b, tokens in enumerate(self.tokens):
             stopped_by: int | str | None = self.texts[b].stopped_by if self.texts else None
-            if stopped_by is None and tokens and tokens[-1] in self._stop_ids:
+            if stopped_by is None and tokens and tokens[-1] in self._spec.stop_ids:
                 stopped_by = tokens[-1]
+            gamma, prompt_tokens = self._spec.gamma, len(self._prompts[b])
+            iterations, accepted = decode.statistics(passes[b], prompt_tokens, len(tokens), gamma)
             stats = Stats(
-                prompt_tokens=len(self._prompts[b]),
+                prompt_tokens=prompt_tokens,
                 new_tokens=len(tokens),
-                iterations=int(iterations[b]),
-                drafted=int(iterations[b]) * self._spec.gamma,
-                accepted=int(accepted[b].sum()),
-                accepted_per_position=tuple(int(n) for n in accepted[b]),
+                iterations=iterations,
+                drafted=iterations * gamma,
+                accepted=sum(accepted),
+                accepted_per_position=accepted,
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._decode_seconds,
                 compile_seconds=self._compile_seconds,
@@ -282,6 +234,25 @@ class Batch:
             self._prefill_seconds += time.perf_counter() - start
             offset += chunk
 
+    def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Goes on in the program that reads `used` slots and what a step writes behind them.
+
+        Returns:
+            (tokens, lengths, done) of the rows.
+        """
+        params, draft_params = self._lm.params, self._lm.draft_params
+        visible = decode.visible_slots(used + self._spec.gamma + 1, self._slots)
+        arguments = (params, draft_params, self._state, np.int32(iterations))
+        program = self._program(
+            decode.decode_jit, (self._spec, visible), self._spec, *arguments, visible
+        )
+        start = time.perf_counter()
+        self._state = program(*arguments)
+        state = self._state
+        rows = jax.device_get((state.tokens, state.cache.length, state.done))
+        self._decode_seconds += time.perf_counter() - start
+        return rows
+
     def _program(self, function: Any, key: tuple[Any, ...], *args: Any) -> Callable[..., Any]:
         """The compiled program, from the model's store or made now; its time is kept apart."""
         programs = self._lm.programs
@@ -307,39 +278,94 @@ class Batch:
         return new
 
 
-def _plain(value: Any) -> Any:
-    """Python numbers and lists of them, from those of numpy or jax."""
-    return value.tolist() if hasattr(value, "tolist") else value
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """Checked options of one batch."""
+
+    max_new_tokens: list[int]
+    spec: decode.DecodeSpec
+    sampling: SamplingParams
+    stops: tuple[str, ...]
+
+
+def _checked(
+    lm: "LM",
+    rows: int,
+    *,
+    max_new_tokens: int | Sequence[int] = 128,
+    method: Method = "s3d",
+    gamma: int | None = None,
+    skip: Sequence[bool] | None = None,
+    stop: str | Sequence[str] = (),
+    eos_token_ids: Sequence[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    **sampling: Any,
+) -> _Request:
+    """GenerateOptions with their defaults, for `rows` prompts.
+
+    Raises:
+        InputError, ConfigError: an option that is unknown or out of range.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
+    stops = _stop_strings(stop)
+    if stops and lm.tokenizer is None:
+        raise InputError("stop strings need a tokenizer, and this model has none")
+    new_tokens = _per_row("max_new_tokens", max_new_tokens, rows)
+    if not all(is_integer(n) and n >= 1 for n in new_tokens):
+        raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
+    # Also where the method does not use them: a wrong γ is a mistake either way.
+    draft = lm.draft_config
+    if gamma is not None:
+        draft = draft.replace(gamma=gamma)
+    if skip is not None:
+        draft = draft.replace(skip=skip)
+    draft.validate_for(lm.config)
+    vocab_size = lm.config.vocab_size
+    params, features = batch_sampling(
+        _sampling_rows(sampling, rows), _row_keys(seed, rows), vocab_size
+    )
+    ids = checked_ids(lm.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
+    spec = decode.DecodeSpec(
+        config=lm.config,
+        draft=draft if method == "s3d" else None,
+        features=features,
+        stop_ids=tuple(sorted(set(ids))),  # equal sets of them share a program
+    )
+    return _Request([min(n, lm.max_length) for n in new_tokens], spec, params, stops)
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
+    if not is_list(stops) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop must be a non-empty text or a list of such, got {stop!r}")
     return tuple(stops)
 
 
-def _stop_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
-    """Sorted and without duplicates, since they are a part of the compiled program."""
-    ids = _plain(ids)
-    known = isinstance(ids, Sequence) and not isinstance(ids, str)
-    if not known or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+def checked_ids(eos_token_ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """End-of-text ids as plain numbers.
+
+    Raises:
+        InputError: they are no list of ids of the vocabulary.
+    """
+    ids = plain(eos_token_ids)
+    if not is_list(ids) or not all(is_integer(i) and 0 <= i < vocab_size for i in ids):
         raise InputError(
             f"eos_token_ids must be a list of ids from 0 to {vocab_size - 1}, got {ids!r:.80}"
         )
-    return tuple(sorted(set(ids)))
+    return tuple(ids)
 
 
-def _slots(lengths: Sequence[int], limits: Sequence[int], max_length: int, gamma: int) -> int:
+def _slots(lengths: list[int], new_tokens: list[int], max_length: int, gamma: int) -> int:
     """Cache slots for these rows: of few different sizes, so that nearby lengths share programs.
 
     From the padded prompts, so that prompts within one bucket get equal caches; with slack for any
     usual γ, so that plain decoding and S3D do as well.
     """
     slack = max(_USUAL_SLACK, gamma + 1)
-    padded = [sum(decode.prefill_chunks(length - 1)) + 1 for length in lengths]
+    padded = [decode.padded_length(length) for length in lengths]
     longest = max(*padded, max_length)
-    most = max(n + limit for n, limit in zip(padded, limits, strict=True))
+    most = max(n + new for n, new in zip(padded, new_tokens, strict=True))
     size, power_of_two = 64, True  # 64, 96, 128, 192, 256, ...
     while size < min(most, longest) + slack:
         size, power_of_two = size * 3 // 2 if power_of_two else size // 3 * 4, not power_of_two
@@ -353,11 +379,11 @@ def _signature(tree: Any) -> Hashable:
 
 
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
-    value = _plain(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    value = plain(value)
+    if is_list(value):
         if len(value) != rows:
             raise InputError(f"{name} has {len(value)} entries for {rows} prompts")
-        return list(value)
+        return value
     return [value] * rows
 
 
@@ -376,14 +402,14 @@ def _sampling_rows(options: dict[str, Any], rows: int) -> list[SamplingConfig]:
 def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
     if not isinstance(bias, Mapping):
         raise InputError(f"logit_bias must be a dict from token id to bias, got {bias!r:.80}")
-    return tuple(sorted(bias.items()))
+    return tuple((plain(token), plain(value)) for token, value in bias.items())
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     seeds = _per_row("seed", seed, rows)
-    if not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
+    if not all(is_integer(s) and 0 <= s < 2**32 for s in seeds):
         raise InputError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r:.80}")
-    if len(seeds) and not isinstance(_plain(seed), list | tuple):
+    if not is_list(plain(seed)):
         return jax.random.split(jax.random.key(seeds[0]), rows)
     return jnp.stack([jax.random.split(jax.random.key(s), 1)[0] for s in seeds])
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 2 wrong input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no lines of source
     try:
         return arguments.run(arguments)
     except S3DError as error:
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 141
+    finally:
+        warnings.formatwarning = usual
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -226,8 +231,8 @@ def _parse_ids(text: str) -> list[int]:
 def _chat(arguments: argparse.Namespace) -> int:
     lm = _load(arguments)
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    # A model that cannot chat should say so now and not after the first question.
-    lm.chat_prompt([*messages, {"role": "user", "content": "?"}])
+    # A model that cannot chat and a wrong option should be said now, not after the first question.
+    lm.stream(lm.chat_prompt([*messages, {"role": "user", "content": "?"}]), **_options(arguments))
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -237,10 +242,9 @@ def _chat(arguments: argparse.Namespace) -> int:
         if not question:
             return 0
         answer = ""
+        turns = [*messages, {"role": "user", "content": question}]
         try:
-            turns, ids = _fitting(
-                lm, [*messages, {"role": "user", "content": question}], arguments.max_new_tokens
-            )
+            turns, ids = _fitting(lm, turns, arguments.max_new_tokens)
             for piece in lm.stream(ids, **_options(arguments)):
                 print(piece, end="", flush=True)
                 answer += piece
@@ -271,6 +275,8 @@ def _fitting(
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    import jax
+
     from s3d_jax import checkpoint, model
     from s3d_jax.drafts import draft_names, read_draft
 
@@ -281,7 +287,7 @@ def _info(arguments: argparse.Namespace) -> int:
         for name in draft_names(header.path)
     }
     parameters = model.num_params(config)
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+    size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
     facts = {
         "model": str(arguments.model),

@@ -8,6 +8,7 @@ head size.
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from s3d_jax.errors import ConfigError
@@ -15,6 +16,7 @@ from s3d_jax.errors import ConfigError
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
+_LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
 
 
 def _check(condition: bool, message: str) -> None:
@@ -22,18 +24,48 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
-
-
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Python's and numpy's; True and False are no numbers here."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def is_list(value: Any) -> bool:
+    """Whether a setting holds several values: any sequence but a text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def plain(value: Any) -> Any:
+    """Python's own numbers and lists, from those of numpy or jax and from any sequence."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain(v) for v in value] if is_list(value) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer past the largest float
+        return False
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
+
+
 class _Record:
     """JSON in and out for the frozen dataclasses below; an unknown field is an error."""
+
+    def __post_init__(self) -> None:
+        """Lists become tuples, and numpy's numbers Python's: hashable, and fit for JSON."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _frozen(plain(getattr(self, field.name)))
+            object.__setattr__(self, field.name, value)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
@@ -49,7 +81,7 @@ class _Record:
         }
         missing = sorted(required - set(fields))
         _check(not missing, f"{cls.__name__}: missing fields {missing}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
@@ -83,29 +115,30 @@ class RopeConfig(_Record):
     original_max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(
             self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
         )
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            _check(_is_positive(value), f"rope {name} must be > 0, got {value!r}")
         _check(
-            _is_finite(self.theta) and self.theta > 0, f"rope theta must be > 0, got {self.theta}"
+            _is_positive(self.rotary_fraction) and self.rotary_fraction <= 1,
+            f"rotary_fraction must be in (0, 1], got {self.rotary_fraction!r}",
         )
+        original = self.original_max_position_embeddings
         _check(
-            _is_finite(self.factor) and self.factor > 0,
-            f"rope factor must be > 0, got {self.factor}",
-        )
-        _check(
-            0 < self.rotary_fraction <= 1,
-            f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}",
+            original is None or (is_integer(original) and original > 0),
+            f"original_max_position_embeddings must be a positive integer, got {original!r}",
         )
         if self.type in ("dynamic", "llama3"):
-            original = self.original_max_position_embeddings
             _check(
-                isinstance(original, int) and original > 0,
-                f"rope type {self.type!r} needs original_max_position_embeddings, got {original}",
+                original is not None,
+                f"rope type {self.type!r} needs original_max_position_embeddings",
             )
         if self.type == "llama3":
             _check(
-                0 < self.low_freq_factor < self.high_freq_factor,
+                self.low_freq_factor < self.high_freq_factor,
                 "rope type 'llama3' needs 0 < low_freq_factor < high_freq_factor, "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}",
             )
@@ -162,13 +195,19 @@ class ModelConfig(_Record):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_sizes()
+        self._check_switches()
+        self._check_positions()
+
+    def _check_sizes(self) -> None:
         for name in (
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
             *("num_kv_heads", "head_dim", "max_position_embeddings"),
         ):
             value = getattr(self, name)
             _check(
-                _is_integer(value) and value > 0,
+                is_integer(value) and value > 0,
                 f"{name} must be a positive integer, got {value!r}",
             )
         _check(
@@ -176,32 +215,62 @@ class ModelConfig(_Record):
             f"num_heads ({self.num_heads}) must be a multiple of "
             f"num_kv_heads ({self.num_kv_heads})",
         )
+
+    def _check_switches(self) -> None:
         _check(
             self.activation in ACTIVATIONS,
             f"activation {self.activation!r} is unknown; known are {ACTIVATIONS}",
         )
-        _check(self.dtype in DTYPES, f"dtype {self.dtype!r} is unknown; known are {DTYPES}")
         _check(
-            _is_finite(self.norm_eps) and self.norm_eps > 0,
-            f"norm_eps must be > 0, got {self.norm_eps}",
+            isinstance(self.dtype, str) and self.dtype in DTYPES,
+            f"dtype {self.dtype!r} is unknown; known are {DTYPES}",
         )
-        if self.sliding_window is not None:
+        for name in (
+            *("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias"),
+            *("qk_norm", "post_norms"),
+        ):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+        _check(_is_positive(self.norm_eps), f"norm_eps must be > 0, got {self.norm_eps!r}")
+        for name in ("norm_offset", "embedding_scale"):
+            value = getattr(self, name)
+            _check(_is_finite(value), f"{name} must be a number, got {value!r}")
+        _check(
+            self.attention_scale is None or _is_finite(self.attention_scale),
+            f"attention_scale must be a number, or None for 1/sqrt(H), got {self.attention_scale}",
+        )
+        for name in ("attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
             _check(
-                len(self.sliding_window) == self.num_layers,
-                f"sliding_window has {len(self.sliding_window)} entries, "
-                f"the model {self.num_layers} layers",
+                value is None or _is_positive(value),
+                f"{name} must be a number > 0, or None for no cap, got {value!r}",
+            )
+
+    def _check_positions(self) -> None:
+        windows = self.sliding_window
+        if windows is not None:
+            _check(
+                isinstance(windows, tuple),
+                f"sliding_window must be a list with one entry per layer, got {windows!r}",
             )
             _check(
-                all(w is None or w > 0 for w in self.sliding_window),
-                f"sliding_window entries must be None or > 0, got {self.sliding_window}",
+                len(windows) == self.num_layers,
+                f"sliding_window has {len(windows)} entries, the model {self.num_layers} layers",
             )
-        for rope in (self.rope, self.local_rope):
-            if rope is not None:
-                rotary_dim = int(self.head_dim * rope.rotary_fraction)
-                _check(
-                    rotary_dim % 2 == 0 and rotary_dim > 0,
-                    f"the rotated part of a head must be even, got {rotary_dim} of {self.head_dim}",
-                )
+            _check(
+                all(w is None or (is_integer(w) and w > 0) for w in windows),
+                f"sliding_window entries must be None or integers > 0, got {windows}",
+            )
+        for name in ("rope", "local_rope"):
+            rope = getattr(self, name)
+            if name == "local_rope" and rope is None:
+                continue
+            _check(isinstance(rope, RopeConfig), f"{name} must be a RopeConfig, got {rope!r}")
+            rotary_dim = int(self.head_dim * rope.rotary_fraction)
+            _check(
+                rotary_dim % 2 == 0 and rotary_dim > 0,
+                f"the rotated part of a head must be even, got {rotary_dim} of {self.head_dim}",
+            )
 
     @property
     def qkv_features(self) -> int:
@@ -249,10 +318,15 @@ class DraftConfig(_Record):
     block_attention: Literal["causal", "bidirectional"] = "causal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(
-            _is_integer(self.gamma) and self.gamma >= 1,
+            is_integer(self.gamma) and self.gamma >= 1,
             f"gamma must be an integer >= 1, got {self.gamma!r}; "
             "for no speculation use method='ar'",
+        )
+        _check(
+            isinstance(self.skip, tuple),
+            f"skip must be a list with one entry per layer, got {self.skip!r}",
         )
         _check(
             all(isinstance(s, bool) for s in self.skip),
@@ -295,6 +369,8 @@ class SamplingConfig(_Record):
         presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output,
             once or per occurrence (as in the OpenAI API); 0 is off.
         logit_bias: (token id, bias) pairs, added to the logits; -inf forbids a token.
+
+    Temperature, biases and penalties are bounded, so that no step of it leaves float32.
     """
 
     temperature: float = 0.0
@@ -307,16 +383,17 @@ class SamplingConfig(_Record):
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(
-            _is_finite(self.temperature) and self.temperature >= 0,
-            f"temperature must be a number >= 0, got {self.temperature!r}",
+            _is_finite(self.temperature) and 0 <= self.temperature <= _LARGEST,
+            f"temperature must be a number >= 0, up to 1e30, got {self.temperature!r}",
         )
         _check(
-            _is_integer(self.top_k) and 0 <= self.top_k < 2**31,
+            is_integer(self.top_k) and 0 <= self.top_k < 2**31,
             f"top_k must be an integer >= 0 (0 is off), got {self.top_k!r}",
         )
         _check(
-            _is_finite(self.top_p) and 0 < self.top_p <= 1,
+            _is_positive(self.top_p) and self.top_p <= 1,
             f"top_p must be in (0, 1], got {self.top_p!r}",
         )
         _check(
@@ -324,19 +401,32 @@ class SamplingConfig(_Record):
             f"min_p must be in [0, 1], got {self.min_p!r}",
         )
         _check(
-            _is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty must be a number > 0, got {self.repetition_penalty!r}",
+            _is_finite(self.repetition_penalty) and 1e-6 <= self.repetition_penalty <= 1e6,
+            "repetition_penalty must be a number > 0, from 1e-6 to 1e6, "
+            f"got {self.repetition_penalty!r}",
         )
         for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
             _check(
-                _is_finite(getattr(self, name)),
-                f"{name} must be a number, got {getattr(self, name)!r}",
+                _is_finite(value) and abs(value) <= _LARGEST,
+                f"{name} must be a number within ±1e30, got {value!r}",
             )
-        for token, bias in self.logit_bias:
-            # Larger ones overflow float32 on the way through temperature and softmax.
-            known = isinstance(bias, numbers.Real) and (abs(bias) <= 1e30 or bias == -math.inf)
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        pairs = self.logit_bias
+        _check(
+            isinstance(pairs, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs),
+            f"logit_bias must be (token id, bias) pairs, got {pairs!r:.80}",
+        )
+        for token, bias in pairs:
+            known = bias == -math.inf or (_is_finite(bias) and abs(bias) <= _LARGEST)
             _check(
-                _is_integer(token) and token >= 0 and known,
+                is_integer(token) and token >= 0 and known,
                 "logit_bias needs (token id >= 0, bias within ±1e30 or -inf) pairs, "
                 f"got ({token!r}, {bias!r})",
             )
+        _check(
+            len({token for token, _ in pairs}) == len(pairs),
+            f"logit_bias names a token twice, got {pairs!r:.80}",
+        )

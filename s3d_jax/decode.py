@@ -42,23 +42,24 @@ class DecodeState(flax.struct.PyTreeNode):
         cache: the key/value cache, S slots.
         done: bool [B], rows that have finished; they stay as they are.
         limit: int32 [B], tokens (prompt included) at which a row ends.
+        padding: int32 [B], tokens by which a row's prompt is shorter than the longest prompt that
+            runs the same prefill programs (`padded_length`).
         sampling: the rows' sampling settings and keys.
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
-        iterations: int32 [B], verify passes a row took part in.
-        accepted: int32 [B, γ], how often the draft token at each position was accepted and
-            committed.
+        passes: int32 [B, S], a record for `statistics`: where the first token of an iteration was
+            committed, 1 + the draft tokens accepted in it; 0 at the other committed tokens.
     """
 
     tokens: jax.Array
     cache: KVCache
     done: jax.Array
     limit: jax.Array
+    padding: jax.Array
     sampling: SamplingParams
     prompt_tokens: jax.Array
     output_counts: jax.Array
-    iterations: jax.Array
-    accepted: jax.Array
+    passes: jax.Array
 
 
 class Proposal(NamedTuple):
@@ -136,10 +137,10 @@ def init_state(
             tokens=tokens,
             done=lengths >= limit,
             limit=np.asarray(limit, np.int32),
+            padding=np.asarray([padded_length(n) for n in lengths.tolist()], np.int32) - lengths,
             prompt_tokens=seen,
             output_counts=np.zeros(seen.shape, np.int32),
-            iterations=np.zeros((batch,), np.int32),
-            accepted=np.zeros((batch, spec.gamma), np.int32),
+            passes=np.zeros((batch, slots), np.int32),
         )
     )
     cache = init_cache(spec.config, batch, slots, lengths)
@@ -160,10 +161,20 @@ def prefill_chunks(length: int) -> list[int]:
     return [largest] * full + tail
 
 
+def padded_length(length: int) -> int:
+    """Tokens of the longest prompt that runs the same prefill programs as one of `length`.
+
+    Caches are sized, and `visible` is chosen, by this and not by the prompt itself, so that those
+    who share a prefill share all programs. The last token is not prefilled.
+    """
+    return sum(prefill_chunks(length - 1)) + 1
+
+
 def visible_slots(needed: int, slots: int) -> int:
     """The slots that a program should read, where `needed` of a cache of `slots` are in use.
 
-    Powers of two, so that a long generation runs few programs and reads at most twice what it must.
+    Powers of two, so that a long generation runs few programs. What is read is at most twice what
+    is needed, or 256 slots.
     """
     visible = _FIRST_VISIBLE
     while visible < needed:
@@ -256,7 +267,7 @@ def draft_pass(
     assert logits is not None
     # A broken draft may cost speed but never correctness: without this, NaN would reach the
     # residual.
-    logits = _process(spec, jnp.nan_to_num(logits), state)
+    logits = _process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
     if not spec.features.sampled:
         return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None, cache)
     logits = warp(logits, state.sampling, spec.features)
@@ -318,8 +329,7 @@ def commit(
         cache=state.cache.replace(length=new_length),
         done=state.done | stopped | (new_length + 1 >= state.limit),
         output_counts=counts,
-        iterations=state.iterations + ~state.done,
-        accepted=state.accepted + (column[:gamma] < jnp.minimum(accepted, count)[:, None]),
+        passes=put(state.passes, 1 + accepted[:, None], length + 1),  # scratch where a row is done
     )
 
 
@@ -359,22 +369,46 @@ def decode(
 ) -> DecodeState:
     """Steps until every row is done, `max_iterations` steps at most (1 streams).
 
-    With `visible` (static) it also stops before a row would need more than so many slots; from
-    there on another program goes on (`visible_slots`).
+    With `visible` (static) it also stops before a row, its prompt taken as padded, would need more
+    than so many slots; from there on another program goes on (`visible_slots`). A program that
+    reads all slots never stops for that.
 
     A pure function; `decode_jit` is the compiled one, which donates the state.
     """
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         i, state = carry
-        fits = state.cache.length + spec.gamma + 1 <= (visible or state.cache.slots)
-        return (i < max_iterations) & ~jnp.all(state.done) & jnp.all(fits | state.done)
+        go_on = (i < max_iterations) & ~jnp.all(state.done)
+        if visible is None or visible >= state.cache.slots:
+            return go_on  # init_state saw to it that every row fits to its end
+        fits = state.cache.length + state.padding + spec.gamma + 1 <= visible
+        return go_on & jnp.all(fits | state.done)
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         i, state = carry
         return i + 1, step(spec, params, draft_params, state, visible)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def statistics(
+    passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: int
+) -> tuple[int, tuple[int, ...]]:
+    """What the first `new_tokens` tokens of a row cost.
+
+    Args:
+        passes: int [S], the row's part of `DecodeState.passes`.
+        prompt_tokens, new_tokens: tokens in and out.
+        gamma: draft tokens per iteration.
+
+    Returns:
+        (iterations, accepted): iterations that committed one of these tokens; and for each of the γ
+        positions, how often its draft token was accepted and is one of them.
+    """
+    passes = passes[prompt_tokens : prompt_tokens + new_tokens]
+    (starts,) = np.nonzero(passes)
+    accepted = np.minimum(passes[starts] - 1, new_tokens - starts)
+    return len(starts), tuple(int((accepted > position).sum()) for position in range(gamma))
 
 
 # For those who do not jit their own. Both donate what they return anew.

@@ -4,16 +4,17 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Generic, TypeVar, Unpack
 
 import jax
 import numpy as np
 
 from s3d_jax import checkpoint
-from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
-from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
+from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
+from s3d_jax.config import DraftConfig, ModelConfig, is_integer, plain, symmetric_skip
 from s3d_jax.drafts import choose_draft, read_draft
-from s3d_jax.errors import CheckpointError, ConfigError, InputError
+from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.model import DraftParams, Params, untrained_draft
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -55,11 +56,11 @@ def load(
             folder the message says how to convert it.
 
     Warns:
-        UserWarning: the device has no fast bfloat16, and the weights are of that type.
+        UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
+            tokenizer cannot be read, and the model goes without.
     """
-    name = (
-        choose_draft(path, draft) if use_draft else None
-    )  # a wrong name should not cost the time of loading
+    # First, since a wrong name should not cost the time of loading.
+    name = choose_draft(path, draft) if use_draft else None
     loaded = checkpoint.load(path, dtype, progress=progress)
     _warn_if_slow(loaded.config.dtype)
     trained = None if name is None else read_draft(path, name, loaded.config)
@@ -87,6 +88,7 @@ def _warn_if_slow(dtype: str) -> None:
 
 
 def _load_tokenizer(header: checkpoint.Header) -> Any:
+    """The tokenizer, or None after a warning: token ids work without one."""
     # Without torch, transformers advises to install it, which nothing here has a use for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -96,13 +98,25 @@ def _load_tokenizer(header: checkpoint.Header) -> Any:
         # AutoTokenizer asks config.json for the class where tokenizer_config.json names none, and
         # ours is not HF's; the file alone is enough.
         kinds.append(transformers.PreTrainedTokenizerFast)
-    errors = []
+    # Without this argument nothing is fixed either, but transformers warns of a wrong regex at each
+    # large vocabulary: it looks for the kind of model in HF's config.json. Version 5.0.0 fails with
+    # the argument.
+    options: tuple[dict[str, bool], ...] = ({"fix_mistral_regex": False}, {})
+    reason = ""
     for kind in kinds:
-        try:
-            return kind.from_pretrained(header.path, local_files_only=True)
-        except Exception as error:  # transformers raises most kinds for files it cannot read
-            errors.append(f"{type(error).__name__}: {error}")
-    raise CheckpointError(f"cannot read the tokenizer in {header.path}: {errors[-1]}")
+        for option in options:
+            try:
+                return kind.from_pretrained(header.path, local_files_only=True, **option)
+            except Exception as error:  # transformers raises most kinds for files it cannot read
+                reason = f"{type(error).__name__}: {error}"
+    if (header.path / "tokenizer.model").is_file() and not find_spec("sentencepiece"):
+        reason = "tokenizer.model needs another package, `pip install sentencepiece`"
+    warnings.warn(
+        f"cannot read the tokenizer in {header.path}, so the model takes and gives token ids only "
+        f"(--ids): {reason}",
+        stacklevel=3,
+    )
+    return None
 
 
 class LM:
@@ -116,6 +130,10 @@ class LM:
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
         programs: the compiled programs so far; their number is the number of compilations.
+
+    Raises:
+        InputError: eos_token_ids are no list of ids of the vocabulary.
+        ConfigError: max_length is below 2, or the draft is of another number of layers.
     """
 
     def __init__(
@@ -135,10 +153,11 @@ class LM:
         self.draft_config.validate_for(config)
         self.draft_params = untrained_draft(params) if draft_params is None else draft_params
         self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
-        self.max_length = config.max_position_embeddings if max_length is None else max_length
-        if not isinstance(self.max_length, int) or self.max_length < 2:
-            raise ConfigError(f"max_length must be an integer >= 2, got {self.max_length!r}")
+        self.eos_token_ids = checked_ids(eos_token_ids, config.vocab_size)
+        length = plain(config.max_position_embeddings if max_length is None else max_length)
+        if not is_integer(length) or length < 2:
+            raise ConfigError(f"max_length must be an integer >= 2, got {max_length!r}")
+        self.max_length: int = length
         self.programs: dict[tuple[Any, ...], Any] = {}
 
     def generate(
@@ -223,7 +242,7 @@ class LM:
             InputError: no tokenizer, no chat template, or messages that the template refuses.
         """
         if self.tokenizer is None:
-            raise InputError("chat needs a tokenizer, and this checkpoint has none")
+            raise InputError("chat needs a tokenizer, and this model has none")
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
                 "this model's tokenizer has no chat template, so it was not made for chat: use "
@@ -258,13 +277,13 @@ class LM:
         prompts = list(prompts)
         if not prompts:
             raise InputError("no prompt: give a text, a list of token ids, or a list of either")
-        single = isinstance(prompts[0], int | float | np.number)
+        single = isinstance(prompts[0], int | float) or getattr(prompts[0], "ndim", None) == 0
         rows = []
         for i, prompt in enumerate([prompts] if single else prompts):
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise InputError(
-                        f"prompt {i} is a text, but the checkpoint has no tokenizer: give ids"
+                        f"prompt {i} is a text, but this model has no tokenizer: give ids"
                     )
                 if not prompt:
                     raise InputError(f"prompt {i} is empty")
@@ -272,16 +291,20 @@ class LM:
                     prompt = self.tokenizer.encode(prompt)
                 except (TypeError, UnicodeError) as error:
                     raise InputError(f"prompt {i} is no valid text ({error})") from error
-            rows.append(self._checked(i, np.asarray(prompt)))
+            rows.append(self._checked(i, prompt))
         return rows
 
-    def _checked(self, i: int, ids: np.ndarray) -> np.ndarray:
+    def _checked(self, i: int, prompt: Any) -> np.ndarray:
         vocab = self.config.vocab_size
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of different depth or length
+            ids = np.asarray(None)
         if ids.size == 0:
             raise InputError(f"prompt {i} is empty: it needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise InputError(
-                f"prompt {i} must be a text or a flat list of integers, got {ids!r:.80}"
+                f"prompt {i} must be a text or a flat list of integers, got {prompt!r:.80}"
             )
         outside = ids[(ids < 0) | (ids >= vocab)]
         if outside.size:

@@ -4,6 +4,7 @@ Letters: B batch, T positions of a block, γ draft tokens, V vocabulary. All ari
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -38,7 +39,7 @@ class SamplingParams(flax.struct.PyTreeNode):
     Attributes:
         keys: typed PRNG keys [B].
         logit_bias: float32 [B, V], or [B, 0] where no row has one.
-        others: as in SamplingConfig.
+        others: as in SamplingConfig, rounded to float32 but never to 0.
     """
 
     keys: jax.Array
@@ -89,12 +90,21 @@ def batch_sampling(
 
     names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
     columns = {
-        name: np.asarray([getattr(row, name) for row in rows], np.float32)
+        name: np.asarray([_to_float32(getattr(row, name)) for row in rows], np.float32)
         for name in (*names, "frequency_penalty")
     }
     columns["top_k"] = np.asarray([min(row.top_k, vocab_size) for row in rows], np.int32)
     columns["logit_bias"] = bias
     return SamplingParams(keys=keys, **jax.device_put(columns)), features
+
+
+def _to_float32(value: float) -> float:
+    """Small values become the smallest normal float32, since XLA takes smaller ones for 0.
+
+    And 0 means something else: a temperature of 0 is greedy, a top_p of 0 would keep nothing.
+    """
+    smallest = float(np.finfo(np.float32).tiny)
+    return math.copysign(max(abs(value), smallest), value) if value else 0.0
 
 
 # --- processors: what the target's distribution is, before it is warped ---------------------------
@@ -162,7 +172,9 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
     """
     greedy = params.temperature[:, None] == 0
     best = jnp.argmax(logits, axis=-1)
-    x = logits / jnp.where(greedy, 1.0, params.temperature[:, None])[..., None]
+    # Below their largest, so that no temperature makes them overflow.
+    x = logits - jnp.max(logits, axis=-1, keepdims=True)
+    x = x / jnp.where(greedy, 1.0, params.temperature[:, None])[..., None]
     if features.filtered:
         top_k, top_p = params.top_k[:, None], params.top_p[:, None]
         keep = _keep_largest(x, lambda kept: jnp.sum(kept, axis=-1) >= top_k)

@@ -1,7 +1,9 @@
-"""Where the real checkpoints are."""
+"""What some tests need from outside: the real checkpoints, and packages that are optional."""
 
+import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,19 @@ def data_dir() -> Path:
     """Real checkpoints, configs and texts. Where they are absent tests skip, but not in CI."""
     path = Path(os.environ.get("S3D_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not (path / "checkpoints").is_dir():
-        reason = f"no test data at {path}: set S3D_TEST_DATA to the folder with checkpoints/"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        _missing(f"no test data at {path}: set S3D_TEST_DATA to the folder with checkpoints/")
     return path
+
+
+def need(module: str) -> Any:
+    """An optional module, for a whole test file or one test. Skips without it, but not in CI."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        _missing(f"this test needs {module}: pip install {module}")
+
+
+def _missing(reason: str) -> None:
+    if os.environ.get("CI"):  # where nobody would notice a test that is not run
+        pytest.fail(reason)
+    pytest.skip(reason, allow_module_level=True)

@@ -1,7 +1,9 @@
 """Settings are checked when they are made, and survive JSON."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from s3d_jax.config import DraftConfig, ModelConfig, RopeConfig, SamplingConfig, symmetric_skip
@@ -22,6 +24,16 @@ from tests.tiny import tiny_config
         ({"norm_eps": float("nan")}, "norm_eps"),
         ({"sliding_window": (4,)}, "1 entries"),
         ({"sliding_window": (4, 0, 4, None)}, "> 0"),
+        ({"sliding_window": 4}, "list with one entry per layer"),
+        ({"tie_embeddings": "no"}, "tie_embeddings must be True or False"),
+        ({"qkv_bias": 1}, "qkv_bias must be True or False"),
+        ({"logit_softcap": -1}, "logit_softcap"),
+        ({"attention_softcap": float("inf")}, "attention_softcap"),
+        ({"attention_scale": float("nan")}, "attention_scale"),
+        ({"embedding_scale": "x"}, "embedding_scale"),
+        ({"norm_offset": None}, "norm_offset"),
+        ({"rope": {"type": "default"}}, "rope must be a RopeConfig"),
+        ({"dtype": np.dtype("float32")}, "dtype"),
     ],
 )
 def test_model_config_refuses(change, message):
@@ -36,6 +48,9 @@ def test_model_config_refuses(change, message):
         ({"theta": 0}, "theta"),
         ({"type": "linear", "factor": -1}, "factor"),
         ({"rotary_fraction": 1.5}, "rotary_fraction"),
+        ({"rotary_fraction": "x"}, "rotary_fraction"),
+        ({"low_freq_factor": None}, "low_freq_factor"),
+        ({"original_max_position_embeddings": 0.5}, "original_max_position_embeddings"),
         ({"type": "dynamic", "factor": 2.0}, "original_max_position_embeddings"),
         (
             {
@@ -58,6 +73,8 @@ def test_rope_config_refuses(fields, message):
     [
         ({"skip": (True, True)}, "keeps no layer"),
         ({"skip": (True, 0)}, "True and False"),
+        ({"skip": 2}, "skip must be a list"),
+        ({"skip": "no"}, "skip must be a list"),
         ({"skip": (True, False), "gamma": 0}, "gamma must be an integer >= 1, got 0"),
         ({"skip": (True, False), "gamma": 2.5}, "2.5"),
         ({"skip": (True, False), "block_attention": "both"}, "both"),
@@ -68,30 +85,41 @@ def test_draft_config_refuses(fields, message):
         DraftConfig(**fields)
 
 
+def test_lists_and_numbers_of_numpy_become_plain_ones():
+    """Hashable, since they are static arguments, and fit for JSON."""
+    draft = DraftConfig([np.bool_(False), True], gamma=np.int64(2))
+    assert draft == DraftConfig((False, True), gamma=2) and hash(draft)
+    assert json.loads(json.dumps(draft.to_dict()))["gamma"] == 2
+    config = tiny_config(sliding_window=[np.int64(4), None, 4, None], vocab_size=np.int32(31))
+    assert config == tiny_config(sliding_window=(4, None, 4, None)) and hash(config)
+    assert json.dumps(config.to_dict())
+    row = SamplingConfig(logit_bias=[[np.int64(3), np.float32(0.5)]], temperature=np.float32(0.5))
+    assert row == SamplingConfig(logit_bias=((3, 0.5),), temperature=0.5) and hash(row)
+
+
 def test_a_draft_must_fit_its_model():
     with pytest.raises(ConfigError, match="2 entries, the model has 4 layers"):
         DraftConfig((True, False)).validate_for(tiny_config())
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "field, value",
     [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"top_k": -1},
-        {"top_k": 1.5},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"min_p": -0.1},
-        {"repetition_penalty": 0.0},
-        {"presence_penalty": float("inf")},
-        {"logit_bias": ((-1, 1.0),)},
-        {"logit_bias": ((1, float("inf")),)},
+        *(("temperature", v) for v in (-0.1, math.nan, math.inf, 1e31, 10**400, "1")),
+        *(("top_k", v) for v in (-1, 1.5, True, 2**31)),
+        *(("top_p", v) for v in (0, 1.1, -1, math.nan)),
+        *(("min_p", v) for v in (-0.1, 1.5)),
+        *(("repetition_penalty", v) for v in (0, -1, math.nan, 1e-44, 1e39)),
+        *(("presence_penalty", v) for v in (math.inf, -1e300)),
+        *(("frequency_penalty", v) for v in (math.nan, 1e39)),
+        *(("logit_bias", ((token, 1.0),)) for token in (-1, 0.5, "a")),
+        *(("logit_bias", ((1, bias),)) for bias in (math.inf, math.nan, 1e31, "a", None)),
+        *(("logit_bias", v) for v in (5, (1, 2), ((1, 2, 3),), ((1, 2.0), (1, 3.0)))),
     ],
 )
-def test_sampling_config_refuses(fields):
-    with pytest.raises(ConfigError, match=next(iter(fields))):
-        SamplingConfig(**fields)
+def test_sampling_config_refuses(field, value):
+    with pytest.raises(ConfigError, match=field):
+        SamplingConfig(**{field: value})
 
 
 def test_json_round_trip():

@@ -169,6 +169,23 @@ def test_seeds(tiny):
     assert len({tuple(r.tokens) for r in [*first, *other]}) == 6
 
 
+def test_a_sequence_of_seeds_holds_one_per_row(tiny):
+    options = dict(max_new_tokens=20, temperature=1.5)
+    expected = [r.tokens for r in tiny.generate([[1, 2]] * 2, seed=[0, 1], **options)]
+    for seeds in (range(2), (0, 1), np.arange(2), [np.int64(0), jnp.int32(1)]):
+        assert [r.tokens for r in tiny.generate([[1, 2]] * 2, seed=seeds, **options)] == expected
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("options", [{"temperature": 1e-44}, {"temperature": 1.0, "top_p": 1e-44}])
+def test_the_smallest_temperature_and_top_p_are_greedy(tiny, options, method):
+    greedy = tiny.generate([1, 2], max_new_tokens=20, method="ar")[0].tokens
+    sampled = tiny.generate([1, 2], max_new_tokens=20, method=method, **options)[0].tokens
+    assert sampled == greedy and set(greedy) != {0}
+
+
 @pytest.mark.parametrize("method", ["ar", "s3d"])
 def test_logit_bias_forbids_and_forces(tiny, method):
     plain = tiny.generate([1, 2], max_new_tokens=12, method=method)[0].tokens
@@ -230,6 +247,44 @@ def test_stop_strings(baby, method):
     assert batch[0].tokens == result.tokens
     alone = baby.generate("A dog", max_new_tokens=120, method=method, stop=stop)[0]
     assert batch[1].tokens == alone.tokens
+
+
+@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_strings_end_a_row_where_a_look_after_each_step_would(
+    baby, method, temperature, monkeypatch
+):
+    prompts = ["Once upon a time", "A dog", "One day, a girl"]
+    options = dict(max_new_tokens=90, method=method, temperature=temperature, gamma=3)
+    plain = baby.generate(prompts, **options)
+    texts = [r.text for r in plain]
+    for stop in ([texts[0][1:4]], [texts[1][40:43]], ["@", texts[2][83:87]], ["@@"]):
+        rows = {}
+        for steps in (8, 1):
+            monkeypatch.setattr("s3d_jax.batch._STEPS_PER_LOOK", steps)
+            results = baby.generate(prompts, stop=stop, **options)
+            for result, whole in zip(results, plain, strict=True):
+                ends = [whole.text.index(s) for s in stop if s in whole.text]
+                assert result.text == whole.text[: min(ends, default=None)]
+                assert result.finish_reason == ("stop" if ends else whole.finish_reason)
+            rows[steps] = [
+                (r.tokens, r.stopped_by, r.stats.iterations, r.stats.accepted_per_position)
+                for r in results
+            ]
+        assert rows[8] == rows[1]
+
+
+def test_stop_strings_are_looked_for_every_few_steps(baby, monkeypatch):
+    calls = []
+    decode = Batch._decode
+    monkeypatch.setattr(
+        Batch, "_decode", lambda self, *args: calls.append(args) or decode(self, *args)
+    )
+    result = baby.generate("Once", max_new_tokens=80, method="ar", stop="@@")[0]
+    assert (len(result.tokens), len(calls)) == (80, 10)
+    calls.clear()
+    pieces = list(baby.stream("Once", max_new_tokens=80, method="ar", stop="@@"))
+    assert len(calls) == len(pieces) == 80
 
 
 def test_the_end_of_the_cache_ends_a_row():
@@ -314,11 +369,35 @@ def test_programs_are_compiled_once():
     assert len(lm.programs) == 7
 
 
+@pytest.mark.parametrize(
+    "lengths, new_tokens",
+    [
+        (([64], [40], [34]), 200),  # grows past 256 slots
+        (([257], [200], [255]), 20),  # starts on either side of 256
+        (([300, 17], [270, 2], [385, 9]), [5, 500]),  # the short row goes on alone
+    ],
+)
+@pytest.mark.parametrize("method", ["ar", "s3d"])
+def test_prompt_lengths_within_a_bucket_share_all_programs(lengths, new_tokens, method):
+    lm = tiny_lm(max_position_embeddings=1024)
+    first, *others = ([[1] * n for n in row] for row in lengths)
+    lm.generate(first, max_new_tokens=new_tokens, method=method)
+    for prompts in others:
+        results = lm.generate(prompts, max_new_tokens=new_tokens, method=method)
+        assert results[0].stats.compile_seconds == 0
+
+
+def test_a_row_s_end_brings_no_smaller_program():
+    lm = tiny_lm(max_position_embeddings=1024)
+    lm.generate([[1] * 300, [1]], max_new_tokens=[5, 60], progress=lambda n: None)
+    assert len([key for key in lm.programs if key[0] is decode_jit]) == 1
+
+
 @pytest.mark.parametrize("method", ["ar", "s3d"])
 def test_a_long_generation_reads_the_cache_in_stages(method):
     """The cache is allocated once; programs read 256, then 512, then 1024 slots of it."""
     lm = tiny_lm(max_position_embeddings=4096)
-    prompts = [[1, 2], [3] * 200]
+    prompts = [[1, 2], [3] * 100]
     whole = lm.generate(prompts, max_new_tokens=[600, 30], method=method)
     assert [len(r.tokens) for r in whole] == [600, 30]
     visible = [key[2] for key in lm.programs if key[0] is decode_jit]
@@ -366,6 +445,10 @@ def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capabil
         ([[-1]], "token id -1"),
         ([[1.5]], "flat list of integers"),
         ([[[1]]], "flat list of integers"),
+        ([[1, [2]]], r"prompt 0 must be .* flat list of integers, got \[1, \[2\]\]"),
+        ([1, [2]], "flat list of integers"),
+        ([[1], [2**70]], "prompt 1 must be"),
+        ([None], "flat list of integers"),
         ("text", "no tokenizer"),
         ([[1] * 128], "128 tokens, and the cache holds 128"),
         (3, "a prompt is a text or a list of token ids"),
@@ -392,6 +475,22 @@ def test_numbers_may_be_those_of_numpy_and_jax(tiny):
         seed=jnp.array([4, 5]),
     )
     assert [r.tokens for r in plain] == [r.tokens for r in of_libraries]
+    in_lists = tiny.generate(
+        [[jnp.int32(1), np.int64(2)], (np.int8(3),)],
+        max_new_tokens=[np.int64(9), jnp.int32(9)],
+        gamma=2,
+        skip=[np.bool_(False), np.True_, True, False],
+        top_k=[np.int64(2), 3],
+        temperature=[np.float32(0.5), 0.5],
+        seed=[np.int64(4), jnp.int32(5)],
+        eos_token_ids=[np.int64(30)],
+        logit_bias={np.int64(3): np.float32(0.0), 4: jnp.float32(0)},
+    )
+    ends = [r.tokens.index(30) + 1 if 30 in r.tokens else 9 for r in plain]
+    assert [r.tokens for r in in_lists] == [
+        r.tokens[:end] for r, end in zip(plain, ends, strict=True)
+    ]
+    assert tiny.generate([jnp.int32(1), jnp.int32(2)], max_new_tokens=3)[0].tokens
     assert tiny.generate(jnp.array([1, 2]), max_new_tokens=3)[0].tokens
 
 
@@ -419,6 +518,10 @@ def test_an_empty_text_is_refused(baby):
         ({"logit_bias": {2: "a"}}, "logit_bias"),
         ({"logit_bias": dict.fromkeys(range(31), -np.inf)}, "forbids every token"),
         ({"logit_bias": [(2, 1.0)]}, "dict from token id"),
+        ({"logit_bias": {"a": 1.0, 3: 2.0}}, "logit_bias needs"),
+        ({"top_k": [[1]]}, "top_k"),
+        ({"frequency_penalty": 1e39}, "frequency_penalty must be a number within ±1e30"),
+        ({"seed": range(2)}, "seed has 2 entries"),
         ({"seed": [1, 2]}, "seed has 2 entries"),
         ({"seed": 2**64}, "seed must be an integer"),
         ({"seed": "a"}, "seed must be an integer"),
@@ -438,6 +541,63 @@ def test_an_empty_text_is_refused(baby):
 def test_bad_options(tiny, options, message):
     with pytest.raises((InputError, ConfigError), match=message):
         tiny.generate([[1]], **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"eos_token_ids": 2}, "eos_token_ids must be a list of ids from 0 to 30, got 2"),
+        ({"eos_token_ids": (9999,)}, "eos_token_ids must be a list of ids from 0 to 30"),
+        ({"eos_token_ids": None}, "eos_token_ids must be a list"),
+        ({"max_length": 1}, "max_length must be an integer >= 2"),
+        ({"max_length": True}, "max_length"),
+    ],
+)
+def test_bad_models_are_refused_when_they_are_made(tiny, options, message):
+    with pytest.raises((InputError, ConfigError), match=message):
+        s3d_jax.LM(tiny.config, tiny.params, **options)
+
+
+def test_a_model_takes_numbers_of_numpy(tiny):
+    lm = s3d_jax.LM(tiny.config, tiny.params, eos_token_ids=np.array([2]), max_length=np.int64(50))
+    assert (lm.eos_token_ids, lm.max_length) == ((2,), 50)
+    assert type(lm.max_length) is int
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "phi-3-mini"])
+def test_large_tokenizers_load_in_silence_and_encode_as_before(data_dir, tmp_path, name, capfd):
+    import transformers
+
+    source = data_dir / "tokenizers" / name
+    config = tiny_config()
+    params = init_params(config, jax.random.key(0))
+    s3d_jax.checkpoint.save(tmp_path / "model", config, params, tokenizer=source)
+    lm = s3d_jax.load(tmp_path / "model")
+    assert "regex" not in "".join(capfd.readouterr())
+    theirs = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    text = (data_dir / "text" / "wikitext2_valid.txt").read_text()[:50_000] + " 12345 don't \n\n 字"
+    assert lm.tokenizer.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    "file, advice",
+    [("tokenizer.json", "JSONDecodeError"), ("tokenizer.model", "`pip install sentencepiece`")],
+)
+def test_an_unreadable_tokenizer_leaves_ids(tmp_path, monkeypatch, file, advice):
+    monkeypatch.setattr("s3d_jax.generate.find_spec", lambda name: None)
+    config = tiny_config()
+    folder = s3d_jax.checkpoint.save(
+        tmp_path / "model", config, init_params(config, jax.random.key(0))
+    )
+    (folder / file).write_text("no tokenizer")
+    with pytest.warns(UserWarning, match="cannot read the tokenizer.*--ids") as caught:
+        lm = s3d_jax.load(folder)
+    assert advice in str(caught[0].message)
+    assert lm.tokenizer is None
+    assert len(lm.generate([1, 2], max_new_tokens=3)[0].tokens) == 3
 
 
 def test_streams_take_one_prompt(tiny):

@@ -72,6 +72,15 @@ def outputs(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[i
     return [tokens[b, len(p) : lengths[b] + 1].tolist() for b, p in enumerate(prompts)]
 
 
+def counted(
+    state: DecodeState, prompts: Sequence[Sequence[int]], gamma: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations [B], and accepted draft tokens [B, γ]."""
+    rows = zip(np.asarray(state.passes), prompts, outputs(state, prompts), strict=True)
+    counts = [decode.statistics(row, len(p), len(out), gamma) for row, p, out in rows]
+    return np.array([n for n, _ in counts]), np.array([accepted for _, accepted in counts])
+
+
 def greedy_reference(
     config: ModelConfig, params: Params, prompt: Sequence[int], new_tokens: int
 ) -> list[int]:

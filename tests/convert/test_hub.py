@@ -16,6 +16,7 @@ import pytest
 
 import convert
 from s3d_jax import checkpoint
+from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -208,7 +209,7 @@ def test_a_revision(hub, tmp_path):
 
 
 def test_torch_files_where_there_is_nothing_else(hub, tmp_path):
-    torch = pytest.importorskip("torch", reason=".bin files need torch: pip install torch==2.13.0")
+    torch = need("torch")
     tensors = random_tensors()
     folder = tmp_path / "hf"
     folder.mkdir()

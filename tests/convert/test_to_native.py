@@ -6,14 +6,16 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+import transformers
+from safetensors.numpy import load_file, save_file
 
 import convert
-from convert import parity
+from convert import hf, parity, to_native
 from convert.families import family_of
 from convert.to_hf import parse_size
 from s3d_jax import checkpoint, model
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
+from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 from tests.tiny import tiny_config, tiny_params
 
@@ -109,6 +111,63 @@ def test_all_faults_are_in_one_message(tmp_path):
         "model.layers.3.mlp.up_proj.weight: unknown",
         "model.norm.weight: stored as I64, and supported are float32, bfloat16, float16",
     ]
+
+
+def test_contradictions_of_shards_are_in_the_same_message(tmp_path):
+    tensors = random_tensors()
+    folder = write_folder(tmp_path / "hf", tensors, shards=2)
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    first = {name: load_file(folder / names[0])[name] for name in list(tensors)[::2]}
+    twice, lost, unnamed = list(tensors)[1], list(tensors)[2], list(tensors)[4]
+    first[twice] = tensors[twice]
+    first["model.layers.0.self_attn.q_norm.weight"] = np.zeros(10, np.float32)
+    del first[lost], first[unnamed]
+    save_file(first, folder / names[0])
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][unnamed]
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = names[1]
+    index["weight_map"]["model.rotary_emb.inv_freq"] = names[1]  # is of no use, so not missed
+    path.write_text(json.dumps(index))
+    message = failing(folder, tmp_path)
+    assert sorted(line.strip() for line in message.splitlines()[1:]) == sorted(
+        [
+            f"{twice}: in more than one file: {names[0]}, {names[1]}",
+            f"{lost}: missing, and the index says that it is in {names[0]}",
+            f"{unnamed}: missing",
+            "model.layers.9.mlp.up_proj.weight: missing, and the index says that it is in "
+            + names[1],
+            "model.layers.0.self_attn.q_norm.weight: unknown",
+        ]
+    )
+
+
+def test_lists_of_tensors_are_not_cut(tmp_path):
+    tensors = random_tensors()
+    tensors |= {f"model.layers.{i}.mlp.x.weight": np.zeros(1, np.float32) for i in range(100)}
+    assert failing(write_folder(tmp_path / "hf", tensors), tmp_path).count(": unknown") == 100
+
+
+def test_a_tied_head_is_compared_in_pieces(tmp_path, monkeypatch):
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    values = np.random.default_rng(0).normal(size=(37, 24)).astype(np.float32)
+    monkeypatch.setattr(hf, "CHUNK", 5 * 24 + 3)
+    sizes = []
+    read = hf.SafetensorsSource.read
+
+    def recorded(self, name, out, *rows):
+        sizes.append(out.size)
+        read(self, name, out, *rows)
+
+    monkeypatch.setattr(hf.SafetensorsSource, "read", recorded)
+    for changed in (None, 0, 20, 36):
+        other = values.copy()
+        if changed is not None:
+            other[changed, 3] += 1
+        save_file({embeddings: values, head: other}, tmp_path / "model.safetensors")
+        source = hf.open_source(tmp_path)
+        assert to_native._equal(source, head, embeddings) == (changed is None)
+    assert max(sizes) == 5 * 24
 
 
 def test_harmless_extras_are_let_through(tmp_path):
@@ -289,6 +348,23 @@ def test_the_source_is_never_written_to(tmp_path, out):
     checkpoint.load(tmp_path / "native")
 
 
+def test_what_is_read_is_never_replaced_wherever_it_lies(tmp_path, data_dir):
+    """The source may be one file of a folder, or links to files in another one."""
+    folder = write_folder(tmp_path / "hf")
+    shutil.copy(data_dir / "llama2c" / "stories260K.bin", folder)
+    links = tmp_path / "links"
+    links.mkdir()
+    shutil.copy(folder / "config.json", links)
+    (links / "model.safetensors").symlink_to(folder / "model.safetensors")
+    files = sorted(p.name for p in folder.iterdir())
+    for source in (folder / "stories260K.bin", links):
+        with pytest.raises(CheckpointError, match="what is being read"):
+            convert.convert(source, folder, overwrite=True, **QUIET)
+        assert sorted(p.name for p in folder.iterdir()) == files
+    convert.convert(folder / "stories260K.bin", tmp_path / "out", **QUIET)
+    checkpoint.load(tmp_path / "out")
+
+
 # --- back to HF -----------------------------------------------------------------------------------
 
 
@@ -322,8 +398,7 @@ def test_round_trip_is_bit_identical(tmp_path, data_dir, max_shard_size, files):
 
 def test_a_model_of_our_own_can_be_exported(tmp_path):
     """Without a source to remember, saved in another order than converters do."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = need("torch")
     config = tiny_config(num_layers=11)
     params = tiny_params(config, scale=6.0)
     params = {name: params[name] for name in sorted(params)}  # layers_10 before layers_2
@@ -367,7 +442,7 @@ def raising(error):
 
 
 def test_parity_report(tmp_path, data_dir, monkeypatch):
-    pytest.importorskip("torch")
+    need("torch")
     source = data_dir / "checkpoints" / "babyllama-1m"
     report = convert.convert(source, tmp_path / "good", progress=False)
     assert report.num_params == 936_448 and report.num_bytes == 4 * 936_448 and report.tokenizer

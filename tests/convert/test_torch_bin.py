@@ -3,17 +3,21 @@
 import json
 import os
 import pickle
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import convert
 from convert import torch_bin
+from convert.hf import open_source
 from s3d_jax import checkpoint
 from s3d_jax.errors import ConversionError
+from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors
 
-torch = pytest.importorskip("torch", reason=".bin files need torch: pip install torch==2.13.0")
+torch = need("torch")
 
 
 def write_bin(folder, state: dict, shards: int = 1, **options):
@@ -59,6 +63,59 @@ def test_as_safetensors(tmp_path, dtype, shards, old_format):
     for path, array in theirs.items():
         assert array.dtype.name == dtype
         assert ours[path].tobytes() == array.tobytes(), path
+
+
+def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """Files of the old format cannot be mapped, and lie in memory as a whole."""
+    state = {name: torch.tensor(x) for name, x in random_tensors().items()}
+    folder = write_bin(tmp_path / "bin", state, 3, _use_new_zipfile_serialization=False)
+    alive: list[weakref.ref] = []
+    loaded = []
+
+    def load(path):
+        assert not [x for x in alive if x() is not None], "the file before is still in memory"
+        tensors = original(path)
+        alive[:] = [weakref.ref(x) for x in tensors.values()]
+        loaded.append(path.name)
+        return tensors
+
+    original = torch_bin.load
+    monkeypatch.setattr(torch_bin, "load", load)
+    source = open_source(folder)
+    for name in random_tensors():
+        source.read(name, np.empty(source.tensors[name].shape, np.float32))
+    assert len(loaded) > 6
+
+
+def test_faults_are_listed_as_those_of_safetensors(tmp_path):
+    state = {name: torch.tensor(x) for name, x in random_tensors().items()}
+    folder = write_bin(tmp_path / "bin", state, 2)
+    first, second = sorted(folder.glob("*.bin"))
+    tensors = torch.load(first)
+    twice, lost = list(state)[1], list(state)[2]
+    tensors[twice] = state[twice]
+    del tensors[lost]
+    torch.save(tensors, first)
+    with pytest.raises(ConversionError) as caught:
+        arrays_of(folder, tmp_path / "out")
+    assert f"{twice}: in more than one file: {first.name}, {second.name}" in str(caught.value)
+    assert f"{lost}: missing, and the index says that it is in {first.name}" in str(caught.value)
+
+
+def test_rows(tmp_path):
+    values = torch.arange(35.0).reshape(5, 7).T  # not contiguous
+    torch.save({"a": values}, tmp_path / "pytorch_model.bin")
+    out = np.empty((3, 5), np.float16)
+    open_source(tmp_path).read("a", out, 2)
+    np.testing.assert_array_equal(out, values[2:5].numpy())
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "x.bin"])
+def test_a_file_alone_is_no_source(tmp_path, name, old_format):
+    torch.save({}, tmp_path / name, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(ConversionError, match="give the HF folder it lies in"):
+        convert.convert(tmp_path / name, tmp_path / "out")
 
 
 class Attack:
@@ -108,3 +165,15 @@ def test_damage_and_strange_content(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(ConversionError, match=r"pip install 's3d-jax\[torch\]'"):
         torch_bin.load(file)
+
+
+def test_a_missing_torch_fails_in_ci_and_skips_elsewhere(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception):
+        need("torch")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception):
+        need("torch")
+    script = (Path(__file__).parents[2] / ".ci" / "run").read_text()
+    assert "export CI=1" in script

@@ -9,9 +9,10 @@ import pytest
 import convert
 import s3d_jax
 from s3d_jax.model import forward_logits
+from tests.conftest import need
 
-torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch==2.13.0")
-transformers = pytest.importorskip("transformers")
+torch = need("torch")
+transformers = need("transformers")
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {
