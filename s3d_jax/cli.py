@@ -12,6 +12,7 @@ from s3d_jax.errors import InputError, S3DError
 from s3d_jax.train.commands import add_commands as add_training
 
 if TYPE_CHECKING:
+    from s3d_jax.config import DraftConfig
     from s3d_jax.drafts import Draft
     from s3d_jax.generate import LM
 
@@ -279,6 +280,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
     from s3d_jax import checkpoint, model
     from s3d_jax.drafts import draft_names, read_draft
+    from s3d_jax.generate import default_draft
 
     header = checkpoint.read_header(_model(arguments))
     config = header.config
@@ -315,7 +317,7 @@ def _info(arguments: argparse.Namespace) -> int:
         ),
         ("context", f"{config.max_position_embeddings} tokens, rope {config.rope.type}"),
         ("cache", f"{cache / 1024:,.1f} KiB per token and row"),
-        *_draft_rows(drafts),
+        *_draft_rows(drafts, default_draft(config)),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
     ]
@@ -338,18 +340,23 @@ def _draft_facts(draft: "Draft") -> dict[str, Any]:
     }
 
 
-def _draft_rows(drafts: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+def _draft_rows(
+    drafts: dict[str, dict[str, Any]], untrained: "DraftConfig"
+) -> list[tuple[str, str]]:
+    def layers(skip: Sequence[bool]) -> str:
+        return f"layers {[i for i, skipped in enumerate(skip) if not skipped]} of {len(skip)}"
+
     if not drafts:
-        return [("draft", "untrained (s3d train makes one)")]
+        shape = f"{layers(untrained.skip)}, gamma {untrained.gamma}"
+        return [("draft", f"untrained, {shape} (s3d train makes one)")]
     rows = []
     for name, facts in drafts.items():
-        kept = [i for i, skipped in enumerate(facts["skip"]) if not skipped]
         tau = facts["tokens_per_iteration"]
         reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
         rows.append(
             (
                 "draft",
-                f"{name}: gamma {facts['gamma']}, layers {kept}, "
+                f"{name}: {layers(facts['skip'])}, gamma {facts['gamma']}, "
                 f"{facts['parameters']:,} parameters{reached}",
             )
         )
