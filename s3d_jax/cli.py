@@ -106,9 +106,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR", help="native checkpoint folder, as written by s3d-convert"
     )
-    parser.add_argument(
-        "--draft", metavar="NAME", help="which of the checkpoint's trained drafts (s3d info)"
-    )
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +121,9 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="G",
         help="draft tokens per iteration (default: the draft's own)",
+    )
+    group.add_argument(
+        "--draft", metavar="NAME", help="which of the trained drafts (default: s3d info lists them)"
     )
     group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     group.add_argument(
