@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from s3d_jax.errors import InputError
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
+_OPEN_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,12 @@ class Document:
 
 
 def read_documents(
-    paths: Iterable[str | os.PathLike[str]], tokenizer: Any, eos_token_id: int | None
+    paths: Iterable[str | os.PathLike[str]],
+    tokenizer: Any,
+    eos_token_id: int | None,
+    *,
+    prompts: bool = False,
+    texts: bool = False,
 ) -> list[Document]:
     """Reads .txt and .jsonl files (also .gz), one Document per text.
 
@@ -44,13 +51,17 @@ def read_documents(
     file is an object with one of
         "text": a text, all of which is learnt;
         "messages": [{"role": ..., "content": ...}], written out by the tokenizer's chat template;
-            the assistant's turns are learnt;
+            the assistant's turns are learnt, each up to the token that ends it;
         "prompt_tokens" and "tokens": ids, as `s3d distill` writes them; "tokens" are learnt.
 
     Args:
         paths: the files.
         tokenizer: a transformers tokenizer; None is enough for ids.
         eos_token_id: put behind each text, if there is one.
+        prompts: what is read is to be continued: a chat that ends with a turn of the user is a
+            prompt as a whole.
+        texts: the tokenizer is not the one that ids in the files are of: of what `s3d distill`
+            wrote, the words are taken ("prompt" and "text"); ids alone are refused.
 
     Raises:
         InputError: a file that cannot be read, or a line that is none of these (named by number).
@@ -58,24 +69,69 @@ def read_documents(
     documents: list[Document] = []
     for path in map(Path, paths):
         before = len(documents)
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            documents += _jsonl_documents(path, tokenizer, eos_token_id)
+        if _is_jsonl(path):
+            documents += _jsonl_documents(path, tokenizer, eos_token_id, prompts, texts)
         else:
-            texts = [t.strip() for t in read_text(path).split(SEPARATOR)]
-            documents += _text_documents([t for t in texts if t], tokenizer, eos_token_id)
+            documents += _text_documents(split_texts(path), tokenizer, eos_token_id)
         if len(documents) == before:
             raise InputError(f"{path} holds no text")
     return documents
+
+
+def read_words(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """The words of files that `read_documents` takes with `texts`, for a tokenizer to learn from.
+
+    Raises:
+        InputError: as `read_documents`.
+    """
+    for path in map(Path, paths):
+        if not _is_jsonl(path):
+            yield from split_texts(path)
+            continue
+        for where, fields in read_jsonl(path):
+            if "messages" in fields:
+                contents = (m.get("content") for m in _turns(fields["messages"], where))
+                yield from (content for content in contents if isinstance(content, str))
+            else:
+                yield _words(fields, where)
+
+
+def split_texts(path: Path) -> list[str]:
+    """The documents of a text file."""
+    texts = (text.strip() for text in read_text(path).split(SEPARATOR))
+    return [text for text in texts if text]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a jsonl file, each with the words that say where it stands."""
+    # Not splitlines(): U+2028 and the like may stand inside of a JSON string.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"{where} is not a JSON object")
+        yield where, fields
 
 
 def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path} is not gzip, or damaged: {error}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (EOFError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith(".jsonl")
 
 
 def _text_documents(
@@ -91,41 +147,59 @@ def _text_documents(
     return [Document(a, np.ones(len(a), bool)) for a in arrays]
 
 
-def _jsonl_documents(path: Path, tokenizer: Any, eos_token_id: int | None) -> Iterator[Document]:
-    texts: list[str] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise InputError(f"{where} is not a JSON object")
+def _jsonl_documents(
+    path: Path, tokenizer: Any, eos_token_id: int | None, prompts: bool, texts: bool
+) -> Iterator[Document]:
+    words: list[str] = []
+    for where, fields in read_jsonl(path):
         if "messages" in fields:
-            yield _chat_document(fields["messages"], tokenizer, where)
-        elif "tokens" in fields:
+            yield _chat_document(fields["messages"], tokenizer, prompts, where)
+        elif "tokens" in fields and not texts:
             yield _ids_document(fields, where)
-        elif isinstance(fields.get("text"), str):
-            texts.append(fields["text"])
         else:
-            raise InputError(
-                f'{where} has none of "text", "messages" and "tokens"; it has {sorted(fields)}'
-            )
-    yield from _text_documents(texts, tokenizer, eos_token_id)
+            words.append(_words(fields, where))
+    yield from _text_documents(words, tokenizer, eos_token_id)
+
+
+def _words(fields: dict[str, Any], where: str) -> str:
+    """The text of a line; of a continuation, the prompt's words too."""
+    text, prompt = fields.get("text"), fields.get("prompt")
+    if isinstance(text, str):
+        return prompt + text if "tokens" in fields and isinstance(prompt, str) else text
+    if "tokens" in fields:
+        raise InputError(
+            f'{where} has "tokens" but no "text": ids of another tokenizer cannot be used here'
+        )
+    raise InputError(
+        f'{where} has none of "text", "messages" and "tokens"; it has {sorted(fields)}'
+    )
 
 
 def _ids_document(fields: dict[str, Any], where: str) -> Document:
     prompt, output = fields.get("prompt_tokens", []), fields["tokens"]
     for ids in (prompt, output):
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise InputError(f'{where}: "prompt_tokens" and "tokens" must be lists of token ids')
+    if not prompt and not output:
+        raise InputError(f"{where} has no token")
     tokens = np.asarray([*prompt, *output], np.int32)
     return Document(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt))
 
 
-def _chat_document(messages: Any, tokenizer: Any, where: str) -> Document:
+# --- chats ----------------------------------------------------------------------------------------
+
+
+def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
+    turns = messages if isinstance(messages, list) else [None]
+    if not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
+        raise InputError(
+            f'{where}: "messages" must be a list of {{"role": ..., "content": ...}} objects'
+        )
+    return turns
+
+
+def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -> Document:
+    turns = _turns(messages, where)
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where} is a chat, and the model's tokenizer has no chat template")
 
@@ -137,26 +211,54 @@ def _chat_document(messages: Any, tokenizer: Any, where: str) -> Document:
         except Exception as error:  # the template is a program of its own
             raise InputError(f"{where}: the chat template refuses it: {error}") from error
 
-    text = render(messages, False)
-    spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            asked, answered = render(messages[:i], True), render(messages[: i + 1], False)
-            if not (text.startswith(answered) and answered.startswith(asked)):
-                raise InputError(
-                    f"{where}: the chat template changes earlier turns, so the assistant's words "
-                    'cannot be found: write the chat out as "prompt_tokens" and "tokens"'
-                )
-            spans.append((len(asked), len(answered)))
-    if not spans:
-        raise InputError(f"{where} has no turn of the assistant")
+    if is_prompt and turns[-1]["role"] != "assistant":
+        ids = tokenizer(render(turns, True), add_special_tokens=False, verbose=False)["input_ids"]
+        return Document(np.asarray(ids, np.int32), np.zeros(len(ids), bool), len(ids))
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{where} is a chat, and the tokenizer is a slow one, which cannot say where the "
+            'assistant\'s words are: write the chat out as "prompt_tokens" and "tokens", or use a '
+            "checkpoint with a tokenizer.json"
+        )
+    text = render(turns, False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
-    learn = np.zeros(len(starts), bool)
-    for begin, stop in spans:
-        learn |= (starts >= begin) & (starts < stop)
-    first = int(np.argmax(learn))
-    return Document(np.asarray(encoded["input_ids"], np.int32), learn, first)
+    tokens = np.asarray(encoded["input_ids"], np.int32)
+    starts, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
+    special = np.isin(tokens, _special_ids(tokenizer))
+    learn = np.zeros(len(tokens), bool)
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked, answered = render(turns[:i], True), render(turns[: i + 1], False)
+        # Not all of `answered` comes again in `text`: some templates end each rendering with an
+        # end-of-text token.
+        same = _common_length(text, answered)
+        content = turn.get("content")
+        behind = len(asked)
+        if isinstance(content, str) and (found := text.find(content, behind, same)) >= 0:
+            behind = found + len(content)
+        # Decoding ends with the turn's end token; nothing behind it is ever drafted.
+        stops = ends[special & (starts >= behind) & (ends <= same)]
+        stop = stops[0] if len(stops) else same
+        if not text.startswith(asked) or (not len(stops) and same < len(answered)):
+            raise InputError(
+                f"{where}: the chat template changes earlier turns, so the assistant's words "
+                'cannot be found: write the chat out as "prompt_tokens" and "tokens"'
+            )
+        learn |= (starts >= len(asked)) & (starts < stop)
+    if not learn.any():
+        raise InputError(f"{where} has no turn of the assistant")
+    return Document(tokens, learn, int(np.argmax(learn)))
+
+
+def _common_length(a: str, b: str) -> int:
+    differences = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differences, min(len(a), len(b)))
+
+
+def _special_ids(tokenizer: Any) -> list[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)]
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -178,27 +280,54 @@ class Rows:
         return len(self.tokens)
 
 
-def pack(documents: Sequence[Document], length: int) -> Rows:
-    """One row after the other is filled with whole documents; what is longer is cut into pieces.
+def row_length_for(documents: Sequence[Document], limit: int) -> int:
+    """A row length that most documents fit into: a multiple of 32 that holds nine in ten of them.
 
-    Documents of one row see each other. The rest of a row is padding.
+    Args:
+        documents: to train on.
+        limit: positions of the model.
+
+    Returns:
+        From 64 to 512, and at most `limit`.
     """
+    sizes = [len(document.tokens) for document in documents]
+    most = int(np.quantile(sizes, 0.9, method="inverted_cdf"))
+    return min(max(64, -(-most // 32) * 32), 512, limit)
+
+
+def pack(documents: Sequence[Document], length: int) -> Rows:
+    """Whole documents go into the first row with room; what is longer is cut into pieces.
+
+    Documents of one row see each other. The rest of a row is padding. Only the last 64 rows with
+    room are looked at.
+    """
+    _check_length(length)
     tokens: list[np.ndarray] = []
     learn: list[np.ndarray] = []
-    room = 0
+    room: dict[int, int] = {}  # row -> free tokens at its end
     for document in documents:
         for cut in range(0, len(document.tokens), length):
             piece = slice(cut, cut + length)
             size = len(document.tokens[piece])
-            if size > room:
+            row = next((row for row, free in room.items() if free >= size), len(tokens))
+            if row == len(tokens):
                 tokens.append(np.zeros(length, np.int32))
                 learn.append(np.zeros(length, bool))
-                room = length
-            at = length - room
-            tokens[-1][at : at + size] = document.tokens[piece]
-            learn[-1][at : at + size] = document.learn[piece]
-            room -= size
+                room[row] = length
+                if len(room) > _OPEN_ROWS:
+                    del room[next(iter(room))]
+            at = length - room[row]
+            tokens[row][at : at + size] = document.tokens[piece]
+            learn[row][at : at + size] = document.learn[piece]
+            room[row] -= size
+            if room[row] == 0:
+                del room[row]
     return Rows(np.stack(tokens), np.stack(learn))
+
+
+def _check_length(length: int) -> None:
+    if length < 2:
+        raise InputError(f"a row needs at least two tokens, got a row length of {length}")
 
 
 def concatenate(documents: Sequence[Document], length: int, seed: int) -> Rows:
@@ -206,6 +335,7 @@ def concatenate(documents: Sequence[Document], length: int, seed: int) -> Rows:
 
     There is no padding, and every token is learnt, the user's words of a chat as well.
     """
+    _check_length(length)
     order = np.random.default_rng(seed).permutation(len(documents))
     tokens = np.concatenate([documents[i].tokens for i in order])
     rows = len(tokens) // length

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from s3d_jax.errors import InputError
-from s3d_jax.train.data import Batches, Document, Rows, concatenate, pack, read_documents
+from s3d_jax.train.data import (
+    Batches,
+    Document,
+    Rows,
+    concatenate,
+    pack,
+    read_documents,
+    read_words,
+    row_length_for,
+)
 from s3d_jax.train.pretrain import train_tokenizer
 
 
@@ -59,6 +68,58 @@ def test_only_the_assistants_words_are_learnt(tokenizer, tmp_path):
     assert prompt == "<|endoftext|><|user|>the dog<|end|><|assistant|>"
 
 
+@pytest.mark.parametrize("name", ["phi-3-mini", "qwen2.5"])
+def test_turns_of_real_templates_end_with_their_end_token(name, data_dir, tmp_path):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data_dir / "tokenizers" / name)
+    end = {"phi-3-mini": "<|end|>", "qwen2.5": "<|im_end|>"}[name]
+    answers = ["Blue, I think.", "end", " two\nlines "]
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": "And now?"}]
+        messages += [{"role": "assistant", "content": answer}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    (chat,) = read_documents([path], tokenizer, tokenizer.eos_token_id)
+    first, *_ = starts = np.flatnonzero(np.diff(chat.learn.astype(int), prepend=0) == 1)
+    stops = np.flatnonzero(np.diff(chat.learn.astype(int), append=0) == -1)
+    turns = [chat.tokens[a : b + 1] for a, b in zip(starts, stops, strict=True)]
+    assert [t[-1] for t in turns] == [tokenizer.convert_tokens_to_ids(end)] * 3
+    assert [tokenizer.decode(t[:-1]).strip() for t in turns] == [a.strip() for a in answers]
+
+    # The prompt is what the model is asked in decoding.
+    asked = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert chat.tokens[:first].tolist() == asked and chat.prompt_tokens == len(asked)
+    path.write_text(json.dumps({"messages": messages[:1]}))
+    (prompt,) = read_documents([path], tokenizer, None, prompts=True)
+    assert prompt.tokens.tolist() == asked and prompt.prompt_tokens == len(asked)
+
+
+def test_chats_that_cannot_be_told_apart_are_refused(tokenizer, tmp_path):
+    import copy
+
+    path = tmp_path / "chat.jsonl"
+    said = [("user", "the dog"), ("assistant", "the cat"), ("user", "ran"), ("assistant", "sat")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    path.write_text(json.dumps({"messages": messages}))
+    forgetful = copy.deepcopy(tokenizer)
+    forgetful.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% endif %}"
+    )
+    with pytest.raises(InputError, match="line 1: the chat template changes earlier turns"):
+        read_documents([path], forgetful, None)
+
+    class Slow:
+        chat_template = tokenizer.chat_template
+        is_fast = False
+
+    with pytest.raises(InputError, match=r"line 1 .* the tokenizer is a slow one"):
+        read_documents([path], Slow(), None)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -67,7 +128,9 @@ def test_only_the_assistants_words_are_learnt(tokenizer, tmp_path):
         ('{"words": 1}', "line 2 has none of"),
         ('{"tokens": [1, -2]}', "line 2.*lists of token ids"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
-        ('{"messages": 3}', "line 2: the chat template refuses it"),
+        ('{"messages": 3}', 'line 2: "messages" must be a list'),
+        ('{"messages": [{"content": "x"}]}', 'line 2: "messages" must be a list'),
+        ('{"tokens": []}', "line 2 has no token"),
     ],
 )
 def test_wrong_lines_are_named(line, message, tokenizer, tmp_path):
@@ -86,19 +149,74 @@ def test_wrong_files_are_named(tokenizer, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="not UTF-8"):
         read_documents([tmp_path / "latin.txt"], tokenizer, None)
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"words " * 99)[:-20])
+    with pytest.raises(InputError, match="not gzip, or damaged"):
+        read_documents([tmp_path / "cut.txt.gz"], tokenizer, None)
+    damaged = bytearray(gzip.compress(bytes(range(256)) * 9))
+    damaged[15:25] = b"\xff" * 10
+    (tmp_path / "damaged.txt.gz").write_bytes(damaged)
+    with pytest.raises(InputError, match="not gzip, or damaged"):
+        read_documents([tmp_path / "damaged.txt.gz"], tokenizer, None)
     (tmp_path / "words.txt").write_text("words")
     with pytest.raises(InputError, match="need a tokenizer"):
         read_documents([tmp_path / "words.txt"], None, None)
 
 
+def test_a_line_ends_at_a_newline_only(tokenizer, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    text = "the\u2028cat\x85sat"
+    path.write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\r\n").encode())
+    (document,) = read_documents([path], tokenizer, None)
+    assert tokenizer.decode(document.tokens, skip_special_tokens=True) == text
+    assert list(read_words([path])) == [text]
+
+
+def test_of_distilled_lines_another_tokenizer_takes_the_words(tokenizer, tmp_path):
+    path = tmp_path / "own.jsonl"
+    line = {"prompt_tokens": [900], "tokens": [901], "prompt": "the cat", "text": " sat"}
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"prompt": None}))
+    both, alone = read_documents([path], tokenizer, None, texts=True)
+    assert tokenizer.decode(both.tokens, skip_special_tokens=True) == "the cat sat"
+    assert tokenizer.decode(alone.tokens, skip_special_tokens=True) == " sat"
+    assert both.learn.all()
+    assert list(read_words([path])) == ["the cat sat", " sat"]
+    path.write_text(json.dumps({"tokens": [901], "text": None}))
+    with pytest.raises(InputError, match=r"line 1 .* ids of another tokenizer"):
+        read_documents([path], tokenizer, None, texts=True)
+    with pytest.raises(InputError, match=r"line 1 .* ids of another tokenizer"):
+        list(read_words([path]))
+
+
 def test_packing_loses_no_token_and_splits_no_document_that_fits():
     documents = [document(n, 100 * i) for i, n in enumerate([3, 4, 2, 11, 1])]
     rows = pack(documents, 5)
-    assert (
-        rows.tokens[rows.learn].tolist() == np.concatenate([d.tokens for d in documents]).tolist()
-    )
-    # 3 | 4 | 2 (the next piece of 5 does not fit) | 5 | 5 | 1 + 1
-    assert rows.learn.sum(axis=1).tolist() == [3, 4, 2, 5, 5, 2]
+    every = np.concatenate([d.tokens for d in documents])
+    assert sorted(rows.tokens[rows.learn].tolist()) == sorted(every.tolist())
+    # 3 + 2 | 4 + 1, the rest of the long one | 5 | 5 | 1
+    assert rows.learn.sum(axis=1).tolist() == [5, 5, 5, 5, 1]
+    assert rows.tokens[0].tolist() == [0, 1, 2, 200, 201]
+    assert rows.tokens[1].tolist() == [100, 101, 102, 103, 310]
+    with pytest.raises(InputError, match="at least two tokens"):
+        pack(documents, 1)
+    with pytest.raises(InputError, match="at least two tokens"):
+        concatenate(documents, 0, seed=0)
+
+
+def test_distilled_documents_fill_their_rows():
+    generator = np.random.default_rng(0)
+    sizes = [272] * 150 + generator.integers(20, 272, 50).tolist()
+    documents = [document(n) for n in generator.permutation(sizes)]
+    length = row_length_for(documents, 2048)
+    rows = pack(documents, length)
+    assert length == 288
+    assert rows.learn.mean() > 0.85
+
+
+def test_the_row_length_has_bounds():
+    assert row_length_for([document(5)] * 10, 2048) == 64
+    assert row_length_for([document(5)] * 10, 48) == 48
+    assert row_length_for([document(900)] * 10, 2048) == 512
+    assert row_length_for([document(100)] * 9 + [document(900)], 2048) == 128
 
 
 def test_concatenation_is_a_shuffle_without_padding():
