@@ -72,26 +72,43 @@ def save_draft(
     check_name(name)
     header = checkpoint.read_header(model)
     config.validate_for(header.config)
-    dtype = jnp.dtype(header.config.dtype)
+    folder = header.path / "drafts" / name
+    with staged_folder(folder, overwrite=overwrite) as partial:
+        write_draft(partial, header.config, config, params, training)
+    return folder
+
+
+def write_draft(
+    folder: Path,
+    model: ModelConfig,
+    config: DraftConfig,
+    params: DraftParams,
+    training: Mapping[str, Any],
+) -> None:
+    """Writes the files of a draft into a folder that is being staged.
+
+    Args:
+        folder: drafts/<name> of a checkpoint, or where that is being put together.
+        model: the target's settings.
+        config, params, training: as in `save_draft`.
+    """
+    dtype = jnp.dtype(model.dtype)
     arrays = {
         path: checkpoint.cast(np.asarray(x), dtype, path)
         for path, x in checkpoint.flatten(_tree(params)).items()
     }
-    folder = header.path / "drafts" / name
-    with staged_folder(folder, overwrite=overwrite) as partial:
-        checkpoint.save_tree(partial / "weights", checkpoint.unflatten(arrays))
-        fields = {
-            "format": FORMAT,
-            "version": VERSION,
-            "draft": config.to_dict(),
-            "training": dict(training),
-            "arrays": {
-                path: {"shape": list(x.shape), "crc32": checkpoint.crc32(x)}
-                for path, x in arrays.items()
-            },
-        }
-        checkpoint.write_json(partial / "config.json", fields)
-    return folder
+    checkpoint.save_tree(folder / "weights", checkpoint.unflatten(arrays))
+    fields = {
+        "format": FORMAT,
+        "version": VERSION,
+        "draft": config.to_dict(),
+        "training": dict(training),
+        "arrays": {
+            path: {"shape": list(x.shape), "crc32": checkpoint.crc32(x)}
+            for path, x in arrays.items()
+        },
+    }
+    checkpoint.write_json(folder / "config.json", fields)
 
 
 def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:

@@ -302,7 +302,8 @@ class Transformer(nn.Module):
             if skip is not None and skip[i]:
                 continue
             name = f"layers_{i}"
-            x = _bridge(x, bridges.get(name), cfg.norm_eps)
+            if skip is not None and i > 0 and skip[i - 1]:
+                x = _bridge(x, bridges.get(name), cfg.norm_eps)
             x, keys[i], values[i] = block(cfg, name=name)(
                 *(x, keys[i], values[i], layout.start),
                 *(windows[cfg.window(i)], rotary[self._rope(i)], deltas.get(name, {})),
@@ -311,7 +312,8 @@ class Transformer(nn.Module):
         if not compute_logits:
             return None, cache
 
-        x = _bridge(x, bridges.get("final_norm"), cfg.norm_eps)
+        if skip is not None and skip[-1]:
+            x = _bridge(x, bridges.get("final_norm"), cfg.norm_eps)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
         x = RMSNorm(cfg, name="final_norm")(x)

@@ -12,6 +12,7 @@ from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
 from s3d_jax.model import DraftParams, Params, untrained_draft
 from s3d_jax.train.objective import (
+    Mean,
     ObjectiveConfig,
     agreement,
     block_targets,
@@ -21,7 +22,6 @@ from s3d_jax.train.objective import (
     next_token_loss,
     random_anchors,
     target_stream,
-    weighted_mean,
 )
 
 MODES = ("adapter", "mask", "full")
@@ -64,7 +64,8 @@ def init_draft(
     """
     masks_key, key = jax.random.split(key)
     mean = untrained_draft(params).mask_embeddings.astype(jnp.float32)
-    deviation = jnp.std(params["embed"]["embedding"].astype(jnp.float32))
+    # Compiled, so that no copy of the table in float32 is made.
+    deviation = jax.jit(lambda x: jnp.std(x, dtype=jnp.float32))(params["embed"]["embedding"])
     shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
     masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
 
@@ -104,6 +105,7 @@ class DraftTask:
 
     Attributes:
         frozen: the target's parameters, an argument of the step, never of the optimiser.
+        loss_weights: what is minimised: the sum of these losses with these weights.
     """
 
     def __init__(
@@ -121,13 +123,17 @@ class DraftTask:
         if mode not in MODES:
             raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
         draft_config.validate_for(config)
+        if mode == "mask" and draft_config.gamma == 1:
+            raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
         self.config = config
         self.frozen = params
         self.draft_config = draft_config
         self.mode = mode
         self.objective = objective
         self.adapter = adapter if mode == "adapter" else AdapterConfig(0, 0)
-        self.next_token_weight = next_token_weight
+        self.loss_weights = {"draft_loss": 1.0}
+        if mode == "full":
+            self.loss_weights["next_token_loss"] = next_token_weight
         self.remat = remat
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -150,14 +156,14 @@ class DraftTask:
         layers = jax.tree.map(lambda x: x.astype(dtype), tree.get("layers", {}))
         return {**frozen, **layers}, tree["draft"]
 
-    def loss(
+    def losses(
         self,
         tree: Mapping[str, Any],
         frozen: Params,
         batch: Mapping[str, jax.Array],
         key: jax.Array,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of one batch, and what is worth writing down.
+    ) -> dict[str, Mean]:
+        """The losses of one batch, and other metrics.
 
         Args:
             tree: what is trained.
@@ -166,13 +172,11 @@ class DraftTask:
             key: of the anchors.
         """
         params, draft = self.merged(tree, frozen)
-        metrics = draft_losses(
+        return draft_losses(
             *(self.config, params, self.draft_config, draft, self.objective, batch, key),
             target_is_trained=self.mode == "full",
             remat=self.remat,
         )
-        language = metrics.get("next_token_loss", 0.0)
-        return metrics["draft_loss"] + self.next_token_weight * language, metrics
 
 
 def draft_losses(
@@ -186,7 +190,7 @@ def draft_losses(
     *,
     target_is_trained: bool,
     remat: bool,
-) -> dict[str, jax.Array]:
+) -> dict[str, Mean]:
     """The losses of one batch.
 
     Args:
@@ -199,8 +203,7 @@ def draft_losses(
         remat: see `Transformer`.
 
     Returns:
-        "draft_loss"; "agreement", float32 [γ], see there; and where the target is trained
-        "next_token_loss".
+        "draft_loss"; "agreement", see there; and where the target is trained "next_token_loss".
     """
     tokens, learn = batch["tokens"], batch["learn"]
     gamma = draft_config.gamma
@@ -226,7 +229,9 @@ def draft_losses(
     if compares:
         assert logits is not None
         goal = jax.lax.stop_gradient(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
-    loss = weighted_mean(divergence(objective.objective, q, goal, targets), weights)
+    losses = divergence(objective.objective, q, goal, targets)
+    full_weight = anchors.size * sum(objective.decay**i for i in range(gamma))
+    loss = Mean(jnp.sum(losses * weights), jnp.sum(weights), full_weight)
     metrics = {"draft_loss": loss, "agreement": agreement(q, targets, weights, gamma)}
     if target_is_trained:
         assert logits is not None

@@ -2,7 +2,7 @@
 
 A run is a folder:
 
-    options.json        what was asked for; a run is only resumed with the same
+    options.json        what was asked for; a run is only resumed with the same (but for the pace)
     metrics.jsonl       one JSON object per line: the loss of a step, or a validation
     states/<step>/      orbax checkpoints of everything that changes; the last few
     curves.png          loss and acceptance (needs matplotlib)
@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import os
-import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import ConfigError, TrainingError
+from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import OptimizerConfig
 
 _SMOOTHING = 0.98  # of the running loss that divergence is judged by
+
+# With other values of these a run may go on; metrics.jsonl then says where they changed.
+_MAY_CHANGE = (
+    *("steps", "learning_rate", "schedule", "warmup_steps", "final_fraction", "clip_norm"),
+    *("log_every", "save_every", "validate_every", "keep_states"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,7 @@ class LoopConfig:
     optimizer: OptimizerConfig
     batch_size: int = 16
     accumulate: int = 1
-    ema_decay: float = 0.0
+    ema_decay: float = 0.99
     seed: int = 0
     log_every: int = 10
     save_every: int = 200
@@ -65,6 +72,9 @@ class LoopConfig:
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate "
                 f"({self.accumulate})"
             )
+        for name in ("seed", "save_every", "validate_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -73,14 +83,15 @@ class Task(Protocol):
     """What is trained."""
 
     frozen: Any
+    loss_weights: dict[str, float]
 
     def init(self, key: jax.Array) -> Any:
         """The trained tree, float32."""
 
-    def loss(
+    def losses(
         self, tree: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of a batch, and metrics."""
+    ) -> dict[str, Mean]:
+        """Losses and other metrics; `loss_weights` says what of it is minimised."""
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -91,12 +102,15 @@ class TrainState(flax.struct.PyTreeNode):
         tree: what is trained.
         average: its running average; () without one.
         optimizer: the state of optax.
+        running: float32 [3], the running loss, its lowest and its first value: what divergence is
+            judged by.
     """
 
     step: jax.Array
     tree: Any
     average: Any
     optimizer: Any
+    running: jax.Array
 
     @property
     def result(self) -> Any:
@@ -113,16 +127,21 @@ def _make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
 
         keys = jax.random.split(jax.random.fold_in(key, state.step), config.accumulate)
         parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
-        gradient_of = jax.value_and_grad(task.loss, has_aux=True)
 
-        def part(_: None, part: Any) -> tuple[None, Any]:
-            (loss, metrics), gradients = gradient_of(state.tree, frozen, part[0], part[1])
-            return None, (gradients, metrics | {"loss": loss})
+        def minimised(tree: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+            means = task.losses(tree, frozen, part, key)
+            return _weighted(task, {k: mean.loss for k, mean in means.items()}), means
+
+        def gradient(part: Any, key: jax.Array) -> tuple[Any, dict[str, Mean]]:
+            return jax.grad(minimised, has_aux=True)(state.tree, part, key)
 
         if config.accumulate == 1:
-            _, (gradients, metrics) = part(None, (jax.tree.map(lambda x: x[0], parts), keys[0]))
+            gradients, means = gradient(jax.tree.map(lambda x: x[0], parts), keys[0])
         else:
-            gradients, metrics = _mean_over_parts(part, (parts, keys))
+            gradients, means = _sum_over_parts(gradient, parts, keys)
+            gradients = jax.tree.map(lambda x: x / config.accumulate, gradients)
+        metrics = {name: mean.value for name, mean in means.items()}
+        metrics["loss"] = _weighted(task, metrics)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.tree)
         tree = optax.apply_updates(state.tree, updates)
@@ -132,23 +151,37 @@ def _make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
             age = state.step.astype(jnp.float32)
             decay = jnp.minimum(config.ema_decay, (1 + age) / (10 + age))
             average = jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, tree)
-        return TrainState(state.step + 1, tree, average, optimizer_state), metrics
+        running = _running_loss(state, metrics["loss"], config.optimizer.warmup_steps)
+        metrics["running"] = running
+        return TrainState(state.step + 1, tree, average, optimizer_state, running), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _mean_over_parts(part: Callable[..., Any], parts: Any) -> Any:
-    """Gradients and metrics averaged over the parts, with one sum in memory."""
+def _weighted(task: Task, losses: Mapping[str, jax.Array]) -> jax.Array:
+    return jnp.stack([weight * losses[k] for k, weight in task.loss_weights.items()]).sum()
+
+
+def _sum_over_parts(gradient: Callable[..., Any], parts: Any, keys: jax.Array) -> Any:
+    """The sum of `gradient` over the parts, one after the other, with one sum in memory."""
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda p: part(None, p)[1], first)
+    shapes = jax.eval_shape(gradient, first, keys[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    count = jax.tree.leaves(parts)[0].shape[0]
 
-    def add(total: Any, p: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, part(None, p)[1]), None
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(*part)), None
 
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda x: x / count, total)
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def _running_loss(state: TrainState, loss: jax.Array, warmup_steps: int) -> jax.Array:
+    """`TrainState.running` after one more step. In the warm-up a loss may rise: it sets no low."""
+    running, lowest, first = state.running
+    fresh = state.step == 0
+    running = jnp.where(fresh, loss, _SMOOTHING * running + (1 - _SMOOTHING) * loss)
+    settled = state.step >= warmup_steps
+    lowest = jnp.where(settled, jnp.minimum(lowest, running), running)
+    return jnp.stack([running, lowest, jnp.where(settled, first, running)])
 
 
 def fit(
@@ -190,13 +223,13 @@ def fit(
     def begin() -> TrainState:
         tree = task.init(jax.random.key(config.seed))
         average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
-        return TrainState(jnp.int32(0), tree, average, optimizer.init(tree))
+        state = optimizer.init(tree)
+        return TrainState(jnp.int32(0), tree, average, state, jnp.zeros(3))
 
     try:
         state = folder.restore(begin)
         first, last = int(state.step), config.optimizer.steps
         step_program = _make_step(task, config)
-        guard = _Guard(folder, config.optimizer.warmup_steps + 10)
         pending: tuple[int, Any] | None = None
 
         def settle() -> None:
@@ -204,10 +237,11 @@ def fit(
             if pending is not None:
                 number, metrics = pending
                 values = {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()}
-                guard.check(number, values)
+                _check_healthy(number, values, folder)
+                running = values.pop("running")[0]
                 if number % config.log_every == 0 or number == last:
                     folder.write({"step": number, **values})
-                bar.set_postfix(loss=f"{guard.running:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{running:.3f}", refresh=False)
             pending = None
 
         def validated() -> None:
@@ -242,39 +276,28 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class _Guard:
-    """Stops a run that went wrong, before its state is saved."""
+def _check_healthy(step: int, values: Mapping[str, Any], folder: "_Run") -> None:
+    """Stops a run that went wrong, before its state is saved.
 
-    def __init__(self, folder: "_Run", settled: int) -> None:
-        self._folder = folder
-        self._settled = settled  # before this step a loss may rise
-        self.running = math.nan
-        self._best = math.inf
-
-    def check(self, step: int, values: Mapping[str, Any]) -> None:
-        loss = values["loss"]
-        if not (math.isfinite(loss) and math.isfinite(values["gradient_norm"])):
-            raise TrainingError(self._message(f"the loss is not a number at step {step}"))
-        old = self.running
-        self.running = loss if math.isnan(old) else _SMOOTHING * old + (1 - _SMOOTHING) * loss
-        if step <= self._settled:
-            return
-        self._best = min(self._best, self.running)
-        if self.running > 1.5 * self._best + 1.0:
-            raise TrainingError(
-                self._message(
-                    f"the loss diverged: about {self.running:.3g} at step {step}, after "
-                    f"{self._best:.3g}"
-                )
-            )
-
-    def _message(self, what: str) -> str:
-        kept = self._folder.latest()
-        where = "no state was saved yet" if kept is None else f"the last good state is step {kept}"
-        return (
-            f"{what}; {where} ({self._folder.path}): begin anew with a lower learning rate, a "
-            "longer warm-up or stronger clipping"
-        )
+    Raises:
+        TrainingError: the loss is not a number, or is back above where it was in the beginning, or
+            lost most of what it had gained.
+    """
+    running, lowest, first = values["running"]
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        what = f"the loss is not a number at step {step}"
+    elif running > 1.5 * first + 0.05 or (
+        lowest < 0.6 * first and running > lowest + 0.7 * (first - lowest)
+    ):
+        what = f"the loss diverged: about {running:.3g} at step {step}, after {lowest:.3g}"
+    else:
+        return
+    kept = folder.latest()
+    where = "no state was saved yet" if kept is None else f"the last good state is step {kept}"
+    raise TrainingError(
+        f"{what}; {where} ({folder.path}): go on from it with --resume and a lower learning rate "
+        "or stronger clipping, or begin anew with a longer warm-up"
+    )
 
 
 class _Run:
@@ -286,19 +309,14 @@ class _Run:
         import orbax.checkpoint as ocp
 
         self.path = path
-        self._config = config
         self._metrics = path / "metrics.jsonl"
         known = path / "options.json"
+        check_run(path, resume)
         text = json.dumps(options, indent=1, sort_keys=True) + "\n"
-        has_states = any((path / "states").glob("[0-9]*"))
+        changes = {}
         try:
-            if known.exists() and has_states:
-                if not resume:
-                    raise TrainingError(
-                        f"{path} holds a run already: go on with --resume (resume=True), or choose "
-                        "another folder"
-                    )
-                _check_same(json.loads(known.read_text()), json.loads(text), path)
+            if known.exists() and _has_states(path):
+                changes = _changes(json.loads(known.read_text()), json.loads(text), path)
             path.mkdir(parents=True, exist_ok=True)
             _write_atomically(known, text)
         except OSError as error:
@@ -306,10 +324,13 @@ class _Run:
         self._manager = ocp.CheckpointManager(
             (path / "states").absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_states, enable_async_checkpointing=False
+                max_to_keep=config.keep_states,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,  # of saves that a kill interrupted
             ),
         )
-        self._started = time.perf_counter()
+        self._said = False
+        self._changes = changes
 
     def latest(self) -> int | None:
         """Step of the newest state."""
@@ -325,6 +346,8 @@ class _Run:
         _write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if step is None:
             return begin()
+        if self._changes:
+            self.write({"step": step, "changed": self._changes})
         abstract = jax.eval_shape(begin)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -350,7 +373,11 @@ class _Run:
     def draw(self) -> None:
         from s3d_jax.train.curves import draw_curves
 
-        draw_curves(self.lines(), self.path / "curves.png")
+        if not draw_curves(self.lines(), self.path / "curves.png") and not self._said:
+            warnings.warn(
+                "no curves.png without matplotlib: pip install 's3d-jax[plots]'", stacklevel=3
+            )
+            self._said = True
 
     def close(self) -> None:
         self._manager.close()
@@ -368,11 +395,45 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _check_same(old: Any, new: Any, path: Path) -> None:
-    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-    if changed:
-        details = ", ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in changed)
-        raise TrainingError(f"{path} holds a run with other options: {details}")
+def check_run(run: str | os.PathLike[str], resume: bool) -> None:
+    """Raises TrainingError if the folder holds a run and `resume` is False."""
+    if not resume and _has_states(Path(run)):
+        raise TrainingError(
+            f"{run} holds a run already: go on with --resume (resume=True), or choose another "
+            "folder"
+        )
+
+
+def _has_states(run: Path) -> bool:
+    states = run / "states"
+    return states.is_dir() and any(p.name.isdigit() for p in states.iterdir())
+
+
+def _changes(old: Any, new: Any, path: Path) -> dict[str, Any]:
+    """The options that a resumed run changes.
+
+    Raises:
+        TrainingError: one of them makes it another run.
+    """
+    old, new = _flat(old), _flat(new)
+    changed = {k: [old.get(k), new.get(k)] for k in {*old, *new} if old.get(k) != new.get(k)}
+    fixed = sorted(k for k in changed if k.rpartition(".")[2] not in _MAY_CHANGE)
+    if fixed:
+        details = ", ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in fixed)
+        raise TrainingError(
+            f"{path} holds a run with other options: {details}. Only these may change on the way: "
+            f"{', '.join(_MAY_CHANGE)}"
+        )
+    return changed
+
+
+def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(options, dict):
+        return {prefix: options}
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def _write_atomically(path: Path, text: str) -> None:

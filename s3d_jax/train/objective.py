@@ -10,6 +10,7 @@ Letters: B rows, T tokens of a row, A anchors per row, γ draft tokens, V vocabu
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,22 +207,45 @@ def divergence(
     return 1.0 - jnp.sum(jnp.minimum(p, jnp.exp(log_q)), axis=-1)
 
 
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ w·v / Σ w, and 0 where nothing weighs."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+class Mean(flax.struct.PyTreeNode):
+    """A weighted mean in parts, so that those of the parts of a batch can be added.
+
+    Attributes:
+        total: Σ w·v, float32 of any shape.
+        weight: Σ w, float32 [].
+        full_weight: static, the weight of a batch without padding.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    full_weight: float = flax.struct.field(pytree_node=False)
+
+    @property
+    def value(self) -> jax.Array:
+        """The mean; 0 where nothing weighs."""
+        return self.total / jnp.maximum(self.weight, 1e-9)
+
+    @property
+    def loss(self) -> jax.Array:
+        """What is minimised: the mean, scaled by the share of the batch that is learnt.
+
+        So every token counts the same, in whichever batch or part of a batch it is.
+        """
+        return self.total / self.full_weight
 
 
-def agreement(draft: jax.Array, tokens: jax.Array, weights: jax.Array, gamma: int) -> jax.Array:
-    """Share of blocks whose first i+1 draft tokens are all the text's own, float32 [γ].
+def agreement(draft: jax.Array, tokens: jax.Array, weights: jax.Array, gamma: int) -> Mean:
+    """Share of blocks whose first i+1 draft tokens are all the text's own, [γ].
 
     On the target's greedy output this is what decoding would accept, so 1 + its sum is nearly τ.
     """
     right = (jnp.argmax(draft, axis=-1) == tokens).reshape(-1, gamma)
     whole = (weights > 0).reshape(-1, gamma)[:, -1:]  # blocks with all γ tokens
-    return jnp.sum(jnp.cumprod(right, axis=1) * whole, axis=0) / jnp.maximum(jnp.sum(whole), 1)
+    total = jnp.sum(jnp.cumprod(right, axis=1) * whole, axis=0, dtype=jnp.float32)
+    return Mean(total, jnp.sum(whole, dtype=jnp.float32), len(whole))
 
 
-def next_token_loss(logits: jax.Array, tokens: jax.Array, learn: jax.Array) -> jax.Array:
+def next_token_loss(logits: jax.Array, tokens: jax.Array, learn: jax.Array) -> Mean:
     """Mean cross-entropy of the next token, over those that are learnt.
 
     Args:
@@ -229,4 +253,5 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array, learn: jax.Array) -> j
         tokens, learn: [B, T].
     """
     losses = divergence("ce", logits[:, :-1], None, tokens[:, 1:])
-    return weighted_mean(losses, learn[:, 1:].astype(jnp.float32))
+    weights = learn[:, 1:].astype(jnp.float32)
+    return Mean(jnp.sum(losses * weights), jnp.sum(weights), weights.size)

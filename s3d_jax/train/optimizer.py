@@ -48,6 +48,10 @@ class OptimizerConfig:
             raise ConfigError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if not 0 < self.beta2 < 1:
+            raise ConfigError(f"beta2 must be in (0, 1), got {self.beta2}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -73,11 +77,12 @@ class OptimizerConfig:
         decay = dict(weight_decay=self.weight_decay, mask=_is_matrix)
         update = {
             "adamw": lambda: optax.adamw(rate, b2=self.beta2, **decay),
-            "adafactor": lambda: optax.adafactor(
-                rate,
-                multiply_by_parameter_scale=False,
-                weight_decay_rate=self.weight_decay or None,
-                weight_decay_mask=_is_matrix,
+            # optax.adafactor itself would apply the decay without the learning rate.
+            "adafactor": lambda: optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=8),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(self.weight_decay, mask=_is_matrix),
+                optax.scale_by_learning_rate(rate),
             ),
             "lion": lambda: optax.lion(rate, b2=self.beta2, **decay),
         }[self.optimizer]()

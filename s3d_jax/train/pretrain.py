@@ -11,7 +11,7 @@ from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import InputError
 from s3d_jax.model import Params, init_params
 from s3d_jax.train.draft import AdapterConfig, draft_losses, init_draft
-from s3d_jax.train.objective import ObjectiveConfig, next_token_loss, target_stream
+from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss, target_stream
 
 END = "<|endoftext|>"  # begins and ends every text
 USER, ASSISTANT, END_OF_TURN = "<|user|>", "<|assistant|>", "<|end|>"
@@ -112,7 +112,9 @@ class PretrainTask:
         self.frozen: Params = {}
         self.config = config
         self.draft_config = draft_config
-        self.draft_weight = draft_weight
+        self.loss_weights = {"next_token_loss": 1.0}
+        if draft_config is not None:
+            self.loss_weights["draft_loss"] = draft_weight
         self.objective = objective
         self.adapter = adapter
         self.remat = remat
@@ -133,22 +135,20 @@ class PretrainTask:
             )
         return tree
 
-    def loss(
+    def losses(
         self, tree: Mapping[str, Any], frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Next-token loss, and with a draft `draft_weight` times its loss."""
+    ) -> dict[str, Mean]:
+        """As `DraftTask.losses`."""
         tokens, learn = batch["tokens"], batch["learn"]
         if self.draft_config is None:
             logits, _ = target_stream(
                 self.config, tree["params"], tokens, tokens.shape[1], remat=self.remat
             )
             assert logits is not None
-            loss = next_token_loss(logits, tokens, learn)
-            return loss, {"next_token_loss": loss}
-        metrics = draft_losses(
+            return {"next_token_loss": next_token_loss(logits, tokens, learn)}
+        return draft_losses(
             *(self.config, tree["params"], self.draft_config, tree["draft"]),
             *(self.objective, batch, key),
             target_is_trained=True,
             remat=self.remat,
         )
-        return metrics["next_token_loss"] + self.draft_weight * metrics["draft_loss"], metrics

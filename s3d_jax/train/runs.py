@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 
 from s3d_jax import checkpoint
 from s3d_jax.config import DraftConfig, ModelConfig
-from s3d_jax.drafts import DEFAULT, check_name, draft_names, save_draft
+from s3d_jax.drafts import DEFAULT, check_name, draft_names, save_draft, write_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.generate import LM, default_draft, load
+from s3d_jax.model import DraftParams, Params
 from s3d_jax.staging import check_apart
-from s3d_jax.train.data import Batches, Document, concatenate, pack, read_documents
+from s3d_jax.train.data import Batches, Document, Rows, concatenate, pack, read_documents
 from s3d_jax.train.draft import AdapterConfig, DraftTask
-from s3d_jax.train.loop import LoopConfig, fit
+from s3d_jax.train.loop import LoopConfig, check_run, fit
 from s3d_jax.train.objective import ObjectiveConfig
 from s3d_jax.train.pretrain import END_OF_TURN, PretrainTask, text_of_files, train_tokenizer
 from s3d_jax.train.validation import (
@@ -45,6 +47,15 @@ class ValidationConfig:
     prompt_tokens: int = 16
     new_tokens: int = 128
     held_out: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"validation {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out must be in (0, 1), got {self.held_out}")
 
 
 def train_draft(
@@ -110,6 +121,7 @@ def train_draft(
             f"{model} has a draft {name!r} already: choose another name, or replace it "
             "(--overwrite, overwrite=True)"
         )
+    check_run(run, resume)
     stored = checkpoint.read_header(model)
     lm = load(model, dtype=dtype, progress=progress, use_draft=False)
     config = lm.config
@@ -143,6 +155,7 @@ def train_draft(
         report = measure_acceptance(judge, prompts, validation.new_tokens)
         if mode == "full":
             report["perplexity"] = perplexity(config, judge.params, held_rows)
+        judge.params = lm.params  # or a second copy of the trained layers would live on
         return report
 
     settings = {
@@ -154,9 +167,10 @@ def train_draft(
         "validation": dataclasses.asdict(validation),
         "dtype": config.dtype,
         "loop": dataclasses.asdict(loop),
-        "data": _identities(data),
-        "valid": _identities(valid),
-        "model": str(Path(model).resolve()),
+        "data": [Path(f).name for f in data],
+        "valid": [Path(f).name for f in valid],
+        "rows_crc32": _checksum(rows),
+        "target_crc32": zlib.crc32((Path(model) / "weights.json").read_bytes()),
     }
     tree = fit(
         *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
@@ -168,23 +182,23 @@ def train_draft(
     reached = validate(tree)
     warn_if_useless(before["tokens_per_iteration"], reached["tokens_per_iteration"])
     params, trained = task.merged(tree, lm.params)
-    report = {k: v for k, v in settings.items() if k not in ("draft", "model")} | {
+    report = {k: v for k, v in settings.items() if k != "draft"} | {
         "untrained": before,
         "reached": reached,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
-    target = Path(model)
     if mode == "full":
         assert out is not None
         report["perplexity_before"] = perplexity(config, lm.params, held_rows)
-        target = checkpoint.save(
-            *(out, config, params),
+        _save_with_draft(
+            *(out, config, params, name, draft, trained, report),
             source={"target": stored.source, "changed_by": "s3d train --mode full"},
             generation_config=stored.generation_config,
             tokenizer=model,
             overwrite=overwrite,
         )
-    save_draft(target, name, draft, trained, report, overwrite=True)
+    else:
+        save_draft(model, name, draft, trained, report, overwrite=True)
     return report
 
 
@@ -197,7 +211,7 @@ def pretrain(
     *,
     tokenizer: str | os.PathLike[str] | None = None,
     draft: DraftConfig | None = None,
-    draft_weight: float = 0.3,
+    draft_weight: float = 0.2,
     objective: ObjectiveConfig = ObjectiveConfig(),
     adapter: AdapterConfig = AdapterConfig(),
     row_length: int = 256,
@@ -232,6 +246,7 @@ def pretrain(
 
     if Path(out).exists() and any(Path(out).iterdir()) and not overwrite:
         raise CheckpointError(f"{out} exists: choose another folder, or replace it (--overwrite)")
+    check_run(run, resume)
     vocabulary = Path(tokenizer or Path(run) / "tokenizer")
     if tokenizer is None and not (vocabulary / "tokenizer_config.json").exists():
         vocabulary.mkdir(parents=True, exist_ok=True)
@@ -280,8 +295,9 @@ def pretrain(
         "row_length": row_length,
         "validation": dataclasses.asdict(validation),
         "loop": dataclasses.asdict(loop),
-        "data": _identities(data),
-        "valid": _identities(valid),
+        "data": [Path(f).name for f in data],
+        "valid": [Path(f).name for f in valid],
+        "rows_crc32": _checksum(rows),
     }
     tree = fit(
         *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
@@ -290,18 +306,47 @@ def pretrain(
         resume=resume,
         progress=progress,
     )
-    report = settings | {"reached": validate(tree)}
     dtype = jax.numpy.dtype(config.dtype)
-    checkpoint.save(
-        *(out, config, jax.tree.map(lambda x: x.astype(dtype), tree["params"])),
+    stored = jax.tree.map(lambda x: x.astype(dtype), tree)  # what is judged is what is written
+    report = settings | {"reached": validate(jax.tree.map(lambda x: x.astype("float32"), stored))}
+    _save_with_draft(
+        *(out, config, stored["params"]),
+        *((DEFAULT, draft, stored["draft"], report) if draft else (DEFAULT, None, None, report)),
         source={"trained_by": "s3d pretrain", **report},
         generation_config={"bos_token_id": words.bos_token_id, "eos_token_id": ends},
         tokenizer=vocabulary,
         overwrite=overwrite,
     )
-    if draft is not None:
-        save_draft(out, DEFAULT, draft, tree["draft"], report)
     return report
+
+
+def _save_with_draft(
+    out: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    name: str,
+    draft: DraftConfig | None,
+    draft_params: DraftParams | None,
+    report: Mapping[str, Any],
+    *,
+    tokenizer: str | os.PathLike[str],
+    **options: Any,
+) -> None:
+    """A checkpoint and its draft, whole or not at all; options as in `checkpoint_writer`."""
+    with checkpoint.checkpoint_writer(out, config, **options) as writer:
+        for group, tree in params.items():
+            writer.write_group(group, tree)
+        for file in checkpoint.tokenizer_files(tokenizer):
+            writer.add_file(file)
+        if draft is not None and draft_params is not None:
+            folder = writer.folder / "drafts" / name
+            folder.mkdir(parents=True)
+            write_draft(folder, config, draft, draft_params, report)
+
+
+def _checksum(rows: Rows) -> int:
+    """Of what is trained on, so that a run is not resumed on other data."""
+    return zlib.crc32(rows.learn.tobytes(), zlib.crc32(rows.tokens.tobytes()))
 
 
 def _end(lm: LM) -> int | None:
@@ -333,8 +378,3 @@ def _split(
         if largest >= vocab_size:
             raise InputError(f"the data holds token {largest}; the vocabulary has {vocab_size}")
     return documents, held_out
-
-
-def _identities(files: Files) -> dict[str, int]:
-    """What a resumed run must find again: the files' names and sizes."""
-    return {str(Path(f).resolve()): Path(f).stat().st_size for f in files}

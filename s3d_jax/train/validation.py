@@ -1,19 +1,19 @@
 """Judging a draft by the real thing: acceptance in actual decoding of held-out prompts."""
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.config import ModelConfig
 from s3d_jax.generate import LM
 from s3d_jax.model import Params
 from s3d_jax.train.data import Document, Rows
-from s3d_jax.train.objective import next_token_loss, target_stream
+from s3d_jax.train.objective import Mean, next_token_loss, target_stream
 
 
 def held_out_prompts(documents: Sequence[Document], count: int, length: int) -> list[np.ndarray]:
@@ -78,6 +78,15 @@ def warn_if_useless(before: float, after: float) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def _next_token_loss(
+    config: ModelConfig, params: Params, tokens: jax.Array, learn: jax.Array
+) -> Mean:
+    logits, _ = target_stream(config, params, tokens, tokens.shape[1])
+    assert logits is not None
+    return next_token_loss(logits, tokens, learn)
+
+
 def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int = 8) -> float:
     """exp of the mean cross-entropy of the tokens that are to be learnt.
 
@@ -86,21 +95,13 @@ def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int 
         rows: held-out text.
         batch_size: rows per pass.
     """
-
-    @jax.jit
-    def losses(params: Params, tokens: jax.Array, learn: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, _ = target_stream(config, params, tokens, tokens.shape[1])
-        assert logits is not None
-        count = jnp.sum(learn[:, 1:])
-        return next_token_loss(logits, tokens, learn) * count, count
-
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
         tokens, learn = rows.tokens[part], rows.learn[part]
         missing = batch_size - len(tokens)  # padded, so that one program serves all
         tokens = np.pad(tokens, ((0, missing), (0, 0)))
         learn = np.pad(learn, ((0, missing), (0, 0)))
-        loss, n = losses(params, tokens, learn)
-        total, count = total + float(loss), count + int(n)
+        mean = _next_token_loss(config, params, tokens, learn)
+        total, count = total + float(mean.total), count + float(mean.weight)
     return math.exp(total / max(count, 1))

@@ -16,6 +16,7 @@ import pytest
 
 from s3d_jax.errors import ConfigError, TrainingError
 from s3d_jax.train.loop import LoopConfig, fit, read_metrics
+from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,17 +25,20 @@ ROOT = Path(__file__).resolve().parents[2]
 class Line:
     """y = w·x + b by least squares."""
 
-    def __init__(self):
+    def __init__(self, noise=0.01):
         self.frozen = {"scale": jnp.float32(1.0)}
+        self.loss_weights = {"squares": 1.0}
+        self.noise = noise
 
     def init(self, key):
         return {"w": jax.random.normal(key, (3, 2)), "b": jnp.zeros(2)}
 
-    def loss(self, tree, frozen, batch, key):
-        noise = 0.01 * jax.random.normal(key, batch["y"].shape)
+    def losses(self, tree, frozen, batch, key):
+        noise = self.noise * jax.random.normal(key, batch["y"].shape)
         error = batch["x"] @ tree["w"] + tree["b"] - frozen["scale"] * batch["y"] + noise
-        loss = jnp.mean(error**2)
-        return loss, {"worst": jnp.max(jnp.abs(error), axis=0)}
+        weights = batch.get("weight", jnp.ones(len(error)))
+        total = jnp.sum(weights[:, None] * error**2) / 2
+        return {"squares": Mean(total, jnp.sum(weights), len(error))}
 
 
 def batches(step):
@@ -46,12 +50,13 @@ def batches(step):
 def config(steps=60, **changes):
     optimizer = {k: changes.pop(k) for k in list(changes) if k in OptimizerConfig.__annotations__}
     settings = dict(learning_rate=0.3, warmup_steps=5) | optimizer
-    defaults = dict(batch_size=8, log_every=1, save_every=10, validate_every=0)
+    defaults = dict(batch_size=8, log_every=1, save_every=10, validate_every=0, ema_decay=0.0)
     return LoopConfig(OptimizerConfig(steps, **settings), **(defaults | changes))
 
 
 def losses(run):
-    return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+    lines = read_metrics(run / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.mark.parametrize(
@@ -78,34 +83,20 @@ def test_the_schedule():
     assert float(rate(110)) == pytest.approx(0.2)
 
 
-def test_weight_decay_is_for_matrices():
-    optimizer = OptimizerConfig(10, weight_decay=0.5, warmup_steps=0, schedule="constant").build()
-    tree = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
-    zero = jax.tree.map(jnp.zeros_like, tree)
-    updates, _ = optimizer.update(zero, optimizer.init(tree), tree)
-    np.testing.assert_allclose(updates["matrix"], -0.5 * 2e-3)
-    np.testing.assert_array_equal(updates["vector"], 0.0)
-
-
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
-    class Exact(Line):
-        def loss(self, tree, frozen, batch, key):
-            return super().loss(tree, frozen, batch, jax.random.key(0))
+    """Also where the parts have different weights, as with padding."""
 
-    def noiseless(step):
-        return batches(step)
+    def weighted(step):
+        weight = np.array([0, 0, 0, 0.5, 1, 2, 1, 3], np.float32)
+        return batches(step) | {"weight": weight}
 
-    curves = []
+    curves, trees = [], []
     for accumulate in (1, 4):
         run = tmp_path / f"run{accumulate}"
-        task = Exact()
-        task.loss = lambda t, f, b, k: (  # noise depends on shapes, so there is none here
-            jnp.mean((b["x"] @ t["w"] + t["b"] - b["y"]) ** 2),
-            {},
-        )
-        fit(task, noiseless, config(20, accumulate=accumulate), run, options={})
+        trees.append(fit(Line(0.0), weighted, config(20, accumulate=accumulate), run, options={}))
         curves.append(list(losses(run).values()))
     np.testing.assert_allclose(*curves, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), *trees)
 
 
 def test_the_average_is_what_is_kept(tmp_path):
@@ -157,11 +148,33 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_another_run_is_not_touched(tmp_path):
-    fit(Line(), batches, config(5), tmp_path / "run", options={"rank": 4})
+    run, options = tmp_path / "run", {"draft": {"rank": 4}, "loop": {"steps": 5}}
+    fit(Line(), batches, config(5), run, options=options)
     with pytest.raises(TrainingError, match="holds a run already: go on with --resume"):
-        fit(Line(), batches, config(5), tmp_path / "run", options={"rank": 4})
-    with pytest.raises(TrainingError, match="other options: rank was 4, is 8"):
-        fit(Line(), batches, config(5), tmp_path / "run", options={"rank": 8}, resume=True)
+        fit(Line(), batches, config(5), run, options=options)
+    other = options | {"draft": {"rank": 8}}
+    with pytest.raises(TrainingError, match=r"other options: draft.rank was 4, is 8\."):
+        fit(Line(), batches, config(5), run, options=other, resume=True)
+
+
+def test_the_pace_may_change_on_the_way_and_that_is_written_down(tmp_path):
+    run = tmp_path / "run"
+    fit(Line(), batches, config(5), run, options={"loop": {"steps": 5}})
+    fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
+    assert sorted(losses(run)) == list(range(1, 9))
+    changed = [x for x in read_metrics(run / "metrics.jsonl") if "changed" in x]
+    assert changed == [{"step": 5, "changed": {"loop.steps": [5, 8]}}]
+
+
+def test_weight_decay_follows_the_learning_rate():
+    for name in ("adamw", "adafactor", "lion"):
+        settings = dict(optimizer=name, warmup_steps=0, schedule="constant", learning_rate=1e-2)
+        optimizer = OptimizerConfig(10, weight_decay=0.5, **settings).build()
+        tree = {"matrix": jnp.ones((9, 9)), "vector": jnp.ones(2)}
+        zero = jax.tree.map(jnp.zeros_like, tree)
+        updates, _ = optimizer.update(zero, optimizer.init(tree), tree)
+        np.testing.assert_allclose(updates["matrix"], -0.5 * 1e-2, rtol=1e-5)
+        np.testing.assert_array_equal(updates["vector"], 0.0)
 
 
 @pytest.mark.parametrize("what", ["nan", "diverging"])
@@ -197,6 +210,8 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_state(what, tmp_path):
         dict(accumulate=3),
         dict(ema_decay=1.0),
         dict(keep_states=0),
+        dict(seed=-1),
+        dict(weight_decay=-0.1),
     ],
     ids=str,
 )
