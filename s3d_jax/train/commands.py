@@ -201,20 +201,26 @@ def _add_distill(commands: Any) -> None:
     parser = commands.add_parser(
         "distill",
         help="write a model's own continuations, to train its draft on",
-        description="Continues the beginnings of texts, and writes the outcome as jsonl for "
-        "s3d train. A call that was interrupted goes on where it was.",
+        description="Continues the beginnings of texts, and chats, and writes the outcome as "
+        "jsonl for s3d train. A call that was interrupted goes on when it is repeated.",
         epilog=_DISTILL_EPILOG,
         formatter_class=_RAW,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="native checkpoint folder")
     parser.add_argument(
         "--prompts", required=True, action="append", metavar="FILE",
-        help="texts or chats, as for s3d train; may be repeated",
+        help="texts or chats, as for s3d train; a chat may end with the user's turn; may be "
+        "repeated",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file")
+    parser.add_argument(
+        "--draft", metavar="NAME",
+        help="which of the trained drafts makes it faster (default: the model's default one)",
+    )  # fmt: skip
+    parser.add_argument("--whole-prompts", action="store_true", help="texts are prompts as a whole")
     numbers = (
         ("--limit", int, None, "prompts at most", "all"),
-        ("--prompt-tokens", int, 16, "tokens of a text that are its prompt", 16),
+        ("--prompt-tokens", int, None, "tokens of a text that are its prompt", 16),
         ("--max-new-tokens", int, 256, "tokens per continuation", 256),
         ("--batch-size", int, 32, "prompts at once", 32),
         ("--sampled-fraction", float, 0.5, "share that is sampled, not greedy", 0.5),
@@ -228,7 +234,10 @@ def _add_distill(commands: Any) -> None:
             help=f"{text} (default: {shown})",
         )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace --out, and what a call with other options left unfinished",
+    )  # fmt: skip
     parser.set_defaults(run=_distill)
 
 
@@ -307,18 +316,31 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
+    import zlib
+
     import numpy as np
 
+    from s3d_jax.drafts import DEFAULT, choose_draft, draft_names
     from s3d_jax.generate import load
     from s3d_jax.train.data import read_documents
-    from s3d_jax.train.distill import distill
-    from s3d_jax.train.validation import held_out_prompts
+    from s3d_jax.train.distill import distill, prompts_of
 
-    lm = load(arguments.model, dtype=arguments.dtype, progress=True)
-    documents = read_documents(arguments.prompts, lm.tokenizer, None)
+    _check_least(arguments, limit=1, prompt_tokens=1, seed=0)
+    if arguments.whole_prompts and arguments.prompt_tokens is not None:
+        raise InputError("--whole-prompts takes texts whole: leave out --prompt-tokens")
+    length = None if arguments.whole_prompts else arguments.prompt_tokens or 16
+    name, names = arguments.draft, draft_names(arguments.model)
+    # Any draft does, so nobody has to say which.
+    use_draft = name is not None or len(names) < 2 or DEFAULT in names
+    lm = load(
+        arguments.model, dtype=arguments.dtype, draft=name, use_draft=use_draft, progress=True
+    )
+    documents = read_documents(arguments.prompts, lm.tokenizer, None, prompts=True)
     order = np.random.default_rng(arguments.seed).permutation(len(documents))
-    limit = len(documents) if arguments.limit is None else arguments.limit
-    prompts = held_out_prompts([documents[i] for i in order], limit, arguments.prompt_tokens)
+    prompts = prompts_of([documents[i] for i in order], arguments.limit, length)
+    used = choose_draft(arguments.model, name) if use_draft else None
+    parts = ["config.json", "weights.json", *([f"drafts/{used}/config.json"] if used else [])]
+    folder = Path(arguments.model)
     path = distill(
         lm,
         prompts,
@@ -329,11 +351,28 @@ def _distill(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        identity={
+            "model": str(folder.resolve()),
+            "dtype": lm.config.dtype,
+            "crc32": {part: zlib.crc32((folder / part).read_bytes()) for part in parts},
+        },
         overwrite=arguments.overwrite,
         progress=True,
     )
     print(f"{len(prompts)} continuations are in {path}", file=sys.stderr)
     return 0
+
+
+def _check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises InputError for options that were given and are below their least value."""
+    for name, value in least.items():
+        given = getattr(arguments, name)
+        if given is not None and given < value:
+            raise InputError(f"{_flag(name)} must be at least {value}, got {given}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _loop(arguments: argparse.Namespace) -> "LoopConfig":

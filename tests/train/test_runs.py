@@ -8,9 +8,11 @@ import pytest
 
 import s3d_jax
 from s3d_jax import checkpoint, cli
+from s3d_jax.drafts import save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.train.commands import parse_skip
-from s3d_jax.train.distill import distill
+from s3d_jax.train.data import Document
+from s3d_jax.train.distill import distill, prompts_of
 from s3d_jax.train.validation import warn_if_useless
 from tests.tiny import tiny_config, tiny_lm, tiny_params
 
@@ -143,15 +145,103 @@ def test_distilled_lines_are_the_targets_own_and_a_cut_off_file_goes_on(model, t
     assert [line["tokens"] for line in lines[::2]] == [r.tokens for r in greedy]
     assert len({tuple(line["tokens"]) for line in lines[1::2]}) == 5
 
-    text = whole.read_text()
-    cut = text[: len(text) * 2 // 3]  # in the middle of a line, two batches whole at most
-    (tmp_path / "other.jsonl.partial").write_text(cut)
-    assert distill(lm, prompts, tmp_path / "other.jsonl", **options).read_text() == text
-    assert not (tmp_path / "other.jsonl.partial").exists()
     with pytest.raises(InputError, match="exists: choose another file"):
         distill(lm, prompts, whole, **options)
-    with pytest.raises(InputError, match="no prompts"):
-        distill(lm, [], tmp_path / "x.jsonl")
+
+    text, other = whole.read_text(), tmp_path / "other.jsonl"
+    partial = interrupted(lm, prompts, other, **options)
+    partial.write_text(partial.read_text() + '{"prompt_tokens": [8')  # cut off by a kill
+    assert distill(lm, prompts, other, **options).read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "whole.jsonl"]
+
+
+def interrupted(lm, prompts, out, **options):
+    """Distills two batches; returns the partial file."""
+    calls = []
+
+    class Interrupted(type(lm)):
+        def generate(self, *arguments, **more):
+            calls.append(1)
+            if len(calls) > 2:
+                raise KeyboardInterrupt
+            return super().generate(*arguments, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(Interrupted(lm.config, lm.params), prompts, out, **options)
+    partial = out.with_name(out.name + ".partial")
+    assert len(partial.read_text().splitlines()) == 2 * options["batch_size"]
+    return partial
+
+
+def test_what_another_call_left_unfinished_is_not_gone_on_with(tmp_path):
+    lm = tiny_lm()
+    prompts, out = [[i, i + 1] for i in range(7)], tmp_path / "own.jsonl"
+    options = dict(max_new_tokens=4, batch_size=2, seed=3)
+    partial = interrupted(lm, prompts, out, **options)
+    for change, message in (
+        (dict(max_new_tokens=5), "max_new_tokens was 4, is now 5"),
+        (dict(temperature=0.5), "temperature was 1.0, is now 0.5"),
+        (dict(identity={"model": "b"}), "target.model was None, is now 'b'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            distill(lm, prompts, out, **options | change)
+    with pytest.raises(InputError, match="prompts was 7, is now 6; prompts_sha256"):
+        distill(lm, prompts[1:], out, **options)
+    assert len(partial.read_text().splitlines()) == 4
+    fresh = distill(lm, prompts[1:], out, **options, overwrite=True).read_text()
+    assert [json.loads(x)["prompt_tokens"] for x in fresh.splitlines()] == prompts[1:]
+    partial.write_text(fresh)
+    out.unlink()
+    with pytest.raises(InputError, match="with what options is not known"):
+        distill(lm, prompts[1:], out, **options)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([], {}, "no prompts"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1], [31]], {}, "prompt 1 holds token 31"),
+        ([[1], [1] * 127, [1] * 128], {}, "1 of 3 prompts .*: prompt 2 has 128 tokens"),
+        ([[1]], {"batch_size": 0}, "batch_size must be at least 1"),
+        ([[1]], {"sampled_fraction": 2}, "sampled_fraction must be in"),
+        ([[1]], {"temperature": 0.0}, "temperature must be > 0"),
+    ],
+)
+def test_what_cannot_be_distilled_is_said_before_the_run(prompts, options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        distill(tiny_lm(), prompts, tmp_path / "x.jsonl", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_are_beginnings_of_texts_or_whole_ones():
+    def document(size, prompt_tokens=None):
+        return Document(np.arange(size), np.ones(size, bool), prompt_tokens)
+
+    documents = [document(5), document(3), document(9, 7), document(0), document(4, 0)]
+    lengths = lambda *a: [len(p) for p in prompts_of(documents, *a)]  # noqa: E731
+    assert lengths(None, 4) == [4, 3, 7, 4]
+    assert lengths(None, 5) == [5, 3, 7, 4]
+    assert lengths(3, None) == [5, 3, 7]
+
+
+def test_distilling_needs_no_choice_of_a_draft(model, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(model / "model", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "drafts", ignore_errors=True)
+    lm = s3d_jax.load(tmp_path / "model")
+    for name in ("a", "b"):
+        save_draft(tmp_path / "model", name, lm.draft_config, lm.draft_params, {})
+    common = ("distill", "--model", tmp_path / "model", "--prompts", model / "prompts.jsonl")
+    common += ("--limit", "2", "--max-new-tokens", "4", "--batch-size", "2")
+    assert run(*common, "--out", tmp_path / "1.jsonl") == 0
+    assert run(*common, "--out", tmp_path / "2.jsonl", "--draft", "b") == 0
+    assert run(*common, "--out", tmp_path / "3.jsonl", "--draft", "c") == 2
+    assert "has no draft 'c': it has a, b" in capsys.readouterr().err
+    more = ("--whole-prompts", "--prompt-tokens", "3")
+    assert run(*common, "--out", tmp_path / "4.jsonl", *more) == 2
+    assert "leave out --prompt-tokens" in capsys.readouterr().err
 
 
 def test_a_draft_that_learnt_nothing_is_said_loudly():
