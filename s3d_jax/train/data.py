@@ -111,6 +111,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             fields = json.loads(line)
+            if "\\ud" in line.lower():  # a surrogate pair, or half of one
+                json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where} holds half a character: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from error
         if not isinstance(fields, dict):

@@ -1,92 +1,14 @@
-"""Plain language-model training of a small model from nothing, with its tokenizer."""
+"""Plain language-model training of a small model from nothing."""
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from s3d_jax.config import DraftConfig, ModelConfig
-from s3d_jax.errors import InputError
 from s3d_jax.model import Params, init_params
 from s3d_jax.train.draft import AdapterConfig, draft_losses, init_draft
 from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss, target_stream
-
-END = "<|endoftext|>"  # begins and ends every text
-USER, ASSISTANT, END_OF_TURN = "<|user|>", "<|assistant|>", "<|end|>"
-
-# In the manner of Phi-3's. "system" turns are the user's as far as this small template goes.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
-    "{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLike[str]) -> None:
-    """Trains a byte-level BPE tokenizer, and writes its files for transformers.
-
-    Args:
-        texts: what it is trained on.
-        vocab_size: V, with 256 bytes and four special tokens.
-        out: a folder that exists.
-
-    Raises:
-        InputError: a vocabulary too small for the bytes, or texts that give too few merges.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = [END, USER, ASSISTANT, END_OF_TURN]
-    if vocab_size < 256 + len(special):
-        raise InputError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise InputError(
-            f"the texts give a vocabulary of {tokenizer.get_vocab_size()} only, not {vocab_size}"
-        )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END,
-        eos_token=END,
-        additional_special_tokens=special[1:],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(out)
-
-
-def text_of_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
-    """The words of .txt and .jsonl files, for the tokenizer to be trained on."""
-    import json
-
-    from s3d_jax.train.data import SEPARATOR, read_text
-
-    for path in map(Path, paths):
-        text = read_text(path)
-        if not path.name.removesuffix(".gz").endswith(".jsonl"):
-            yield from text.split(SEPARATOR)
-            continue
-        for line in text.splitlines():
-            fields = json.loads(line)
-            if "text" in fields:
-                yield fields["text"]
-            yield from (message["content"] for message in fields.get("messages", ()))
 
 
 class PretrainTask:

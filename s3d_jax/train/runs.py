@@ -21,7 +21,8 @@ from s3d_jax.train.data import Batches, Document, Rows, concatenate, pack, read_
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, check_run, fit
 from s3d_jax.train.objective import ObjectiveConfig
-from s3d_jax.train.pretrain import END_OF_TURN, PretrainTask, text_of_files, train_tokenizer
+from s3d_jax.train.pretrain import PretrainTask
+from s3d_jax.train.tokenizer import end_token_ids, read_tokenizer, tokenizer_of_run
 from s3d_jax.train.validation import (
     held_out_prompts,
     measure_acceptance,
@@ -242,22 +243,12 @@ def pretrain(
     Raises:
         InputError, ConfigError, CheckpointError, TrainingError: as `train_draft`.
     """
-    import transformers
-
     if Path(out).exists() and any(Path(out).iterdir()) and not overwrite:
         raise CheckpointError(f"{out} exists: choose another folder, or replace it (--overwrite)")
     check_run(run, resume)
-    vocabulary = Path(tokenizer or Path(run) / "tokenizer")
-    if tokenizer is None and not (vocabulary / "tokenizer_config.json").exists():
-        vocabulary.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(text_of_files(data), config.vocab_size, vocabulary)
-    words = transformers.AutoTokenizer.from_pretrained(vocabulary)
-    if len(words) > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(words)} tokens, the model's vocab_size is {config.vocab_size}"
-        )
-    end = words.eos_token_id
-    ends = [end, *(i for i in (words.convert_tokens_to_ids(END_OF_TURN),) if i is not None)]
+    vocabulary = tokenizer or tokenizer_of_run(data, config.vocab_size, run)
+    words = read_tokenizer(vocabulary, config.vocab_size)
+    end, ends = words.eos_token_id, end_token_ids(words)
     documents, held_out = _split(data, valid, words, end, config.vocab_size, validation, loop.seed)
     # Unlike a draft, the model learns all words of a chat, the user's too.
     rows = concatenate(documents, row_length, loop.seed)

@@ -17,7 +17,7 @@ from s3d_jax.train.data import (
     read_words,
     row_length_for,
 )
-from s3d_jax.train.pretrain import train_tokenizer
+from s3d_jax.train.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,7 @@ def test_chats_that_cannot_be_told_apart_are_refused(tokenizer, tmp_path):
         ('{"messages": 3}', 'line 2: "messages" must be a list'),
         ('{"messages": [{"content": "x"}]}', 'line 2: "messages" must be a list'),
         ('{"tokens": []}', "line 2 has no token"),
+        ('{"text": "half \\ud83d"}', "line 2 holds half a character"),
     ],
 )
 def test_wrong_lines_are_named(line, message, tokenizer, tmp_path):
