@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
     from s3d_jax.train.loop import LoopConfig
     from s3d_jax.train.objective import ObjectiveConfig
     from s3d_jax.train.runs import ValidationConfig
+
+# Options whose being given matters: None in argparse, and later what stands here.
+_DRAFT = {
+    "gamma": 4,
+    "skip": None,
+    "block_attention": "causal",
+    "rank": 16,
+    "bridge_rank": 64,
+    "objective": "ce",
+    "decay": 0.85,
+    "anchors": 16,
+    "random_anchors": False,
+}
+_DECODED = {"valid_prompts": 32, "valid_tokens": 128, "prompt_tokens": 16}
+_SIZES = {"vocab_size": 4096, "layers": 8, "width": 256, "heads": 8, "kv_heads": 4}
 
 _RAW = argparse.RawDescriptionHelpFormatter
 
@@ -74,7 +90,15 @@ def _add_train(commands: Any) -> None:
         help="of the frozen target (default: as stored)",
     )
     _add_run(parser, steps=2000, rate=None)
-    _add_draft(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace the draft of that name (mode full: --out); a run in --run is never replaced",
+    )  # fmt: skip
+    group = _add_draft(parser)
+    group.add_argument(
+        "--next-token-weight", type=float, metavar="W",
+        help="mode full: of the target's own loss beside the draft's (default: 1.0)",
+    )  # fmt: skip
     parser.set_defaults(run=_train)
 
 
@@ -91,18 +115,20 @@ def _add_pretrain(commands: Any) -> None:
     group.add_argument(
         "--config", metavar="FILE", help="a ModelConfig as JSON, instead of the sizes below"
     )
-    sizes = {"vocab-size": 4096, "layers": 8, "width": 256, "heads": 8, "kv-heads": 4}
-    for name, default in sizes.items():
-        group.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    group.add_argument("--mlp-width", type=int, help="default: 3 times the width")
+    for name, default in _SIZES.items():
+        group.add_argument(_flag(name), type=int, metavar="N", help=f"default: {default}")
+    group.add_argument("--mlp-width", type=int, metavar="N", help="default: 3 times the width")
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="bfloat16",
         help="of the checkpoint (default: bfloat16); training is in float32",
     )
     group.add_argument("--tokenizer", metavar="DIR", help="use this one instead of training one")
     _add_run(parser, steps=2000, rate=3e-3)
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace --out; a run in --run is never replaced",
+    )  # fmt: skip
     _add_draft(parser)
     group = parser.add_argument_group("joint training")
     group.add_argument(
@@ -110,9 +136,7 @@ def _add_pretrain(commands: Any) -> None:
         action="store_true",
         help="also teach the model to draft, and store that draft",
     )
-    group.add_argument(
-        "--draft-weight", type=float, default=0.2, metavar="W", help="of its loss (default: 0.2)"
-    )
+    group.add_argument("--draft-weight", type=float, metavar="W", help="of its loss (default: 0.2)")
     parser.set_defaults(run=_pretrain)
 
 
@@ -122,14 +146,17 @@ def _add_run(parser: argparse.ArgumentParser, steps: int, rate: float | None) ->
     )
     parser.add_argument(
         "--valid", action="append", default=[], metavar="FILE",
-        help="held-out files (default: 2%% of the data)",
+        help="held-out files (default: a share of the data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=float, metavar="X",
+        help="share of the documents that is held out without --valid (default: 0.02)",
     )  # fmt: skip
     parser.add_argument(
         "--run", required=True, dest="run_folder", metavar="DIR",
         help="folder for states, metrics.jsonl and curves.png",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     group = parser.add_argument_group("training")
     rate_help = f"default: {rate}" if rate else "default: 2e-3, in mode full 3e-4"
     group.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default: {steps}")
@@ -149,52 +176,60 @@ def _add_run(parser: argparse.ArgumentParser, steps: int, rate: float | None) ->
         ("--ema-decay", float, 0.99, "of the running average that is kept; 0: none"),
         ("--batch-size", int, 16, "rows per step"),
         ("--accumulate", int, 1, "parts that a batch is worked off in, to save memory"),
-        ("--row-length", int, 256, "tokens per row"),
         ("--seed", int, 0, "of everything random"),
         ("--save-every", int, 200, "steps between states"),
         ("--keep-states", int, 2, "states that stay on disk"),
         ("--validate-every", int, 200, "steps between validations"),
         ("--log-every", int, 10, "steps between lines of metrics.jsonl"),
-        ("--valid-prompts", int, 32, "prompts decoded in a validation"),
-        ("--valid-tokens", int, 128, "tokens decoded per prompt"),
-        ("--prompt-tokens", int, 16, "length of a prompt that is the beginning of a text"),
     )
     for name, kind, default, text in numbers:
         group.add_argument(
             name, type=kind, default=default, metavar="X" if kind is float else "N",
             help=f"{text} (default: {default})",
         )  # fmt: skip
+    row = "256" if rate else "chosen, so that nine in ten of the documents fit"
+    group.add_argument(
+        "--row-length", type=int, metavar="N", help=f"tokens per row (default: {row})"
+    )
+    for name, text in (
+        ("valid_prompts", "prompts decoded in a validation"),
+        ("valid_tokens", "tokens decoded per prompt"),
+        ("prompt_tokens", "length of a prompt that is the beginning of a text"),
+    ):
+        group.add_argument(
+            _flag(name), type=int, metavar="N", help=f"{text} (default: {_DECODED[name]})"
+        )
     group.add_argument(
         "--remat", action="store_true",
         help="compute activations anew in the backward pass: less memory, a third more time",
     )  # fmt: skip
 
 
-def _add_draft(parser: argparse.ArgumentParser) -> None:
+def _add_draft(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("draft")
-    group.add_argument("--gamma", type=int, default=4, metavar="G", help="default: 4")
+    group.add_argument("--gamma", type=int, metavar="G", help="default: 4")
     group.add_argument(
         "--skip", metavar="LAYERS", help='skipped layers: "2-5", "2,3,6" (default: the middle half)'
     )
     group.add_argument(
-        "--block-attention", choices=("causal", "bidirectional"), default="causal",
+        "--block-attention", choices=("causal", "bidirectional"),
         help="inside the draft block (default: causal)",
     )  # fmt: skip
-    group.add_argument("--rank", type=int, default=16, metavar="R", help="of deltas (default: 16)")
+    group.add_argument("--rank", type=int, metavar="R", help="of deltas (default: 16)")
+    group.add_argument("--bridge-rank", type=int, metavar="R", help="of bridges (default: 64)")
     group.add_argument(
-        "--bridge-rank", type=int, default=64, metavar="R", help="of bridges (default: 64)"
-    )
-    group.add_argument(
-        "--objective", choices=("ce", "kl", "tv"), default="ce",
+        "--objective", choices=("ce", "kl", "tv"),
         help="cross-entropy on the text (default), KL to the target, or total variation",
     )  # fmt: skip
     group.add_argument(
-        "--decay", type=float, default=0.85, metavar="X",
-        help="the i-th draft token weighs X^i (default: 0.85)",
-    )  # fmt: skip
-    group.add_argument(
-        "--anchors", type=int, default=16, metavar="N", help="blocks per row (default: 16)"
+        "--decay", type=float, metavar="X", help="the i-th draft token weighs X^i (default: 0.85)"
     )
+    group.add_argument("--anchors", type=int, metavar="N", help="blocks per row (default: 16)")
+    group.add_argument(
+        "--random-anchors", action="store_true",
+        help="blocks at random places, not where decoding would begin them: one draft pass less",
+    )  # fmt: skip
+    return group
 
 
 def _add_distill(commands: Any) -> None:
@@ -202,7 +237,7 @@ def _add_distill(commands: Any) -> None:
         "distill",
         help="write a model's own continuations, to train its draft on",
         description="Continues the beginnings of texts, and chats, and writes the outcome as "
-        "jsonl for s3d train. A call that was interrupted goes on when it is repeated.",
+        "jsonl\nfor s3d train. A call that was interrupted goes on when it is repeated.",
         epilog=_DISTILL_EPILOG,
         formatter_class=_RAW,
     )
@@ -246,9 +281,17 @@ def _train(arguments: argparse.Namespace) -> int:
     from s3d_jax.train.draft import AdapterConfig
     from s3d_jax.train.runs import train_draft
 
+    mode, weight = arguments.mode, arguments.next_token_weight
+    if mode != "adapter":
+        _refuse(arguments, ("rank", "bridge_rank"), f"belong to --mode adapter, not {mode}")
+    if mode != "full":
+        _refuse(arguments, ("next_token_weight",), f"belongs to --mode full, not {mode}")
+    _check_run(arguments)
+    _settle(arguments, _DRAFT | _DECODED)
     if arguments.learning_rate is None:
-        arguments.learning_rate = 3e-4 if arguments.mode == "full" else 2e-3
+        arguments.learning_rate = 3e-4 if mode == "full" else 2e-3
     config = read_header(arguments.model).config
+    length = arguments.row_length
     report = train_draft(
         arguments.model,
         arguments.data,
@@ -260,9 +303,10 @@ def _train(arguments: argparse.Namespace) -> int:
         draft=_draft(arguments, config),
         objective=_objective(arguments),
         adapter=AdapterConfig(arguments.rank, arguments.bridge_rank),
-        row_length=arguments.row_length,
         valid=arguments.valid,
         validation=_validation(arguments),
+        **({} if length is None else {"row_length": length}),
+        **({} if weight is None else {"next_token_weight": weight}),
         dtype=arguments.dtype,
         remat=arguments.remat,
         resume=arguments.resume,
@@ -287,6 +331,15 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from s3d_jax.train.draft import AdapterConfig
     from s3d_jax.train.runs import pretrain
 
+    if not arguments.joint_draft:
+        names = (*_DRAFT, "draft_weight", *_DECODED)
+        _refuse(arguments, names, "without --joint-draft there is no draft")
+    if arguments.config is not None:
+        names = (*_SIZES, "mlp_width", "dtype")
+        _refuse(arguments, names, "--config says that already")
+    _check_run(arguments)
+    defaults = {"draft_weight": 0.2, "row_length": 256, "dtype": "bfloat16"}
+    _settle(arguments, _DRAFT | _DECODED | _SIZES | defaults)
     config = _model_config(arguments)
     report = pretrain(
         arguments.data,
@@ -363,16 +416,49 @@ def _distill(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raises InputError for options that were given and would have no effect."""
+    values = {name: getattr(arguments, name) for name in names}
+    given = [_flag(k) for k, v in values.items() if v is not None and v is not False]  # 0 is given
+    if given:
+        raise InputError(f"{', '.join(given)}: {reason}")
+
+
+def _settle(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Fills in what was not given."""
+    for name, default in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
 def _check_least(arguments: argparse.Namespace, **least: int) -> None:
     """Raises InputError for options that were given and are below their least value."""
     for name, value in least.items():
         given = getattr(arguments, name)
-        if given is not None and given < value:
+        if given is not None and not given >= value:
             raise InputError(f"{_flag(name)} must be at least {value}, got {given}")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _check_run(arguments: argparse.Namespace) -> None:
+    """What can be said of the options of a run before anything is read."""
+    _check_least(arguments, row_length=2, seed=0, weight_decay=0, save_every=0, validate_every=0)
+    _check_least(arguments, **dict.fromkeys(_DECODED, 1))
+    for name in ("draft_weight", "next_token_weight"):
+        if hasattr(arguments, name):
+            _check_least(arguments, **{name: 0})
+    if arguments.seed >= 2**32:
+        raise InputError(f"--seed must be below 2^32, got {arguments.seed}")
+    share = arguments.held_out
+    if share is not None and arguments.valid:
+        raise InputError("--held-out is of the data, and --valid names files: give one of them")
+    if share is not None and not 0 < share < 1:
+        raise InputError(f"--held-out must be between 0 and 1, got {share}")
+    if arguments.resume and not (Path(arguments.run_folder) / "options.json").exists():
+        raise InputError(f"{arguments.run_folder} holds no run to go on with: leave out --resume")
 
 
 def _loop(arguments: argparse.Namespace) -> "LoopConfig":
@@ -403,7 +489,12 @@ def _loop(arguments: argparse.Namespace) -> "LoopConfig":
 def _objective(arguments: argparse.Namespace) -> "ObjectiveConfig":
     from s3d_jax.train.objective import ObjectiveConfig
 
-    return ObjectiveConfig(arguments.objective, arguments.decay, arguments.anchors)
+    return ObjectiveConfig(
+        arguments.objective,
+        arguments.decay,
+        arguments.anchors,
+        hop=not arguments.random_anchors,
+    )
 
 
 def _validation(arguments: argparse.Namespace) -> "ValidationConfig":
@@ -413,6 +504,7 @@ def _validation(arguments: argparse.Namespace) -> "ValidationConfig":
         prompts=arguments.valid_prompts,
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.valid_tokens,
+        **({} if arguments.held_out is None else {"held_out": arguments.held_out}),
     )
 
 
@@ -453,8 +545,9 @@ def _model_config(arguments: argparse.Namespace) -> "ModelConfig":
             return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {error}") from error
+    _check_least(arguments, vocab_size=1, layers=1, width=1, heads=1, kv_heads=1, mlp_width=1)
     width, heads = arguments.width, arguments.heads
-    if heads < 1 or width % heads:
+    if width % heads:
         raise InputError(f"--width {width} must be a multiple of --heads {heads}")
     return ModelConfig(
         vocab_size=arguments.vocab_size,

@@ -194,7 +194,7 @@ def _ids_document(fields: dict[str, Any], where: str) -> Document:
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
-    turns = messages if isinstance(messages, list) else [None]
+    turns: list[Any] = messages if isinstance(messages, list) else [None]
     if not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
         raise InputError(
             f'{where}: "messages" must be a list of {{"role": ..., "content": ...}} objects'

@@ -84,13 +84,13 @@ def tokenizer_of_run(
             another size, which its states may depend on.
         CheckpointError: the folder cannot be written.
     """
-    data = list(map(Path, data))
+    files = [Path(path) for path in data]
     folder = Path(run) / "tokenizer"
     origin = folder / "trained_on.json"
-    wanted = {"vocab_size": vocab_size, "data_sha256": [_hash(path) for path in data]}
+    wanted = {"vocab_size": vocab_size, "data_sha256": [_hash(path) for path in files]}
     if not folder.exists() or not any(folder.iterdir()):
         with staged_folder(folder) as partial:
-            train_tokenizer(read_words(data), vocab_size, partial)
+            train_tokenizer(read_words(files), vocab_size, partial)
             (partial / origin.name).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         return folder
     try:

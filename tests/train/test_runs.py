@@ -19,8 +19,9 @@ from tests.tiny import tiny_config, tiny_lm, tiny_params
 FAST = (
     *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),
     *("--validate-every", "60", "--valid-prompts", "8", "--valid-tokens", "24"),
-    *("--rank", "4", "--bridge-rank", "8", "--gamma", "3", "--learning-rate", "1e-2"),
+    *("--gamma", "3", "--learning-rate", "1e-2"),
 )
+RANKS = ("--rank", "4", "--bridge-rank", "8")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def train(model, name, *arguments) -> int:
     return run(
         *("train", "--model", model / "model", "--data", model / "own.jsonl"),
         *("--run", model / f"run-{name}", "--name", name, *FAST, *arguments),
+        *(() if "full" in arguments or "--rank" in arguments or name == "masks" else RANKS),
     )
 
 
@@ -119,11 +121,21 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--skip", "two"), "--skip takes layers"),
         (("--skip", "0-3"), "keeps no layer"),
         (("--gamma", "0"), "gamma must be an integer >= 1"),
-        (("--mode", "full"), "say where the new one goes"),
         (("--out", "x"), "takes no out"),
         (("--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
         (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--name", "a/b"), "cannot be the name of a draft"),
+        (("--row-length", "1"), "--row-length must be at least 2, got 1"),
+        (("--row-length", "0"), "--row-length must be at least 2, got 0"),
+        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--valid-prompts", "0"), "--valid-prompts must be at least 1, got 0"),
+        (("--prompt-tokens", "0"), "--prompt-tokens must be at least 1, got 0"),
+        (("--weight-decay", "-0.1"), "--weight-decay must be at least 0, got -0.1"),
+        (("--held-out", "1"), "--held-out must be between 0 and 1"),
+        (("--held-out", "0.1", "--valid", "x"), "give one of them"),
+        (("--next-token-weight", "1"), "--next-token-weight: belongs to --mode full, not adapter"),
+        (("--mode", "mask"), "--rank, --bridge-rank: belong to --mode adapter, not mask"),
+        (("--resume",), "holds no run to go on with: leave out --resume"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
@@ -278,7 +290,7 @@ def test_a_model_from_nothing(tmp_path, capsys):
     assert result.stats.tokens_per_iteration > 3
     plain = lm.generate("the small cat", max_new_tokens=12, method="ar")[0]
     assert plain.tokens == result.tokens
-    assert run("pretrain", "--data", texts, *out, *sizes, *training) == 2
+    assert run("pretrain", "--data", texts, *out, *sizes, *more, *training) == 2
     assert "exists: choose another folder" in capsys.readouterr().err
 
 
@@ -291,8 +303,20 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
     assert "give a vocabulary of" in capsys.readouterr().err
     assert run(*common, tmp_path / "r3", "--width", "30", "--heads", "4") == 2
     assert "--width 30 must be a multiple of --heads 4" in capsys.readouterr().err
-    assert run(*common, tmp_path / "r4", "--config", tmp_path / "none.json") == 2
-    assert "cannot read" in capsys.readouterr().err
+    for arguments, message in (
+        (("--config", tmp_path / "none.json"), "cannot read"),
+        (("--config", "x", "--width", "8", "--dtype", "float32"), "--width, --dtype: --config"),
+        (("--gamma", "4", "--random-anchors"), "--gamma, --random-anchors: without --joint-draft"),
+        (("--rank", "0"), "--rank: without --joint-draft"),
+        (("--valid-prompts", "4"), "--valid-prompts: without --joint-draft"),
+        (("--joint-draft", "--draft-weight", "-1"), "--draft-weight must be at least 0"),
+        (("--tokenizer", tmp_path / "none"), "no tokenizer at"),
+        (("--heads", "0"), "--heads must be at least 1"),
+        (("--resume",), "holds no run to go on with"),
+    ):
+        assert run(*common, tmp_path / "r4", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "r4").exists()
     assert not (tmp_path / "m").exists()
 
 
@@ -307,3 +331,29 @@ def test_python_refuses_what_the_command_refuses(model):
         train_draft(*arguments, mode="half", name="half")
     with pytest.raises(CheckpointError, match="it is, or holds, what is being read"):
         train_draft(*arguments, mode="full", out=model / "model")
+    with pytest.raises(ConfigError, match="say where the new one goes"):
+        train_draft(*arguments, mode="full")
+
+
+def test_the_command_and_python_have_the_same_defaults(monkeypatch):
+    import inspect
+
+    from s3d_jax.train import runs
+    from s3d_jax.train.draft import AdapterConfig
+    from s3d_jax.train.loop import LoopConfig
+    from s3d_jax.train.objective import ObjectiveConfig
+    from s3d_jax.train.optimizer import OptimizerConfig
+
+    given, defaults = {}, inspect.signature(runs.pretrain).parameters
+    for name in ("train_draft", "pretrain"):
+        monkeypatch.setattr(runs, name, lambda *a, **k: given.update(k, loop=a) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*("pretrain", "--data", "x", "--out", "y", "--run", "z", "--joint-draft"))
+    loop = LoopConfig(OptimizerConfig(2000, learning_rate=3e-3))
+    assert given["loop"][-1] == loop
+    assert given["adapter"] == AdapterConfig()
+    assert given["objective"] == ObjectiveConfig()
+    assert given["validation"] == runs.ValidationConfig()
+    assert {k: given[k] for k in ("draft_weight", "row_length")} == {
+        k: defaults[k].default for k in ("draft_weight", "row_length")
+    }
