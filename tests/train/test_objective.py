@@ -78,7 +78,10 @@ def test_training_sees_what_decoding_sees(block_attention, changes):
             expected = decoded_draft_logits(
                 config, params, draft_config, draft, np.asarray(tokens[b]), int(anchor)
             )
-            np.testing.assert_allclose(q[b, a], expected, atol=2e-5)
+            # Decoding shifts its logits; the distributions are what counts.
+            np.testing.assert_allclose(
+                jax.nn.log_softmax(q[b, a]), jax.nn.log_softmax(expected), atol=2e-5
+            )
 
 
 def test_a_new_adapter_changes_nothing():
