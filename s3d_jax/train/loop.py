@@ -72,9 +72,11 @@ class LoopConfig:
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate "
                 f"({self.accumulate})"
             )
-        for name in ("seed", "save_every", "validate_every"):
+        for name in ("save_every", "validate_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -396,12 +398,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def check_run(run: str | os.PathLike[str], resume: bool) -> None:
-    """Raises TrainingError if the folder holds a run and `resume` is False."""
+    """Raises TrainingError if the folder holds a run and `resume` is False, or the other way."""
     if not resume and _has_states(Path(run)):
         raise TrainingError(
             f"{run} holds a run already: go on with --resume (resume=True), or choose another "
             "folder"
         )
+    if resume and not (Path(run) / "options.json").is_file():
+        raise TrainingError(f"{run} holds no run to go on with: begin without --resume")
 
 
 def _has_states(run: Path) -> bool:

@@ -26,7 +26,7 @@ class PretrainTask:
         config: ModelConfig,
         *,
         draft_config: DraftConfig | None = None,
-        draft_weight: float = 0.0,
+        draft_weight: float = 0.2,
         objective: ObjectiveConfig = ObjectiveConfig(),
         adapter: AdapterConfig = AdapterConfig(),
         remat: bool = False,

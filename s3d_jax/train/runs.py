@@ -17,7 +17,15 @@ from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.generate import LM, default_draft, load
 from s3d_jax.model import DraftParams, Params
 from s3d_jax.staging import check_apart
-from s3d_jax.train.data import Batches, Document, Rows, concatenate, pack, read_documents
+from s3d_jax.train.data import (
+    Batches,
+    Document,
+    Rows,
+    concatenate,
+    pack,
+    read_documents,
+    row_length_for,
+)
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, check_run, fit
 from s3d_jax.train.objective import ObjectiveConfig
@@ -71,7 +79,8 @@ def train_draft(
     draft: DraftConfig | None = None,
     objective: ObjectiveConfig = ObjectiveConfig(),
     adapter: AdapterConfig = AdapterConfig(),
-    row_length: int = 256,
+    next_token_weight: float = 1.0,
+    row_length: int | None = None,
     valid: Files = (),
     validation: ValidationConfig = ValidationConfig(),
     dtype: str | None = None,
@@ -92,7 +101,8 @@ def train_draft(
         mode: "adapter", "mask" or "full".
         draft: skip, γ and block attention; None is the middle half, γ = 4, causal.
         objective, adapter: what is trained for, and how large the low-rank parts are.
-        row_length: tokens per row of a batch.
+        next_token_weight: of mode "full": of the next-token loss beside the draft's.
+        row_length: tokens per row of a batch; None is what most documents need.
         valid: held-out files; without them a share of `data` is held out.
         validation: what held-out decoding looks at.
         dtype: of the frozen target; None keeps the stored one.
@@ -132,12 +142,14 @@ def train_draft(
         mode=mode,
         objective=objective,
         adapter=adapter,
+        next_token_weight=next_token_weight,
         remat=remat,
     )
-    row_length = min(row_length, config.max_position_embeddings)
     documents, held_out = _split(
         data, valid, lm.tokenizer, _end(lm), config.vocab_size, validation, loop.seed
     )
+    limit = config.max_position_embeddings
+    row_length = min(row_length or row_length_for(documents, limit), limit)
     rows = pack(documents, row_length)
     held_rows = pack(held_out, row_length)
     prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
@@ -164,6 +176,7 @@ def train_draft(
         "draft": draft.to_dict(),
         "objective": dataclasses.asdict(objective),
         "adapter": dataclasses.asdict(task.adapter),
+        "loss_weights": task.loss_weights,
         "row_length": row_length,
         "validation": dataclasses.asdict(validation),
         "dtype": config.dtype,
@@ -249,7 +262,10 @@ def pretrain(
     vocabulary = tokenizer or tokenizer_of_run(data, config.vocab_size, run)
     words = read_tokenizer(vocabulary, config.vocab_size)
     end, ends = words.eos_token_id, end_token_ids(words)
-    documents, held_out = _split(data, valid, words, end, config.vocab_size, validation, loop.seed)
+    documents, held_out = _split(
+        *(data, valid, words, end, config.vocab_size, validation, loop.seed),
+        texts=True,  # ids in the files would be those of another tokenizer
+    )
     # Unlike a draft, the model learns all words of a chat, the user's too.
     rows = concatenate(documents, row_length, loop.seed)
     held_rows = pack(held_out, row_length)
@@ -352,11 +368,12 @@ def _split(
     vocab_size: int,
     validation: ValidationConfig,
     seed: int,
+    texts: bool = False,
 ) -> tuple[list[Document], list[Document]]:
     """Documents to train on, and held-out ones."""
-    documents = read_documents(data, tokenizer, end)
+    documents = read_documents(data, tokenizer, end, texts=texts)
     if valid:
-        held_out = read_documents(valid, tokenizer, end)
+        held_out = read_documents(valid, tokenizer, end, texts=texts)
     else:
         count = max(1, round(validation.held_out * len(documents)))
         order = np.random.default_rng(seed).permutation(len(documents))

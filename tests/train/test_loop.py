@@ -235,8 +235,9 @@ def test_curves_are_drawn(tmp_path):
 KILLED = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.train.test_loop import Line, batches, config, fit
-fit(Line(), batches, config(400, save_every=3, ema_decay=0.9), {run!r}, options={{}}, resume=True)
+from tests.train.test_loop import Line, Path, batches, config, fit
+fit(Line(), batches, config(400, save_every=3, ema_decay=0.9), {run!r}, options={{}},
+    resume=Path({run!r}, "options.json").exists())
 """
 
 
