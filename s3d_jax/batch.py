@@ -169,8 +169,9 @@ class Batch:
             # The device knows no texts. Iterations behind a stop string are in vain, but a few of
             # those at a row's end cost less than to look at the text after each iteration.
             iterations_per_call = min(iterations_per_call, _STEPS_PER_LOOK)
-        padding = jax.device_get(self._state.padding)
-        used = int((padding + [len(prompt) - 1 for prompt in self._prompts]).max())
+        lengths = np.array([len(prompt) for prompt in self._prompts])
+        padding = np.array([decode.padded_length(n) for n in lengths.tolist()]) - lengths
+        used = int((lengths + padding).max()) - 1
         self._prefill()
         finished = False
         while not finished:

@@ -32,7 +32,7 @@ class Draft:
     Attributes:
         name: its name in the checkpoint.
         config: skip, γ, block attention.
-        params: its arrays, numpy; None where only the settings were read.
+        params: its arrays, in the target's type; None where only the settings were read.
         training: how it was made, and what it reached (free form, JSON).
         num_params: parameters it has beside the target's.
     """

@@ -248,7 +248,6 @@ class Transformer(nn.Module):
         num_masks: int = 0,
         bidirectional: bool = False,
         compute_logits: bool = True,
-        logits_at: jax.Array | None = None,
         visible: int | None = None,
         layout: Layout | None = None,
         remat: bool = False,
@@ -265,7 +264,6 @@ class Transformer(nn.Module):
                 inputs: T·(1+num_masks) in all, the T below.
             bidirectional: the block's tokens see each other both ways, not only backwards.
             compute_logits: False where only the cache is wanted (prefill).
-            logits_at: int [B, R], the tokens of the block whose logits are wanted; None is all.
             visible: static; only the first `visible` slots of the cache are read, so that long
                 caches cost nothing while they are empty. The block must end before it. None reads
                 all.
@@ -274,7 +272,7 @@ class Transformer(nn.Module):
             remat: static; activations are computed anew in the backward pass, layer by layer.
 
         Returns:
-            (logits, cache): float32 [B, T or R, V] or None; and the cache with the block's keys and
+            (logits, cache): float32 [B, T, V] or None; and the cache with the block's keys and
             values written behind `length`, which is unchanged: committing is the caller's decision.
         """
         cfg = self.config
@@ -314,8 +312,6 @@ class Transformer(nn.Module):
 
         if skip is not None and skip[-1]:
             x = _bridge(x, bridges.get("final_norm"), cfg.norm_eps)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
         x = RMSNorm(cfg, name="final_norm")(x)
         if cfg.tie_embeddings:
             logits = project(x, embedding, jnp.float32, transposed=True)

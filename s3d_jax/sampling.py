@@ -182,7 +182,7 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
         probs = jax.nn.softmax(x, axis=-1)
         keep = _keep_largest(x, lambda kept: jnp.sum(probs, axis=-1, where=kept) >= top_p)
         x = jnp.where(keep | (top_p >= 1)[..., None], x, -jnp.inf)
-        ratio = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+        ratio = jnp.exp(x)  # to the most likely token, which is at 0 and always kept
         x = jnp.where(ratio >= params.min_p[:, None, None], x, -jnp.inf)
     one_hot = jnp.arange(logits.shape[-1]) == best[..., None]
     return jnp.where(greedy[..., None], jnp.where(one_hot, 0.0, -jnp.inf), x)

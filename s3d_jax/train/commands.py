@@ -201,7 +201,7 @@ def _add_run(parser: argparse.ArgumentParser, steps: int, rate: float | None) ->
         )
     group.add_argument(
         "--remat", action="store_true",
-        help="compute activations anew in the backward pass: less memory, a third more time",
+        help="compute activations anew in the backward pass: less memory, more time",
     )  # fmt: skip
 
 
@@ -291,7 +291,6 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.learning_rate is None:
         arguments.learning_rate = 3e-4 if mode == "full" else 2e-3
     config = read_header(arguments.model).config
-    length = arguments.row_length
     report = train_draft(
         arguments.model,
         arguments.data,
@@ -305,8 +304,8 @@ def _train(arguments: argparse.Namespace) -> int:
         adapter=AdapterConfig(arguments.rank, arguments.bridge_rank),
         valid=arguments.valid,
         validation=_validation(arguments),
-        **({} if length is None else {"row_length": length}),
-        **({} if weight is None else {"next_token_weight": weight}),
+        row_length=arguments.row_length,
+        next_token_weight=1.0 if weight is None else weight,
         dtype=arguments.dtype,
         remat=arguments.remat,
         resume=arguments.resume,

@@ -125,7 +125,6 @@ def target_stream(
     slots: int,
     *,
     compute_logits: bool = True,
-    logits_at: jax.Array | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array | None, KVCache]:
     """One full-depth pass over whole texts.
@@ -134,19 +133,18 @@ def target_stream(
         config, params: the target.
         tokens: int [B, T].
         slots: of the cache, T or more.
-        compute_logits, logits_at, remat: see `Transformer`.
+        compute_logits, remat: see `Transformer`.
 
     Returns:
-        (logits, cache): float32 [B, R or T, V] or None; and the cache with T committed tokens.
+        (logits, cache): float32 [B, T, V] or None; and the cache with T committed tokens.
     """
     batch, length = tokens.shape
+    # Keys and values are of the weights' type, which in pretraining is not the config's.
+    config = config.replace(dtype=params["embed"]["embedding"].dtype.name)
     cache = init_cache(config, batch, slots, np.zeros(batch, np.int32))
-    dtype = params["embed"]["embedding"].dtype
-    cache = jax.tree.map(lambda x: x.astype(dtype) if x.ndim == 4 else x, cache)
     logits, cache = forward(
         *(config, params, tokens, cache),
         compute_logits=compute_logits,
-        logits_at=logits_at,
         visible=length,
         remat=remat,
     )

@@ -106,7 +106,7 @@ def train_draft(
         valid: held-out files; without them a share of `data` is held out.
         validation: what held-out decoding looks at.
         dtype: of the frozen target; None keeps the stored one.
-        remat: compute activations anew in the backward pass: less memory, a third more time.
+        remat: compute activations anew in the backward pass: less memory, more time.
         resume: go on with the run in `run`.
         overwrite: replace a draft of that name (an `out` in mode "full").
         progress: show a bar.
