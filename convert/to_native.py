@@ -14,7 +14,7 @@ from tqdm import tqdm
 from convert import hf, hub, llama2c
 from convert.families import Family, Table, family_of, native_shape, pieces
 from convert.parity import Parity, measure_parity
-from convert.tokenizer import has_vocabulary, write_tokenizer
+from convert.tokenizer import write_tokenizer
 from s3d_jax.checkpoint import (
     FORMAT,
     CheckpointWriter,
@@ -25,6 +25,7 @@ from s3d_jax.checkpoint import (
 from s3d_jax.config import DTYPES, ModelConfig
 from s3d_jax.errors import ConfigError, ConversionError
 from s3d_jax.staging import check_apart
+from s3d_jax.tokenizer import has_vocabulary
 
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
 _BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
@@ -125,7 +126,7 @@ def convert(
         num_params=num_params,
         num_bytes=num_bytes,
         stored_dtypes=tuple(sorted({origin.source.tensors[name].dtype for name in shapes})),
-        tokenizer=has_vocabulary(origin.tokenizer) and not problem,
+        tokenizer=bool(origin.tokenizer and has_vocabulary(origin.tokenizer) and not problem),
         tokenizer_problem=problem,
         parity=measured,
         parity_skipped=skipped,
@@ -167,7 +168,7 @@ def open_origin(source: str | os.PathLike[str], revision: str | None = None) -> 
 
 
 def _tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
-    if not has_vocabulary(Path(folder)):
+    if not has_vocabulary(folder):
         raise ConversionError(
             f"{folder} holds no tokenizer files (tokenizer.json, tokenizer.model or vocab.json)"
         )

@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from convert.hf import read_json
-from s3d_jax.checkpoint import CheckpointWriter, tokenizer_files, write_json
+from s3d_jax.checkpoint import CheckpointWriter, write_json
 from s3d_jax.errors import ConversionError
+from s3d_jax.tokenizer import has_vocabulary, tokenizer_files
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Without runs of spaces, special tokens and rare letters, on which rules and not pieces decide.
 _PROBE = "Once upon a time, there was a Curious girl; she counted: 1, 2, 345!"
-
-
-def has_vocabulary(folder: Path | None) -> bool:
-    """Whether there is a tokenizer (settings alone make none)."""
-    return folder is not None and any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def write_tokenizer(folder: Path, writer: CheckpointWriter) -> str:

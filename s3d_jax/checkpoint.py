@@ -27,17 +27,13 @@ import numpy as np
 from s3d_jax.config import ModelConfig
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.staging import staged_folder
+from s3d_jax.tokenizer import has_vocabulary, tokenizer_files
 
 if TYPE_CHECKING:
     from s3d_jax.model import Params
 
 FORMAT, VERSION = "s3d_jax", 1
 
-# The files that transformers tokenizers are made of.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
 # Fields of generation_config.json that ask for no computation: not using them needs no word.
 _SILENT_GENERATION_FIELDS = frozenset(
     ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
@@ -70,9 +66,8 @@ class Header:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the folder holds a vocabulary (settings alone make no tokenizer)."""
-        vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        return any((self.path / name).is_file() for name in vocabularies)
+        """Whether the folder holds a tokenizer."""
+        return has_vocabulary(self.path)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -227,11 +222,6 @@ def save(
         for file in tokenizer_files(tokenizer) if tokenizer is not None else ():
             writer.add_file(file)
     return Path(out)
-
-
-def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The tokenizer files of a native or HF folder."""
-    return tuple(p for name in TOKENIZER_FILES if (p := Path(folder) / name).is_file())
 
 
 def load(

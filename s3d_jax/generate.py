@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar, Unpack
 
 import jax
@@ -16,6 +16,9 @@ from s3d_jax.config import DraftConfig, ModelConfig, is_integer, plain, symmetri
 from s3d_jax.drafts import choose_draft, read_draft
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.model import DraftParams, Params, untrained_draft
+from s3d_jax.tokenizer import has_vocabulary, read_tokenizer
+
+EMBEDDED = Path(__file__).parent / "assets" / "stories_and_dialogues"
 
 Prompt = str | Sequence[int] | np.ndarray
 Message = Mapping[str, str]
@@ -28,7 +31,7 @@ def default_draft(config: ModelConfig) -> DraftConfig:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     dtype: str | None = None,
     draft: str | None = None,
@@ -36,14 +39,16 @@ def load(
     max_length: int | None = None,
     progress: bool = False,
 ) -> "LM":
-    """Loads a native checkpoint, as `s3d-convert` writes it, onto the default device.
+    """Loads a native checkpoint onto the default device; without a path the embedded model.
 
     From HF's generation_config.json only the end-of-text ids are taken: sampling is what the caller
     says, greedy by default. `s3d info` lists what was not used.
 
     Args:
-        path: the checkpoint folder.
+        path: the checkpoint folder, as `s3d-convert` writes it. None is the small model that comes
+            with the package, which writes stories and answers as a booking assistant.
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
+            The embedded model, stored in bfloat16, is computed in float32.
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
             only one. A checkpoint without any drafts untrained.
         use_draft: False leaves the trained drafts alone.
@@ -59,6 +64,8 @@ def load(
         UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
             tokenizer cannot be read, and the model goes without.
     """
+    if path is None:
+        path, dtype = EMBEDDED, dtype or "float32"
     # First, since a wrong name should not cost the time of loading.
     name = choose_draft(path, draft) if use_draft else None
     loaded = checkpoint.load(path, dtype, progress=progress)
@@ -69,7 +76,7 @@ def load(
         loaded.params,
         draft_config=trained.config if trained else None,
         draft_params=trained.params if trained else None,
-        tokenizer=_load_tokenizer(loaded.header) if loaded.header.has_tokenizer else None,
+        tokenizer=_tokenizer_or_none(loaded.header.path),
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
     )
@@ -87,36 +94,15 @@ def _warn_if_slow(dtype: str) -> None:
         )
 
 
-def _load_tokenizer(header: checkpoint.Header) -> Any:
-    """The tokenizer, or None after a warning: token ids work without one."""
-    # Without torch, transformers advises to install it, which nothing here has a use for.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    kinds = [transformers.AutoTokenizer]
-    if (header.path / "tokenizer.json").is_file():
-        # AutoTokenizer asks config.json for the class where tokenizer_config.json names none, and
-        # ours is not HF's; the file alone is enough.
-        kinds.append(transformers.PreTrainedTokenizerFast)
-    # Without this argument nothing is fixed either, but transformers warns of a wrong regex at each
-    # large vocabulary: it looks for the kind of model in HF's config.json. Version 5.0.0 fails with
-    # the argument.
-    options: tuple[dict[str, bool], ...] = ({"fix_mistral_regex": False}, {})
-    reason = ""
-    for kind in kinds:
-        for option in options:
-            try:
-                return kind.from_pretrained(header.path, local_files_only=True, **option)
-            except Exception as error:  # transformers raises most kinds for files it cannot read
-                reason = f"{type(error).__name__}: {error}"
-    if (header.path / "tokenizer.model").is_file() and not find_spec("sentencepiece"):
-        reason = "tokenizer.model needs another package, `pip install sentencepiece`"
-    warnings.warn(
-        f"cannot read the tokenizer in {header.path}, so the model takes and gives token ids only "
-        f"(--ids): {reason}",
-        stacklevel=3,
-    )
-    return None
+def _tokenizer_or_none(folder: Path) -> Any:
+    """The tokenizer; None if there is none, or after a warning: token ids work without one."""
+    if not has_vocabulary(folder):
+        return None
+    try:
+        return read_tokenizer(folder)
+    except InputError as error:
+        warnings.warn(f"{error}; the model takes and gives ids only (--ids)", stacklevel=3)
+        return None
 
 
 class LM:

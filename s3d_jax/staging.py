@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import contextlib
 import errno
@@ -50,7 +50,7 @@ def staged_folder(
             of the block is taken for a failure to write and becomes a CheckpointError too.
     """
     shown, out = out, Path(os.path.realpath(out))
-    _check_replaceable(out, overwrite)
+    check_replaceable(out, overwrite)
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,27 @@ def check_apart(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | 
             )
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file; under its name stands the old text or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial-" + secrets.token_hex(4))
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_replaceable(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuses early what `staged_folder` would refuse: a long computation may lie between.
+
+    Raises:
+        CheckpointError: `out` exists and is not to be replaced, or no checkpoint.
+    """
+    out = Path(os.path.realpath(out))
     try:
         if not out.exists():
             return

@@ -319,9 +319,7 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     print("accepted by position:", *(f"{x:.2f}" for x in after["acceptance_per_position"]))
     if "perplexity" in after:
-        print(
-            f"perplexity: {report['perplexity_before']:.3f} before, {after['perplexity']:.3f} now"
-        )
+        print(f"perplexity: {before['perplexity']:.3f} before, {after['perplexity']:.3f} now")
     print(f"draft {arguments.name!r} is in {arguments.out or arguments.model}")
     return 0
 
@@ -443,21 +441,18 @@ def _check_least(arguments: argparse.Namespace, **least: int) -> None:
 
 
 def _check_run(arguments: argparse.Namespace) -> None:
-    """What can be said of the options of a run before anything is read."""
-    _check_least(arguments, row_length=2, seed=0, weight_decay=0, save_every=0, validate_every=0)
-    _check_least(arguments, **dict.fromkeys(_DECODED, 1))
+    """What the settings that are made of these options do not check, or under other names."""
+    _check_least(arguments, row_length=2, **dict.fromkeys(_DECODED, 1))
     for name in ("draft_weight", "next_token_weight"):
         if hasattr(arguments, name):
             _check_least(arguments, **{name: 0})
-    if arguments.seed >= 2**32:
-        raise InputError(f"--seed must be below 2^32, got {arguments.seed}")
+    if arguments.skip is not None and not arguments.skip.strip():
+        _refuse(arguments, ("bridge_rank",), "no layer is skipped, so there is no gap to bridge")
     share = arguments.held_out
     if share is not None and arguments.valid:
         raise InputError("--held-out is of the data, and --valid names files: give one of them")
     if share is not None and not 0 < share < 1:
         raise InputError(f"--held-out must be between 0 and 1, got {share}")
-    if arguments.resume and not (Path(arguments.run_folder) / "options.json").exists():
-        raise InputError(f"{arguments.run_folder} holds no run to go on with: leave out --resume")
 
 
 def _loop(arguments: argparse.Namespace) -> "LoopConfig":

@@ -11,7 +11,9 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
+from s3d_jax.staging import write_atomically
 from s3d_jax.train.data import Document
+from s3d_jax.train.options import differences, in_words
 
 
 def prompts_of(
@@ -206,10 +208,7 @@ class _Partial:
                     "call to finish it, choose another file, or discard it with --overwrite"
                 )
             self.path.unlink()
-        text = json.dumps(self._options, indent=1)
-        fresh = self._options_path.with_name(self._options_path.name + ".new")
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self._options_path)
+        write_atomically(self._options_path, json.dumps(self._options, indent=1))
         return 0
 
     def _changes(self) -> str:
@@ -220,18 +219,8 @@ class _Partial:
             old = None
         if not isinstance(old, dict):
             return "with what options is not known"
-        new = self._options
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        described = [_difference(key, old.get(key), new.get(key)) for key in keys]
-        return "; ".join(described)
+        return in_words(differences(old, self._options))
 
     def finish(self) -> None:
         os.replace(self.path, self.out)
         self._options_path.unlink(missing_ok=True)
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        return "; ".join(_difference(f"{key}.{k}", old.get(k), new.get(k)) for k in keys)
-    return f"{key} was {old!r:.80}, is now {new!r:.80}"

@@ -105,7 +105,7 @@ class DraftTask:
 
     Attributes:
         frozen: the target's parameters, an argument of the step, never of the optimiser.
-        loss_weights: what is minimised: the sum of these losses with these weights.
+        loss_weights, loss_scale: see `Task`.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class DraftTask:
         self.loss_weights = {"draft_loss": 1.0}
         if mode == "full":
             self.loss_weights["next_token_loss"] = next_token_weight
+        self.loss_scale = 1024.0 if config.dtype == "float16" else 1.0
         self.remat = remat
 
     def init(self, key: jax.Array) -> dict[str, Any]:

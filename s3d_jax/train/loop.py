@@ -26,8 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import ConfigError, TrainingError
+from s3d_jax.staging import write_atomically
 from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import OptimizerConfig
+from s3d_jax.train.options import differences, in_words
 
 _SMOOTHING = 0.98  # of the running loss that divergence is judged by
 
@@ -82,10 +84,18 @@ class LoopConfig:
 
 
 class Task(Protocol):
-    """What is trained."""
+    """What is trained.
+
+    Attributes:
+        frozen: arguments of the losses that are not trained.
+        loss_weights: what is minimised: the sum of these losses with these weights.
+        loss_scale: what the backward pass multiplies it by, so that gradients which pass through
+            float16 do not vanish; 1 where there are none.
+    """
 
     frozen: Any
     loss_weights: dict[str, float]
+    loss_scale: float
 
     def init(self, key: jax.Array) -> Any:
         """The trained tree, float32."""
@@ -132,10 +142,12 @@ def _make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
 
         def minimised(tree: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
             means = task.losses(tree, frozen, part, key)
-            return _weighted(task, {k: mean.loss for k, mean in means.items()}), means
+            loss = _weighted(task, {k: mean.loss for k, mean in means.items()})
+            return task.loss_scale * loss, means
 
         def gradient(part: Any, key: jax.Array) -> tuple[Any, dict[str, Mean]]:
-            return jax.grad(minimised, has_aux=True)(state.tree, part, key)
+            scaled, means = jax.grad(minimised, has_aux=True)(state.tree, part, key)
+            return jax.tree.map(lambda x: x / task.loss_scale, scaled), means
 
         if config.accumulate == 1:
             gradients, means = gradient(jax.tree.map(lambda x: x[0], parts), keys[0])
@@ -196,7 +208,7 @@ def fit(
     validate: Callable[[Any], dict[str, Any]] | None = None,
     resume: bool = False,
     progress: bool = False,
-) -> Any:
+) -> tuple[Any, list[dict[str, Any]]]:
     """Trains to the end.
 
     Args:
@@ -211,7 +223,8 @@ def fit(
         progress: show a bar.
 
     Returns:
-        The trained tree (its running average, if there is one).
+        (tree, validations): the trained tree (its running average, if there is one), and what
+        `validate` said, from the start of the run to its end.
 
     Raises:
         TrainingError: the folder holds another run; or the loss became NaN or diverged. The last
@@ -269,7 +282,8 @@ def fit(
                     settle()
                     folder.save(state)
         folder.draw()
-        return state.result
+        lines = folder.lines()
+        return state.result, [line["validation"] for line in lines if "validation" in line]
     finally:
         folder.close()
 
@@ -320,7 +334,7 @@ class _Run:
             if known.exists() and _has_states(path):
                 changes = _changes(json.loads(known.read_text()), json.loads(text), path)
             path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(known, text)
+            write_atomically(known, text)
         except OSError as error:
             raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
         self._manager = ocp.CheckpointManager(
@@ -344,8 +358,10 @@ class _Run:
 
         step = self.latest()
         lines = self.lines() if step is not None else []
+        if step is not None and not lines:
+            raise TrainingError(f"{self._metrics} is missing or damaged: this run cannot go on")
         kept = [line for line in lines if step is not None and line["step"] <= step]
-        _write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if step is None:
             return begin()
         if self._changes:
@@ -419,28 +435,11 @@ def _changes(old: Any, new: Any, path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: one of them makes it another run.
     """
-    old, new = _flat(old), _flat(new)
-    changed = {k: [old.get(k), new.get(k)] for k in {*old, *new} if old.get(k) != new.get(k)}
-    fixed = sorted(k for k in changed if k.rpartition(".")[2] not in _MAY_CHANGE)
+    changed = differences(old, new)
+    fixed = {k: v for k, v in changed.items() if k.rpartition("/")[2] not in _MAY_CHANGE}
     if fixed:
-        details = ", ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in fixed)
         raise TrainingError(
-            f"{path} holds a run with other options: {details}. Only these may change on the way: "
-            f"{', '.join(_MAY_CHANGE)}"
+            f"{path} holds a run with other options: {in_words(fixed)}. Only these may change on "
+            f"the way: {', '.join(_MAY_CHANGE)}"
         )
     return changed
-
-
-def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(options, dict):
-        return {prefix: options}
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

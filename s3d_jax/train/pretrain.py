@@ -19,6 +19,7 @@ class PretrainTask:
 
     Attributes:
         frozen: nothing.
+        loss_weights, loss_scale: see `Task`; all is float32.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class PretrainTask:
         self.config = config
         self.draft_config = draft_config
         self.loss_weights = {"next_token_loss": 1.0}
+        self.loss_scale = 1.0
         if draft_config is not None:
             self.loss_weights["draft_loss"] = draft_weight
         self.objective = objective

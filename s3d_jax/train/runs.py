@@ -16,7 +16,8 @@ from s3d_jax.drafts import DEFAULT, check_name, draft_names, save_draft, write_d
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.generate import LM, default_draft, load
 from s3d_jax.model import DraftParams, Params
-from s3d_jax.staging import check_apart
+from s3d_jax.staging import check_apart, check_replaceable
+from s3d_jax.tokenizer import tokenizer_files
 from s3d_jax.train.data import (
     Batches,
     Document,
@@ -30,7 +31,7 @@ from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, check_run, fit
 from s3d_jax.train.objective import ObjectiveConfig
 from s3d_jax.train.pretrain import PretrainTask
-from s3d_jax.train.tokenizer import end_token_ids, read_tokenizer, tokenizer_of_run
+from s3d_jax.train.tokenizer import end_token_ids, tokenizer_for, tokenizer_of_run
 from s3d_jax.train.validation import (
     held_out_prompts,
     measure_acceptance,
@@ -46,7 +47,7 @@ class ValidationConfig:
     """What held-out decoding looks at.
 
     Attributes:
-        prompts: how many, the first ones of the held-out documents.
+        prompts: how many, evenly from all held-out documents.
         prompt_tokens: length of a prompt, where a document does not say itself what its prompt is.
         new_tokens: decoded per prompt.
         held_out: share of the documents that is held out where no files are given for that.
@@ -123,8 +124,7 @@ def train_draft(
         if out is None:
             raise ConfigError("mode 'full' changes the target: say where the new one goes (out)")
         check_apart(out, model)
-        if Path(out).exists() and not overwrite:
-            raise CheckpointError(f"{out} exists: choose another folder, or replace it (overwrite)")
+        check_replaceable(out, overwrite)
     elif out is not None:
         raise ConfigError(f"mode {mode!r} adds a draft to the checkpoint itself: it takes no out")
     elif name in draft_names(model) and not overwrite:
@@ -160,7 +160,6 @@ def train_draft(
         eos_token_ids=lm.eos_token_ids,
         max_length=lm.max_length,
     )
-    before: dict[str, Any] = measure_acceptance(judge, prompts, validation.new_tokens)
 
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
         judge.params, trained = task.merged(tree, lm.params)
@@ -186,24 +185,23 @@ def train_draft(
         "rows_crc32": _checksum(rows),
         "target_crc32": zlib.crc32((Path(model) / "weights.json").read_bytes()),
     }
-    tree = fit(
+    tree, validations = fit(
         *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
         options=settings,
         validate=validate,
         resume=resume,
         progress=progress,
     )
-    reached = validate(tree)
-    warn_if_useless(before["tokens_per_iteration"], reached["tokens_per_iteration"])
+    untrained, reached = validations[0], validations[-1]
+    warn_if_useless(untrained["tokens_per_iteration"], reached["tokens_per_iteration"])
     params, trained = task.merged(tree, lm.params)
     report = {k: v for k, v in settings.items() if k != "draft"} | {
-        "untrained": before,
+        "untrained": untrained,
         "reached": reached,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
     if mode == "full":
         assert out is not None
-        report["perplexity_before"] = perplexity(config, lm.params, held_rows)
         _save_with_draft(
             *(out, config, params, name, draft, trained, report),
             source={"target": stored.source, "changed_by": "s3d train --mode full"},
@@ -256,11 +254,10 @@ def pretrain(
     Raises:
         InputError, ConfigError, CheckpointError, TrainingError: as `train_draft`.
     """
-    if Path(out).exists() and any(Path(out).iterdir()) and not overwrite:
-        raise CheckpointError(f"{out} exists: choose another folder, or replace it (--overwrite)")
+    check_replaceable(out, overwrite)
     check_run(run, resume)
     vocabulary = tokenizer or tokenizer_of_run(data, config.vocab_size, run)
-    words = read_tokenizer(vocabulary, config.vocab_size)
+    words = tokenizer_for(vocabulary, config.vocab_size)
     end, ends = words.eos_token_id, end_token_ids(words)
     documents, held_out = _split(
         *(data, valid, words, end, config.vocab_size, validation, loop.seed),
@@ -306,7 +303,7 @@ def pretrain(
         "valid": [Path(f).name for f in valid],
         "rows_crc32": _checksum(rows),
     }
-    tree = fit(
+    tree, _ = fit(
         *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
         options=settings,
         validate=validate,
@@ -343,7 +340,7 @@ def _save_with_draft(
     with checkpoint.checkpoint_writer(out, config, **options) as writer:
         for group, tree in params.items():
             writer.write_group(group, tree)
-        for file in checkpoint.tokenizer_files(tokenizer):
+        for file in tokenizer_files(tokenizer):
             writer.add_file(file)
         if draft is not None and draft_params is not None:
             folder = writer.folder / "drafts" / name

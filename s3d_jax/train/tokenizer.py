@@ -9,6 +9,7 @@ from typing import Any
 
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.staging import staged_folder
+from s3d_jax.tokenizer import read_tokenizer
 from s3d_jax.train.data import read_words
 
 END = "<|endoftext|>"  # begins and ends every text
@@ -121,31 +122,17 @@ def _hash(path: Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> Any:
+def tokenizer_for(folder: str | os.PathLike[str], vocab_size: int) -> Any:
     """The transformers tokenizer in a folder, for a model of this vocabulary.
 
     Raises:
         InputError: there is none that can be read, or it has no token that ends a text.
         ConfigError: it has ids that the model has not.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of torch, as in generate.py
-    import transformers
-
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"no tokenizer at {path}: give a folder with tokenizer files")
-    kinds = [transformers.AutoTokenizer]
-    if (path / "tokenizer.json").is_file():  # enough, also beside a config.json that is not HF's
-        kinds.append(transformers.PreTrainedTokenizerFast)
-    words, reason = None, ""
-    for kind in kinds:
-        try:
-            words = kind.from_pretrained(path, local_files_only=True)
-            break
-        except Exception as error:  # transformers raises most kinds for files it cannot read
-            reason = f"{type(error).__name__}: {error}"
-    if words is None:
-        raise InputError(f"cannot read the tokenizer in {path}: {reason}")
+    words = read_tokenizer(path)
     if words.eos_token_id is None:
         raise InputError(
             f"the tokenizer in {path} has no end-of-text token, so the model could not learn to "

@@ -21,17 +21,13 @@ def held_out_prompts(documents: Sequence[Document], count: int, length: int) -> 
 
     Args:
         documents: held out ones.
-        count: prompts at most.
+        count: prompts at most, evenly from all documents.
         length: tokens of a prompt, where the document does not say itself what its prompt is.
     """
-    prompts: list[np.ndarray] = []
-    for document in documents:
-        if len(prompts) == count:
-            break
-        size = document.prompt_tokens or min(length, len(document.tokens) - 1)
-        if size >= 1:
-            prompts.append(document.tokens[:size])
-    return prompts
+    sizes = [d.prompt_tokens or min(length, len(d.tokens) - 1) for d in documents]
+    prompts = [d.tokens[:n] for d, n in zip(documents, sizes, strict=True) if n >= 1]
+    chosen = np.linspace(0, len(prompts), min(count, len(prompts)), endpoint=False)
+    return [prompts[int(i)] for i in chosen]
 
 
 def measure_acceptance(

@@ -16,6 +16,7 @@ import pytest
 
 import convert
 from s3d_jax import checkpoint
+from s3d_jax.tokenizer import tokenizer_files
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
@@ -180,7 +181,7 @@ def test_an_id_gives_what_the_folder_gives_and_only_what_is_needed(hub, data_dir
     assert_same_model(tmp_path / "online", tmp_path / "local")
     header = checkpoint.read_header(tmp_path / "online")
     assert header.has_tokenizer and header.source["name"] == "owner/baby"
-    assert "tokenizer.json" in {p.name for p in checkpoint.tokenizer_files(tmp_path / "online")}
+    assert "tokenizer.json" in {p.name for p in tokenizer_files(tmp_path / "online")}
 
 
 def test_a_second_conversion_needs_no_hub(hub, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import s3d_jax
 from convert.__main__ import main
 from s3d_jax import checkpoint
 from s3d_jax.errors import ConversionError
+from s3d_jax.tokenizer import tokenizer_files
 from tests.convert.hf_folder import write_folder
 
 QUIET = dict(parity=False, progress=False)
@@ -40,7 +41,7 @@ def test_a_sentencepiece_model_becomes_a_tokenizer_json(
         path.unlink()
     report = convert.convert(sentencepiece_folder, tmp_path / "out", **QUIET)
     assert report.tokenizer and report.tokenizer_problem == ""
-    names = {file.name for file in checkpoint.tokenizer_files(tmp_path / "out")}
+    names = {file.name for file in tokenizer_files(tmp_path / "out")}
     assert names == {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # where it is used, it is not needed

@@ -218,6 +218,26 @@ def test_gradients_reach_what_is_trained_and_nothing_is_nan(mode, objective):
         assert set(metrics) == {"draft_loss", "agreement"}
 
 
+def test_gradients_survive_float16():
+    """Those of single tokens are too small for it: the loss is a mean over many."""
+    tokens = jax.random.randint(jax.random.key(0), (64, 48), 0, 31)
+    batch = {"tokens": tokens, "learn": jnp.ones(tokens.shape, bool)}
+    found = []
+    for dtype in ("float32", "float16"):
+        config = tiny_config(dtype=dtype)
+        params = jax.tree.map(lambda x, d=dtype: x.astype(d), tiny_params(tiny_config(), scale=0.3))
+        task = DraftTask(
+            *(config, params, DraftConfig(symmetric_skip(4, 2), 3)),
+            mode="mask",
+            objective=ObjectiveConfig(hop=False),
+        )
+        gradient = jax.jit(jax.grad(lambda *a, t=task: t.loss_scale * minimised(t)(*a)[0]))
+        tree = gradient(task.init(jax.random.key(0)), params, batch, jax.random.key(1))
+        found.append(tree["draft"].mask_embeddings / task.loss_scale)
+    error = jnp.linalg.norm(found[1] - found[0]) / jnp.linalg.norm(found[0])
+    assert error < 0.003  # 0.06 without the scale
+
+
 def test_recomputed_activations_give_the_same_gradients():
     config = tiny_config()
     params = tiny_params(config)

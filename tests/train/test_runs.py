@@ -120,6 +120,7 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--skip", "2-9"), "layers 0 to 3"),
         (("--skip", "two"), "--skip takes layers"),
         (("--skip", "0-3"), "keeps no layer"),
+        (("--skip", ""), "--bridge-rank: no layer is skipped"),
         (("--gamma", "0"), "gamma must be an integer >= 1"),
         (("--out", "x"), "takes no out"),
         (("--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
@@ -127,15 +128,15 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--name", "a/b"), "cannot be the name of a draft"),
         (("--row-length", "1"), "--row-length must be at least 2, got 1"),
         (("--row-length", "0"), "--row-length must be at least 2, got 0"),
-        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--seed", "-1"), "seed must be from 0 to"),
         (("--valid-prompts", "0"), "--valid-prompts must be at least 1, got 0"),
         (("--prompt-tokens", "0"), "--prompt-tokens must be at least 1, got 0"),
-        (("--weight-decay", "-0.1"), "--weight-decay must be at least 0, got -0.1"),
+        (("--weight-decay", "-0.1"), "weight_decay must be >= 0, got -0.1"),
         (("--held-out", "1"), "--held-out must be between 0 and 1"),
         (("--held-out", "0.1", "--valid", "x"), "give one of them"),
         (("--next-token-weight", "1"), "--next-token-weight: belongs to --mode full, not adapter"),
         (("--mode", "mask"), "--rank, --bridge-rank: belong to --mode adapter, not mask"),
-        (("--resume",), "holds no run to go on with: leave out --resume"),
+        (("--resume",), "holds no run to go on with: begin without --resume"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
@@ -193,7 +194,7 @@ def test_what_another_call_left_unfinished_is_not_gone_on_with(tmp_path):
     for change, message in (
         (dict(max_new_tokens=5), "max_new_tokens was 4, is now 5"),
         (dict(temperature=0.5), "temperature was 1.0, is now 0.5"),
-        (dict(identity={"model": "b"}), "target.model was None, is now 'b'"),
+        (dict(identity={"model": "b"}), "target/model was None, is now 'b'"),
     ):
         with pytest.raises(InputError, match=message):
             distill(lm, prompts, out, **options | change)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.train.tokenizer import end_token_ids, read_tokenizer, tokenizer_of_run, train_tokenizer
+from s3d_jax.train.tokenizer import end_token_ids, tokenizer_for, tokenizer_of_run, train_tokenizer
 
 TEXT = "the cat sat on the mat, the dog ran to the cat. " * 3
 
@@ -14,7 +14,7 @@ def test_a_run_finds_its_tokenizer_again_and_no_other(tmp_path):
     texts, run = tmp_path / "texts.txt", tmp_path / "run"
     texts.write_text(TEXT)
     folder = tokenizer_of_run([texts], 270, run)
-    words = read_tokenizer(folder, 270)
+    words = tokenizer_for(folder, 270)
     assert len(words) == 270 and words.decode(words("the cat")["input_ids"][1:]) == "the cat"
     assert len(end_token_ids(words)) == 2 and words.eos_token_id in end_token_ids(words)
     before = (folder / "tokenizer.json").stat().st_mtime_ns
@@ -54,15 +54,15 @@ def changed(path, **fields):
 
 def test_a_given_tokenizer_must_fit(folder):
     with pytest.raises(InputError, match="no tokenizer at"):
-        read_tokenizer(folder / "nowhere", 270)
+        tokenizer_for(folder / "nowhere", 270)
     with pytest.raises(ConfigError, match="has 270 tokens, the model's vocab_size is 269"):
-        read_tokenizer(folder, 269)
+        tokenizer_for(folder, 269)
     changed(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(InputError, match="has no end-of-text token"):
-        read_tokenizer(folder, 270)
+        tokenizer_for(folder, 270)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot read the tokenizer in"):
-        read_tokenizer(folder, 270)
+        tokenizer_for(folder, 270)
 
 
 def test_a_word_that_is_unknown_ends_no_text(tmp_path):
@@ -75,6 +75,6 @@ def test_a_word_that_is_unknown_ends_no_text(tmp_path):
         eos_token="</s>",
         unk_token="<unk>",
     ).save_pretrained(tmp_path)
-    tokenizer = read_tokenizer(tmp_path, 3)
+    tokenizer = tokenizer_for(tmp_path, 3)
     assert tokenizer.convert_tokens_to_ids("<|end|>") == 0  # the trap
     assert end_token_ids(tokenizer) == [1]

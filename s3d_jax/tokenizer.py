@@ -1,0 +1,58 @@
+"""The files of a transformers tokenizer, and how they are read."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from s3d_jax.errors import InputError
+
+# A tokenizer is made of these; one of the vocabularies is needed, settings alone make none.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
+
+def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The tokenizer files of a native or HF folder."""
+    return tuple(p for name in TOKENIZER_FILES if (p := Path(folder) / name).is_file())
+
+
+def has_vocabulary(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
+def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The transformers tokenizer in a native or HF folder, read offline.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(folder)
+    # Without torch, transformers advises to install it, which nothing here has a use for.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    kinds = [transformers.AutoTokenizer]
+    if (path / "tokenizer.json").is_file():
+        # AutoTokenizer asks config.json for the class where tokenizer_config.json names none, and
+        # ours is not HF's; the file alone is enough.
+        kinds.append(transformers.PreTrainedTokenizerFast)
+    # Without this argument nothing is fixed either, but transformers warns of a wrong regex at each
+    # large vocabulary: it looks for the kind of model in HF's config.json. Version 5.0.0 fails with
+    # the argument.
+    options: tuple[dict[str, bool], ...] = ({"fix_mistral_regex": False}, {})
+    reason = ""
+    for kind in kinds:
+        for option in options:
+            try:
+                return kind.from_pretrained(path, local_files_only=True, **option)
+            except Exception as error:  # transformers raises most kinds for files it cannot read
+                reason = f"{type(error).__name__}: {error}"
+    if (path / "tokenizer.model").is_file() and not find_spec("sentencepiece"):
+        reason = "tokenizer.model needs another package, `pip install sentencepiece`"
+    raise InputError(f"cannot read the tokenizer in {path}: {reason}")

@@ -1,0 +1,18 @@
+"""What a call was asked for, beside what an earlier one was: what goes on must be the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from s3d_jax.checkpoint import flatten
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """[old, new] of each option that differs, by its path, "loop/batch_size"; None is absent."""
+    before, after = flatten(old), flatten(new)
+    keys = {**before, **after}
+    return {k: [before.get(k), after.get(k)] for k in keys if before.get(k) != after.get(k)}
+
+
+def in_words(changes: Mapping[str, list[Any]]) -> str:
+    """The same for a message."""
+    return "; ".join(f"{k} was {a!r:.80}, is now {b!r:.80}" for k, (a, b) in changes.items())
