@@ -4,13 +4,15 @@
 
 DATA_DIR holds tinystories_train.txt, tinystories_train_lower.txt, tinystories_valid.txt
 (TinyStories, CDLA-Sharing-1.0) and dialogues_train.jsonl.gz, dialogues_valid.jsonl.gz
-(Schema-Guided Dialogue, CC-BY-SA-4.0). OUT_DIR gets {stories,dialogues}_{train,valid}.jsonl.
+(Schema-Guided Dialogue, CC-BY-SA-4.0). OUT_DIR gets {stories,dialogues}_{train,valid}.jsonl, and
+questions_{train,valid}.jsonl: the same dialogues, each up to a turn of the user, to be answered.
 """
 
 import argparse
 import collections
 import gzip
 import json
+import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,6 +85,15 @@ def chats(path: Path) -> Iterator[dict[str, Any]]:
             yield {"messages": [{"role": ROLES[who], "content": said} for who, said in turns]}
 
 
+def questions(chats: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each chat up to one of the user's first five turns."""
+    generator = random.Random(0)
+    for chat in chats:
+        turns = chat["messages"]
+        asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+        yield {"messages": turns[: generator.choice(asked[:5]) + 1]}
+
+
 def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")
@@ -106,7 +117,9 @@ def main() -> None:
     write(out / "stories_train.jsonl", ({"text": s} for s in stories))
     write(out / "stories_valid.jsonl", ({"text": s} for s in valid))
     for split in ("train", "valid"):
-        write(out / f"dialogues_{split}.jsonl", chats(data / f"dialogues_{split}.jsonl.gz"))
+        dialogues = list(chats(data / f"dialogues_{split}.jsonl.gz"))
+        write(out / f"dialogues_{split}.jsonl", dialogues)
+        write(out / f"questions_{split}.jsonl", questions(dialogues))
 
 
 if __name__ == "__main__":
