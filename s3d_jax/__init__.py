@@ -1,6 +1,6 @@
 """S3D self-speculative decoding in pure JAX.
 
-    lm = s3d_jax.load("path/to/native/checkpoint")
+    lm = s3d_jax.load()  # the small model in the package, or load("path/to/native/checkpoint")
     print(lm.generate("Once upon a time", max_new_tokens=64)[0].text)
 
 The names below are imported where they are first used, so that `import s3d_jax` costs nothing.

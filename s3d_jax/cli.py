@@ -23,9 +23,9 @@ passes."""
 
 _GENERATE_EPILOG = """\
 examples:
-  s3d generate "Once upon a time" --model models/babyllama
-  s3d generate "Once upon a time" "The dog" --model models/babyllama --temperature 0.8 --json
-  echo "Once upon a time" | s3d generate - --model models/babyllama --method ar"""
+  s3d generate "Once upon a time"
+  s3d generate "Once upon a time" "The dog" --model models/smollm --temperature 0.8 --json
+  echo "Once upon a time" | s3d generate - --method ar"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="DIR", help="native checkpoint folder, as written by s3d-convert"
+        "--model",
+        metavar="DIR",
+        help="native checkpoint folder, as written by s3d-convert (default: the small model that "
+        "comes with the package)",
     )
 
 
@@ -155,20 +158,12 @@ def _load(arguments: argparse.Namespace) -> "LM":
     from s3d_jax.generate import load
 
     return load(
-        _model(arguments),
+        arguments.model,
         dtype=arguments.dtype,
         draft=arguments.draft,
         max_length=arguments.max_length,
         progress=True,
     )
-
-
-def _model(arguments: argparse.Namespace) -> str:
-    if arguments.model is None:
-        raise InputError(
-            "no model: give --model DIR, a folder made with `s3d-convert HF_DIR_OR_ID DIR`"
-        )
-    return arguments.model
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -280,9 +275,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
     from s3d_jax import checkpoint, model
     from s3d_jax.drafts import draft_names, read_draft
-    from s3d_jax.generate import default_draft
+    from s3d_jax.generate import EMBEDDED, default_draft
 
-    header = checkpoint.read_header(_model(arguments))
+    header = checkpoint.read_header(arguments.model or EMBEDDED)
     config = header.config
     drafts = {
         name: _draft_facts(read_draft(header.path, name, config, weights=False))
@@ -292,7 +287,7 @@ def _info(arguments: argparse.Namespace) -> int:
     size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
     facts = {
-        "model": str(arguments.model),
+        "model": str(header.path),
         "parameters": parameters,
         "weight_bytes": parameters * size,
         "cache_bytes_per_token": cache,
@@ -307,7 +302,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts))
         return 0
     rows = [
-        ("model", arguments.model),
+        ("model", arguments.model or "the embedded one"),
         ("parameters", f"{parameters:,} in {config.dtype}, {parameters * size / 2**20:,.1f} MiB"),
         (
             "shape",

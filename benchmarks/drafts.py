@@ -1,0 +1,143 @@
+"""What the trained drafts of a model are worth: τ and speed on held-out prompts, against AR.
+
+    python benchmarks/drafts.py --prompts stories=stories.jsonl --prompts answers=questions.jsonl \\
+        [--model DIR ...] [--gamma G ...] [--prompt-count N] [--max-new-tokens N] [--json FILE]
+
+Greedy, one row at a time, float32 by default. AR and S3D take turns at each prompt; seconds are
+those of decoding, without prefill, compilation and the first run of a program. τ counts the bonus
+token. Prints a Markdown table with one row per model, draft and γ.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import s3d_jax
+from s3d_jax.checkpoint import read_header
+from s3d_jax.drafts import Draft, draft_names, read_draft
+from s3d_jax.generate import EMBEDDED, LM
+from s3d_jax.model import num_params
+from s3d_jax.staging import write_atomically
+from s3d_jax.train.data import read_documents
+from s3d_jax.train.validation import held_out_prompts
+
+
+def compare(lm: LM, prompts: list[np.ndarray], new_tokens: int, gamma: int) -> dict[str, Any]:
+    """AR and S3D in turns on each prompt."""
+    options: dict[str, dict[str, Any]] = {
+        "ar": {"method": "ar"},
+        "s3d": {"method": "s3d", "gamma": gamma},
+    }
+    for method in options.values():  # compiles, and wakes the threads up
+        lm.generate([prompts[0]], max_new_tokens=new_tokens, **method)
+    seconds, tokens, iterations = dict.fromkeys(options, 0.0), 0, 0
+    accepted, equal = np.zeros(gamma), 0
+    for prompt in prompts:
+        outputs = {}
+        for name, method in options.items():
+            (outputs[name],) = lm.generate([prompt], max_new_tokens=new_tokens, **method)
+            seconds[name] += outputs[name].stats.decode_seconds
+        stats = outputs["s3d"].stats
+        tokens, iterations = tokens + stats.new_tokens, iterations + stats.iterations
+        accepted += stats.accepted_per_position
+        equal += outputs["ar"].tokens == outputs["s3d"].tokens
+    return {
+        "tokens_per_iteration": tokens / iterations,
+        "acceptance_per_position": (accepted / iterations).round(4).tolist(),
+        "new_tokens": tokens,
+        "prompts": len(prompts),
+        "identical": equal,
+        "ar_tokens_per_second": tokens / seconds["ar"],
+        "speed_over_ar": seconds["ar"] / seconds["s3d"],
+    }
+
+
+def described(draft: Draft | None, dtype_bytes: int, parameters: int) -> dict[str, str]:
+    """What a draft is, in the words of the table."""
+    if draft is None:
+        return {"mode": "untrained", "kept": "", "trained for": "", "size": ""}
+    training = draft.training
+    adapter, objective = training.get("adapter", {}), training.get("objective", {})
+    ranks = f" {adapter.get('rank')}/{adapter.get('bridge_rank')}"
+    kept = [i for i, skipped in enumerate(draft.config.skip) if not skipped]
+    size = draft.num_params * dtype_bytes
+    return {
+        "mode": str(training.get("mode", "joint")) + (ranks if adapter.get("rank") else ""),
+        "kept": f"{','.join(map(str, kept))} {draft.config.block_attention}",
+        "trained for": f"{objective.get('objective', '?')}, γ={draft.config.gamma}",
+        "size": f"{size / 1024:,.0f} KiB, {100 * draft.num_params / parameters:.1f} %",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", metavar="DIR", help="default: the embedded one")
+    parser.add_argument(
+        "--prompts", action="append", required=True, metavar="NAME=FILE",
+        help="a domain: held-out texts, whose beginnings are the prompts, or chats",
+    )  # fmt: skip
+    parser.add_argument("--gamma", action="append", type=int, metavar="G", help="default: 4")
+    parser.add_argument("--prompt-count", type=int, default=32, metavar="N")
+    parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="of a text")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--untrained", action="store_true", help="measure that draft as well")
+    parser.add_argument("--json", metavar="FILE", help="all numbers")
+    arguments = parser.parse_args()
+    domains = dict(entry.split("=", 1) for entry in arguments.prompts)
+    rows = []
+    for model in map(Path, arguments.model or [EMBEDDED]):
+        header = read_header(model)
+        names: list[str | None] = [*([None] if arguments.untrained else []), *draft_names(model)]
+        for name in names:
+            lm = s3d_jax.load(model, dtype=arguments.dtype, draft=name, use_draft=name is not None)
+            draft = name and read_draft(model, name, lm.config, weights=False)
+            size = jax.numpy.dtype(header.config.dtype).itemsize
+            facts = described(draft or None, size, num_params(lm.config))
+            for gamma in arguments.gamma or [4]:
+                row = {"model": model.name, "draft": name or "", **facts, "γ": gamma}
+                for domain, file in domains.items():
+                    end = lm.eos_token_ids[0] if lm.eos_token_ids else None
+                    documents = read_documents([file], lm.tokenizer, end, prompts=True)
+                    prompts = held_out_prompts(
+                        documents, arguments.prompt_count, arguments.prompt_tokens
+                    )
+                    measured = compare(lm, prompts, arguments.max_new_tokens, gamma)
+                    row[domain] = measured
+                    print(model.name, name, gamma, domain, json.dumps(measured), file=sys.stderr)
+                rows.append(row)
+    head = ["model", "draft", "mode", "kept", "trained for", "size", "γ"]
+    for domain in domains:
+        head += [f"τ {domain}", f"speed {domain}"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        cells = [str(row[key]) for key in head[:7]]
+        for domain in domains:
+            found = row[domain]
+            cells += [f"{found['tokens_per_iteration']:.2f}", f"{found['speed_over_ar']:.2f}"]
+        print("| " + " | ".join(cells) + " |")
+    different = sum(row[d]["prompts"] - row[d]["identical"] for row in rows for d in domains)
+    print(f"\noutputs that differ from AR's: {different}")
+    about = {
+        "date": date.today().isoformat(),
+        "command": sys.argv,
+        "machine": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+    if arguments.json:
+        write_atomically(Path(arguments.json), json.dumps({"about": about, "rows": rows}, indent=1))
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except s3d_jax.S3DError as error:
+        sys.exit(f"error: {error}")
