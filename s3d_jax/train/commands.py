@@ -83,6 +83,11 @@ def _add_train(commands: Any) -> None:
         "--mode", choices=("adapter", "mask", "full"), default="adapter", help="default: adapter"
     )
     parser.add_argument("--name", default="default", help="of the draft (default: default)")
+    parser.add_argument(
+        "--start",
+        metavar="NAME",
+        help="go on from this draft of the model, with its skip, gamma, block attention and ranks",
+    )
     parser.add_argument("--out", metavar="DIR", help="mode full: the new checkpoint")
     parser.add_argument(
         "--dtype",
@@ -286,6 +291,9 @@ def _train(arguments: argparse.Namespace) -> int:
         _refuse(arguments, ("rank", "bridge_rank"), f"belong to --mode adapter, not {mode}")
     if mode != "full":
         _refuse(arguments, ("next_token_weight",), f"belongs to --mode full, not {mode}")
+    if arguments.start is not None:
+        names = ("gamma", "skip", "block_attention", "rank", "bridge_rank")
+        _refuse(arguments, names, "--start takes what that draft has")
     _check_run(arguments)
     _settle(arguments, _DRAFT | _DECODED)
     if arguments.learning_rate is None:
@@ -302,6 +310,7 @@ def _train(arguments: argparse.Namespace) -> int:
         draft=_draft(arguments, config),
         objective=_objective(arguments),
         adapter=AdapterConfig(arguments.rank, arguments.bridge_rank),
+        start=arguments.start,
         valid=arguments.valid,
         validation=_validation(arguments),
         row_length=arguments.row_length,
@@ -312,9 +321,9 @@ def _train(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         progress=True,
     )
-    before, after = report["untrained"], report["reached"]
+    before, after = report["before"], report["reached"]
     print(
-        f"tokens per iteration: {before['tokens_per_iteration']:.2f} untrained, "
+        f"tokens per iteration: {before['tokens_per_iteration']:.2f} before, "
         f"{after['tokens_per_iteration']:.2f} now"
     )
     print("accepted by position:", *(f"{x:.2f}" for x in after["acceptance_per_position"]))

@@ -103,6 +103,15 @@ class DraftTask:
 
     The trained tree is {"draft": DraftParams}, in "full" mode with {"layers": the kept layers}.
 
+    Args:
+        config, params: the target.
+        draft_config: skip, γ, block attention.
+        mode, objective, adapter, next_token_weight, remat: as in `train_draft`.
+        start: a draft of these sizes to begin with; None begins as the untrained one.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+
     Attributes:
         frozen: the target's parameters, an argument of the step, never of the optimiser.
         loss_weights, loss_scale: see `Task`.
@@ -117,6 +126,7 @@ class DraftTask:
         mode: str = "adapter",
         objective: ObjectiveConfig = ObjectiveConfig(),
         adapter: AdapterConfig = AdapterConfig(),
+        start: DraftParams | None = None,
         next_token_weight: float = 1.0,
         remat: bool = False,
     ) -> None:
@@ -131,6 +141,7 @@ class DraftTask:
         self.mode = mode
         self.objective = objective
         self.adapter = adapter if mode == "adapter" else AdapterConfig(0, 0)
+        self.start = start
         self.loss_weights = {"draft_loss": 1.0}
         if mode == "full":
             self.loss_weights["next_token_loss"] = next_token_weight
@@ -139,9 +150,11 @@ class DraftTask:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """The tree that is trained, in float32."""
-        tree: dict[str, Any] = {
-            "draft": init_draft(self.config, self.frozen, self.draft_config, self.adapter, key)
-        }
+        draft = init_draft(self.config, self.frozen, self.draft_config, self.adapter, key)
+        if self.start is not None:
+            # Copies, as below.
+            draft = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), self.start)
+        tree: dict[str, Any] = {"draft": draft}
         if self.mode == "full":
             kept = [f"layers_{i}" for i, s in enumerate(self.draft_config.skip) if not s]
             # Copies: the step donates what is trained, and the frozen target must live on.

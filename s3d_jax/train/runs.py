@@ -12,7 +12,15 @@ import numpy as np
 
 from s3d_jax import checkpoint
 from s3d_jax.config import DraftConfig, ModelConfig
-from s3d_jax.drafts import DEFAULT, check_name, draft_names, save_draft, write_draft
+from s3d_jax.drafts import (
+    DEFAULT,
+    check_name,
+    choose_draft,
+    draft_names,
+    read_draft,
+    save_draft,
+    write_draft,
+)
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.generate import LM, default_draft, load
 from s3d_jax.model import DraftParams, Params
@@ -80,6 +88,7 @@ def train_draft(
     draft: DraftConfig | None = None,
     objective: ObjectiveConfig = ObjectiveConfig(),
     adapter: AdapterConfig = AdapterConfig(),
+    start: str | None = None,
     next_token_weight: float = 1.0,
     row_length: int | None = None,
     valid: Files = (),
@@ -102,6 +111,8 @@ def train_draft(
         mode: "adapter", "mask" or "full".
         draft: skip, γ and block attention; None is the middle half, γ = 4, causal.
         objective, adapter: what is trained for, and how large the low-rank parts are.
+        start: the name of a draft of the checkpoint to go on from, in mode "adapter"; its skip, γ,
+            block attention and ranks are taken, and `draft` and `adapter` are not looked at.
         next_token_weight: of mode "full": of the next-token loss beside the draft's.
         row_length: tokens per row of a batch; None is what most documents need.
         valid: held-out files; without them a share of `data` is held out.
@@ -137,11 +148,15 @@ def train_draft(
     lm = load(model, dtype=dtype, progress=progress, use_draft=False)
     config = lm.config
     draft = draft or default_draft(config)
+    begun: DraftParams | None = None
+    if start is not None:
+        draft, begun, adapter = _begun(model, start, config, mode)
     task = DraftTask(
         *(config, lm.params, draft),
         mode=mode,
         objective=objective,
         adapter=adapter,
+        start=begun,
         next_token_weight=next_token_weight,
         remat=remat,
     )
@@ -175,6 +190,7 @@ def train_draft(
         "draft": draft.to_dict(),
         "objective": dataclasses.asdict(objective),
         "adapter": dataclasses.asdict(task.adapter),
+        "start": start,
         "loss_weights": task.loss_weights,
         "row_length": row_length,
         "validation": dataclasses.asdict(validation),
@@ -192,11 +208,12 @@ def train_draft(
         resume=resume,
         progress=progress,
     )
-    untrained, reached = validations[0], validations[-1]
-    warn_if_useless(untrained["tokens_per_iteration"], reached["tokens_per_iteration"])
+    before, reached = validations[0], validations[-1]
+    if start is None:
+        warn_if_useless(before["tokens_per_iteration"], reached["tokens_per_iteration"])
     params, trained = task.merged(tree, lm.params)
     report = {k: v for k, v in settings.items() if k != "draft"} | {
-        "untrained": untrained,
+        "before": before,
         "reached": reached,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
@@ -346,6 +363,23 @@ def _save_with_draft(
             folder = writer.folder / "drafts" / name
             folder.mkdir(parents=True)
             write_draft(folder, config, draft, draft_params, report)
+
+
+def _begun(
+    model: str | os.PathLike[str], name: str, config: ModelConfig, mode: str
+) -> tuple[DraftConfig, DraftParams, AdapterConfig]:
+    """A draft of the checkpoint to go on from."""
+    if mode != "adapter":
+        raise ConfigError(f"mode {mode!r} begins anew: leave out start (--start)")
+    if name not in draft_names(model):
+        choose_draft(model, name)  # says which there are
+    draft = read_draft(model, name, config)
+    assert draft.params is not None
+    ranks = [
+        max((x.shape[-1] for x in jax.tree.leaves(tree)[::2]), default=0)  # [down, up] each
+        for tree in (draft.params.deltas, draft.params.bridges)
+    ]
+    return draft.config, draft.params, AdapterConfig(*ranks)
 
 
 def _checksum(rows: Rows) -> int:

@@ -85,6 +85,24 @@ def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
     assert train(model, "again", "--steps", "20", "--overwrite", "--resume") == 0
 
 
+def test_a_draft_goes_on_from_another(model, capsys):
+    assert train(model, "first", "--steps", "40", "--rank", "3", "--bridge-rank", "5") == 0
+    reached = s3d_jax.drafts.read_draft(model / "model", "first", tiny_config(), weights=False)
+    more = ("--steps", "20", "--learning-rate", "1e-3", "--batch-size", "8", "--row-length", "32")
+    common = ("train", "--model", model / "model", "--data", model / "own.jsonl", *more)
+    validation = ("--valid-prompts", "8", "--valid-tokens", "24", "--start", "first")
+    run_folder = ("--run", model / "run-second", "--name", "second")
+    assert run(*common, *validation, *run_folder) == 0
+    second = s3d_jax.drafts.read_draft(model / "model", "second", tiny_config(), weights=False)
+    assert second.config == reached.config and second.num_params == reached.num_params
+    assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5}
+    assert second.training["before"] == reached.training["reached"]  # where it began
+    assert run(*common, *validation, *run_folder, "--rank", "3") == 2
+    assert "--rank: --start takes what that draft has" in capsys.readouterr().err
+    assert run(*common, "--start", "nobody", "--run", model / "x", "--name", "y") == 2
+    assert "has no draft 'nobody'" in capsys.readouterr().err
+
+
 def test_masks_alone_train_masks_alone(model):
     assert train(model, "masks", "--mode", "mask", "--steps", "20", "--skip", "") == 0
     lm = s3d_jax.load(model / "model", draft="masks")
