@@ -130,7 +130,20 @@ class TrainState(flax.struct.PyTreeNode):
         return self.tree if self.average == () else self.average
 
 
-def _make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
+def begin(task: Task, config: LoopConfig) -> TrainState:
+    """The state before the first update."""
+    tree = task.init(jax.random.key(config.seed))
+    average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
+    optimizer = config.optimizer.build()
+    return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(3))
+
+
+def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
+    """The compiled update: (state, frozen, batch) -> (state, metrics). It donates the state.
+
+    A batch is a dict of arrays with a leading axis of `batch_size`; metrics are the task's, "loss",
+    "gradient_norm" and "running" (see TrainState).
+    """
     optimizer = config.optimizer.build()
     key = jax.random.key(config.seed)
 
@@ -233,18 +246,10 @@ def fit(
     from tqdm import tqdm
 
     folder = _Run(Path(run), config, options, resume)
-    optimizer = config.optimizer.build()
-
-    def begin() -> TrainState:
-        tree = task.init(jax.random.key(config.seed))
-        average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
-        state = optimizer.init(tree)
-        return TrainState(jnp.int32(0), tree, average, state, jnp.zeros(3))
-
     try:
-        state = folder.restore(begin)
+        state = folder.restore(lambda: begin(task, config))
         first, last = int(state.step), config.optimizer.steps
-        step_program = _make_step(task, config)
+        step_program = make_step(task, config)
         pending: tuple[int, Any] | None = None
 
         def settle() -> None:
