@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from s3d_jax.config import DraftConfig, ModelConfig
+from s3d_jax.errors import ConfigError
 from s3d_jax.model import Params, init_params
 from s3d_jax.train.draft import AdapterConfig, draft_losses, init_draft
 from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss, target_stream
@@ -19,7 +21,14 @@ class PretrainTask:
 
     Attributes:
         frozen: nothing.
-        loss_weights, loss_scale: see `Task`; all is float32.
+        loss_weights, loss_scale: see `Task`; bfloat16 has the range of float32, and needs no scale.
+
+    Args:
+        compute_dtype: of matrix products and activations, "float32" or "bfloat16" (mixed
+            precision: weights, optimiser, losses and sums stay float32).
+
+    Raises:
+        ConfigError: another compute_dtype.
     """
 
     def __init__(
@@ -30,8 +39,11 @@ class PretrainTask:
         draft_weight: float = 0.2,
         objective: ObjectiveConfig = ObjectiveConfig(),
         adapter: AdapterConfig = AdapterConfig(),
+        compute_dtype: str = "float32",
         remat: bool = False,
     ) -> None:
+        if compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"compute_dtype must be float32 or bfloat16, got {compute_dtype!r}")
         self.frozen: Params = {}
         self.config = config
         self.draft_config = draft_config
@@ -41,6 +53,7 @@ class PretrainTask:
             self.loss_weights["draft_loss"] = draft_weight
         self.objective = objective
         self.adapter = adapter
+        self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -64,14 +77,15 @@ class PretrainTask:
     ) -> dict[str, Mean]:
         """As `DraftTask.losses`."""
         tokens, learn = batch["tokens"], batch["learn"]
+        params = jax.tree.map(lambda x: x.astype(self.compute_dtype), tree["params"])
         if self.draft_config is None:
             logits, _ = target_stream(
-                self.config, tree["params"], tokens, tokens.shape[1], remat=self.remat
+                self.config, params, tokens, tokens.shape[1], remat=self.remat
             )
             assert logits is not None
             return {"next_token_loss": next_token_loss(logits, tokens, learn)}
         return draft_losses(
-            *(self.config, tree["params"], self.draft_config, tree["draft"]),
+            *(self.config, params, self.draft_config, tree["draft"]),
             *(self.objective, batch, key),
             target_is_trained=True,
             remat=self.remat,

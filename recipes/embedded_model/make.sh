@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes the embedded model: its texts, the model with a first draft, its own output, the final draft.
+#
+#   recipes/embedded_model/make.sh DATA_DIR WORK_DIR
+#
+# DATA_DIR is what prepare.py reads. The result is WORK_DIR/model; a step that is there is not done
+# again, and one that was interrupted goes on.
+set -euo pipefail
+recipe=$(dirname "$0")
+data=$1 work=$2
+# Buffers of a training step are large: huge pages, and memory that is kept, make a step on a CPU a
+# fifth faster.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1
+GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=100000000000
+mkdir -p "$work"
+texts=$work/texts
+
+[ -d "$texts" ] || python "$recipe/prepare.py" "$data" "$texts"
+# Held-out texts for the curves of the runs; what is reported is measured on others.
+for kind in stories dialogues questions; do
+  head -n 24 "$texts/${kind}_valid.jsonl" > "$texts/${kind}_check.jsonl"
+done
+
+resume() { [ -f "$1/options.json" ] && echo --resume || true; }
+
+# Stories three times: they are fewer, and harder than the dialogues.
+[ -d "$work/model" ] || s3d pretrain $(resume "$work/pretrain") \
+  --config "$recipe/model.json" --out "$work/model" --run "$work/pretrain" \
+  --data "$texts/stories_train.jsonl" --data "$texts/stories_train.jsonl" \
+  --data "$texts/stories_train.jsonl" --data "$texts/dialogues_train.jsonl" \
+  --valid "$texts/stories_check.jsonl" --valid "$texts/dialogues_check.jsonl" \
+  --valid-prompts 48 --valid-tokens 96 --validate-every 600 --save-every 100 \
+  --steps 2400 --learning-rate 0.003 --warmup-steps 100 --weight-decay 0.1 --ema-decay 0.995 \
+  --batch-size 12 --row-length 320 \
+  --joint-draft --skip 2-6 --gamma 6 --anchors 12 --random-anchors --rank 16 --bridge-rank 64
+
+# Its own greedy output: stories from beginnings of two lengths, and answers.
+distill() {
+  [ -f "$work/own_$1.jsonl" ] || s3d distill --model "$work/model" --dtype float32 \
+    --out "$work/own_$1.jsonl" --sampled-fraction 0 --batch-size 64 "${@:2}"
+}
+distill stories --prompts "$texts/stories_train.jsonl" --limit 1920 --prompt-tokens 16 --max-new-tokens 200
+distill middles --prompts "$texts/stories_train.jsonl" --limit 1920 --prompt-tokens 80 --max-new-tokens 160 --seed 1
+distill answers --prompts "$texts/questions_train.jsonl" --limit 5760 --max-new-tokens 80
+
+[ -f "$work/draft/done" ] || {
+  s3d train $(resume "$work/draft") --model "$work/model" --dtype float32 --run "$work/draft" \
+    --start default --overwrite \
+    --data "$work/own_stories.jsonl" --data "$work/own_middles.jsonl" --data "$work/own_answers.jsonl" \
+    --valid "$texts/stories_check.jsonl" --valid "$texts/questions_check.jsonl" \
+    --valid-prompts 48 --valid-tokens 96 \
+    --steps 1000 --learning-rate 0.001 --batch-size 16 --row-length 256 --anchors 16
+  touch "$work/draft/done"
+}
