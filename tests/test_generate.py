@@ -587,7 +587,7 @@ def test_large_tokenizers_load_in_silence_and_encode_as_before(data_dir, tmp_pat
     [("tokenizer.json", "JSONDecodeError"), ("tokenizer.model", "`pip install sentencepiece`")],
 )
 def test_an_unreadable_tokenizer_leaves_ids(tmp_path, monkeypatch, file, advice):
-    monkeypatch.setattr("s3d_jax.generate.find_spec", lambda name: None)
+    monkeypatch.setattr("s3d_jax.tokenizer.find_spec", lambda name: None)
     config = tiny_config()
     folder = s3d_jax.checkpoint.save(
         tmp_path / "model", config, init_params(config, jax.random.key(0))

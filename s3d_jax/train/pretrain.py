@@ -19,16 +19,18 @@ class PretrainTask:
     The trained tree is {"params": the model's}, with {"draft": DraftParams} where the model learns
     to draft along the way.
 
-    Attributes:
-        frozen: nothing.
-        loss_weights, loss_scale: see `Task`; bfloat16 has the range of float32, and needs no scale.
-
     Args:
+        config: the model.
+        draft_config, draft_weight, objective, adapter, remat: as in `pretrain`.
         compute_dtype: of matrix products and activations, "float32" or "bfloat16" (mixed
             precision: weights, optimiser, losses and sums stay float32).
 
     Raises:
         ConfigError: another compute_dtype.
+
+    Attributes:
+        frozen: nothing.
+        loss_weights, loss_scale: see `Task`; bfloat16 has the range of float32, and needs no scale.
     """
 
     def __init__(
