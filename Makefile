@@ -1,7 +1,8 @@
 # `make test` and `make demo` are all there is to know: both create the environment they need.
 PYTHON ?= python3
 VENV   ?= .venv
-MODEL  ?= ../shared/data/checkpoints/babyllama-1m
+# of the demo: a HF folder or hub id; empty is the small model of the package
+MODEL  ?=
 BIN    := $(VENV)/bin
 
 .PHONY: test demo bench format clean

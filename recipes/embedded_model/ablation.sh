@@ -5,7 +5,7 @@
 #
 # WORK_DIR is where make.sh made the model. The drafts go into a copy, WORK_DIR/ablation/model.
 set -euo pipefail
-work=$1 steps=${2:-250}
+work=$1 steps=${2:-150}
 place=$work/ablation
 texts=$work/texts
 [ -d "$place/model" ] || { mkdir -p "$place" && cp -r "$work/model" "$place/model" && rm -r "$place/model/drafts"; }
@@ -34,7 +34,6 @@ train tv --rank 16 --bridge-rank 64 --objective tv
 train rank-4 --rank 4 --bridge-rank 16
 train rank-32 --rank 32 --bridge-rank 128
 train no-bridge --rank 16 --bridge-rank 0
-train bridge-only --rank 0 --bridge-rank 64
 train keep-7 --rank 16 --bridge-rank 64 --skip 3-5
 train keep-3 --rank 16 --bridge-rank 64 --skip 1-7
 train early-exit --rank 16 --bridge-rank 64 --skip 5-9

@@ -39,9 +39,9 @@ distill() {
   [ -f "$work/own_$1.jsonl" ] || s3d distill --model "$work/model" --dtype float32 \
     --out "$work/own_$1.jsonl" --sampled-fraction 0 --batch-size 64 "${@:2}"
 }
-distill stories --prompts "$texts/stories_train.jsonl" --limit 1920 --prompt-tokens 16 --max-new-tokens 200
-distill middles --prompts "$texts/stories_train.jsonl" --limit 1920 --prompt-tokens 80 --max-new-tokens 160 --seed 1
-distill answers --prompts "$texts/questions_train.jsonl" --limit 5760 --max-new-tokens 80
+distill stories --prompts "$texts/stories_train.jsonl" --limit 1280 --prompt-tokens 16 --max-new-tokens 200
+distill middles --prompts "$texts/stories_train.jsonl" --limit 1280 --prompt-tokens 80 --max-new-tokens 160 --seed 1
+distill answers --prompts "$texts/questions_train.jsonl" --limit 3840 --max-new-tokens 80
 
 [ -f "$work/draft/done" ] || {
   s3d train $(resume "$work/draft") --model "$work/model" --dtype float32 --run "$work/draft" \
@@ -49,6 +49,6 @@ distill answers --prompts "$texts/questions_train.jsonl" --limit 5760 --max-new-
     --data "$work/own_stories.jsonl" --data "$work/own_middles.jsonl" --data "$work/own_answers.jsonl" \
     --valid "$texts/stories_check.jsonl" --valid "$texts/questions_check.jsonl" \
     --valid-prompts 48 --valid-tokens 96 \
-    --steps 1000 --learning-rate 0.001 --batch-size 16 --row-length 256 --anchors 16
+    --steps 800 --learning-rate 0.002 --batch-size 12 --row-length 256 --anchors 16
   touch "$work/draft/done"
 }

@@ -235,7 +235,7 @@ def test_gradients_survive_float16():
         tree = gradient(task.init(jax.random.key(0)), params, batch, jax.random.key(1))
         found.append(tree["draft"].mask_embeddings / task.loss_scale)
     error = jnp.linalg.norm(found[1] - found[0]) / jnp.linalg.norm(found[0])
-    # Rounding, whatever the scale: 0.0011 with AVX2, 0.0034 where the CPU computes in float16 itself.
+    # Rounding, whatever the scale: 0.0011 with AVX2, 0.0034 where the CPU computes in float16.
     # Without the scale 0.069.
     assert error < 0.01
 
