@@ -156,6 +156,11 @@ class RopeConfig(_Record):
                 f"got {self.low_freq_factor} and {self.high_freq_factor}",
             )
 
+    @property
+    def turning_point(self) -> int | None:
+        """Tokens past which a sequence is rotated otherwise, at all its positions ("longrope")."""
+        return self.original_max_position_embeddings if self.type == "longrope" else None
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Record):
@@ -309,6 +314,10 @@ class ModelConfig(_Record):
             _check(
                 rotary_dim % 2 == 0 and rotary_dim > 0,
                 f"the rotated part of a head must be even, got {rotary_dim} of {self.head_dim}",
+            )
+            _check(
+                name == "rope" or rope.turning_point is None,
+                "local_rope must not be of type 'longrope'",
             )
             factors = (len(rope.short_factors), len(rope.long_factors))
             _check(

@@ -50,7 +50,7 @@ LONGROPE = {  # of the 4 pairs of 8 rotated entries
     "rope_theta": 5000.0,
     "short_factor": [1.0, 1.1, 1.3, 1.7],
     "long_factor": [1.2, 2.5, 4.0, 9.0],
-    "original_max_position_embeddings": 300,
+    "original_max_position_embeddings": 40,  # between both prompts: a text grows past it
     "factor": 3.0,
 }
 GEMMA = dict(num_attention_heads=4, head_dim=22, query_pre_attn_scalar=19, attention_bias=True)
@@ -65,7 +65,7 @@ MODELS = {
         "Phi3",
         dict(
             rope_parameters=LONGROPE | {"partial_rotary_factor": 0.8},
-            original_max_position_embeddings=300,
+            original_max_position_embeddings=40,
             tie_word_embeddings=True,
         ),
     ),
