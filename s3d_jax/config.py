@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from s3d_jax.errors import ConfigError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
@@ -98,16 +98,19 @@ class RopeConfig(_Record):
         type: "default"; "linear" (positions divided by `factor`); "dynamic" (NTK-aware base that
             grows with the sequence once it passes `original_max_position_embeddings`); "llama3"
             (Llama 3.1: long wavelengths divided by `factor`, with a smooth band between the two
-            frequency factors); "longrope" (Phi 3, arXiv 2402.13753: a stretch for each rotated
-            pair, one set of them for sequences within `original_max_position_embeddings` and one
-            for longer ones).
+            frequency factors); "yarn" (arXiv 2309.00071: as "llama3", but the band lies between the
+            pairs that make `beta_fast` and `beta_slow` turns); "longrope" (Phi 3, arXiv 2402.13753:
+            a stretch for each rotated pair, one set of them for sequences within
+            `original_max_position_embeddings` and one for longer ones).
         theta: base of the geometric series of wavelengths.
         rotary_fraction: leading part of each head that is rotated (partial rotary; 1.0 is all of
             it).
         factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: of the scaled
             types.
         short_factors, long_factors: of "longrope", what each pair's wavelength is multiplied by.
-        attention_factor: multiplies cosines and sines, and so scores by its square ("longrope").
+        beta_fast, beta_slow: of "yarn", turns within `original_max_position_embeddings`.
+        attention_factor: multiplies cosines and sines, and so scores by its square ("yarn" and
+            "longrope").
     """
 
     type: str = "default"
@@ -119,6 +122,8 @@ class RopeConfig(_Record):
     original_max_position_embeddings: int | None = None
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -126,7 +131,10 @@ class RopeConfig(_Record):
         _check(
             self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
         )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+        for name in (
+            *("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+            "attention_factor",
+        ):
             value = getattr(self, name)
             _check(_is_positive(value), f"rope {name} must be > 0, got {value!r}")
         for name in ("short_factors", "long_factors"):
@@ -144,7 +152,7 @@ class RopeConfig(_Record):
             original is None or (is_integer(original) and original > 0),
             f"original_max_position_embeddings must be a positive integer, got {original!r}",
         )
-        if self.type in ("dynamic", "llama3", "longrope"):
+        if self.type in ("dynamic", "llama3", "yarn", "longrope"):
             _check(
                 original is not None,
                 f"rope type {self.type!r} needs original_max_position_embeddings",
@@ -154,6 +162,12 @@ class RopeConfig(_Record):
                 self.low_freq_factor < self.high_freq_factor,
                 "rope type 'llama3' needs 0 < low_freq_factor < high_freq_factor, "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}",
+            )
+        if self.type == "yarn":
+            _check(
+                self.beta_slow < self.beta_fast,
+                "rope type 'yarn' needs 0 < beta_slow < beta_fast, "
+                f"got {self.beta_slow} and {self.beta_fast}",
             )
 
     @property

@@ -40,7 +40,26 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) 
         turns = np.float32(original) / (np.float32(2 * math.pi) / frequencies)
         smooth = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
         return (1 - smooth) * frequencies / np.float32(rope.factor) + smooth * frequencies
+    if rope.type == "yarn":
+        ramp = _yarn_ramp(rope, rotary_dim)
+        stretched = np.float32(1.0) / (np.float32(rope.factor) * wavelengths)
+        return stretched * ramp + frequencies * (1 - ramp)
     return frequencies
+
+
+def _yarn_ramp(rope: RopeConfig, rotary_dim: int) -> np.ndarray:
+    """How much of each pair's frequency is stretched, float32 [R/2] from 0 to 1."""
+    original = rope.original_max_position_embeddings
+    assert original is not None  # RopeConfig checks it
+    # The pairs, as real numbers, that make so many turns within the original context.
+    fast, slow = (
+        rotary_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
+    )
+    first, last = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
+    width = max(last - first, 0.001)  # one pair: a step
+    ramp = (np.arange(rotary_dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(width)
+    return np.clip(ramp, np.float32(0), np.float32(1))
 
 
 def rotary_table(

@@ -68,6 +68,11 @@ def test_model_config_refuses(change, message):
         ({"rotary_fraction": "x"}, "rotary_fraction"),
         ({"low_freq_factor": None}, "low_freq_factor"),
         ({"attention_factor": 0}, "attention_factor"),
+        ({"type": "yarn", "factor": 2.0}, "original_max_position_embeddings"),
+        (
+            {"type": "yarn", "original_max_position_embeddings": 8, "beta_slow": 32.0},
+            "beta_slow < beta_fast",
+        ),
         ({"type": "longrope"}, "original_max_position_embeddings"),
         ({"short_factors": 2.0}, "short_factors must be a list"),
         ({"long_factors": (1.0, -1.0)}, "long_factors must be a list"),

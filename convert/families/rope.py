@@ -9,7 +9,7 @@ from s3d_jax.config import ModelConfig, RopeConfig
 from s3d_jax.errors import ConfigError
 
 DEFAULT_THETA = 10000.0
-_USUAL_TYPES = ("default", "linear", "dynamic", "llama3")
+_USUAL_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def take_rope(
@@ -67,7 +67,7 @@ def read_rope(
     if kind not in types:
         raise rope.error(f"rope type {kind!r:.80} is unknown; known are {tuple(types)}")
     settings = {"type": kind} | settings
-    if kind in ("linear", "dynamic", "llama3"):
+    if kind in ("linear", "dynamic", "llama3", "yarn"):
         settings["factor"] = rope.number("factor")
     if kind == "dynamic":
         # HF's formula grows from max_position_embeddings, and looks at no other original length.
@@ -80,15 +80,20 @@ def read_rope(
     if kind == "llama3":
         settings["low_freq_factor"] = rope.number("low_freq_factor")
         settings["high_freq_factor"] = rope.number("high_freq_factor")
+    if kind == "yarn":
+        rope.require("truncate", True)
+        settings["beta_fast"] = rope.number("beta_fast", 32.0)
+        settings["beta_slow"] = rope.number("beta_slow", 1.0)
+        settings["attention_factor"] = _yarn_attention_factor(rope, settings["factor"])
     if kind == "longrope":
         settings["short_factors"] = rope.numbers("short_factor")
         settings["long_factors"] = rope.numbers("long_factor")
-    if kind in ("dynamic", "llama3", "longrope"):
+    if kind in ("dynamic", "llama3", "yarn", "longrope"):
         settings["original_max_position_embeddings"] = original
     try:
         config = RopeConfig(**settings)
         if kind == "longrope":
-            factor = _attention_factor(rope, config, max_position_embeddings)
+            factor = _longrope_attention_factor(rope, config, max_position_embeddings)
             config = config.replace(attention_factor=factor)
     except (ConfigError, TypeError) as error:  # TypeError: a string where a number belongs
         raise rope.error(str(error)) from error
@@ -96,7 +101,21 @@ def read_rope(
     return config
 
 
-def _attention_factor(rope: Fields, config: RopeConfig, max_position_embeddings: int) -> float:
+def _yarn_attention_factor(rope: Fields, factor: float) -> float:
+    """The given one, or that of YaRN (arXiv 2309.00071, section 3.4), or a ratio of two of them."""
+
+    def recommended(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    scale, everywhere = (rope.optional_number(name) for name in ("mscale", "mscale_all_dim"))
+    if scale is not None and everywhere is not None:
+        return rope.number("attention_factor", recommended(scale) / recommended(everywhere))
+    return rope.number("attention_factor", recommended(1.0))
+
+
+def _longrope_attention_factor(
+    rope: Fields, config: RopeConfig, max_position_embeddings: int
+) -> float:
     """The given one, or that of LongRoPE (arXiv 2402.13753, section 3.3) for the stretch."""
     original = config.original_max_position_embeddings
     assert original is not None  # RopeConfig checks it
@@ -129,10 +148,15 @@ def rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
             "attention_factor": rope.attention_factor,
         }
     scaling["factor"] = rope.factor
+    if rope.type in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.type == "llama3":
+        scaling["low_freq_factor"] = rope.low_freq_factor
+        scaling["high_freq_factor"] = rope.high_freq_factor
+    if rope.type == "yarn":
         scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "attention_factor": rope.attention_factor,
         }
     return None if rope.type == "default" else scaling

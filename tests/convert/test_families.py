@@ -185,6 +185,19 @@ def test_null_is_not_the_default():
     assert read("gemma2", final_logit_softcapping=None).logit_softcap is None
 
 
+def test_attention_factors_of_yarn():
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+    def factor(**given) -> float:
+        return read("qwen2", rope_scaling=yarn | given).rope.attention_factor
+
+    assert factor() == pytest.approx(1.1386294)  # 1 + 0.1 ln 4
+    assert factor(mscale=2.0) == factor()  # counts together with the other one
+    assert factor(mscale=2.0, mscale_all_dim=0.5) == pytest.approx(1.2772589 / 1.0693147)
+    assert factor(attention_factor=1.5) == 1.5
+    assert "truncate is False" in refused("qwen2", rope_scaling=yarn | {"truncate": False})
+
+
 def test_layers_of_each_kind():
     window = {"sliding_window": 8}
     assert read("gemma2", **window).sliding_window == (8, None, 8, None)

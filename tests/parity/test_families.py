@@ -45,6 +45,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "beta_fast": 12.0,
+    "original_max_position_embeddings": 256,
+}
 LONGROPE = {  # of the 4 pairs of 8 rotated entries
     "rope_type": "longrope",
     "rope_theta": 5000.0,
@@ -72,7 +79,13 @@ MODELS = {
     "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=21, max_window_layers=2)),
     "qwen3": (
         "Qwen3",
-        dict(head_dim=14, use_sliding_window=True, sliding_window=21, max_window_layers=2),
+        dict(
+            head_dim=14,
+            use_sliding_window=True,
+            sliding_window=21,
+            max_window_layers=2,
+            rope_parameters=YARN,
+        ),
     ),
     "gemma": ("Gemma", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=22)),
     "gemma2": (
