@@ -174,7 +174,7 @@ class Batch:
             # those at a row's end cost less than to look at the text after each iteration.
             iterations_per_call = min(iterations_per_call, _STEPS_PER_LOOK)
         yield from self._run(self._prompts, np.ones(len(self._prompts), bool), iterations_per_call)
-        if (paused := self._paused()).any():
+        if (paused := self._paused()).any():  # they waited for the others: one prefill for all
             rows = zip(self._prompts, self.tokens, strict=True)
             sequences = [np.concatenate([p, new]).astype(np.int32) for p, new in rows]
             lengths = np.array([len(sequence) for sequence in sequences], np.int32)

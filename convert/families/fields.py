@@ -42,7 +42,7 @@ _HARMLESS_FIELDS = GENERATION_FIELDS | frozenset(
 _HARMLESS_IF_OFF = frozenset(
     (
         *("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"),
-        *("pruned_heads", "tf_legacy_loss"),
+        *("pruned_heads", "tf_legacy_loss", "use_mrope"),
     )
 )
 
