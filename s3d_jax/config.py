@@ -137,6 +137,7 @@ class RopeConfig(_Record):
         ):
             value = getattr(self, name)
             _check(_is_positive(value), f"rope {name} must be > 0, got {value!r}")
+        _check(self.theta > 1, f"rope theta must be > 1, got {self.theta!r}")
         for name in ("short_factors", "long_factors"):
             values = getattr(self, name)
             _check(
@@ -149,8 +150,8 @@ class RopeConfig(_Record):
         )
         original = self.original_max_position_embeddings
         _check(
-            original is None or (is_integer(original) and original > 0),
-            f"original_max_position_embeddings must be a positive integer, got {original!r}",
+            original is None or (is_integer(original) and original > 1),
+            f"original_max_position_embeddings must be an integer > 1, got {original!r}",
         )
         if self.type in ("dynamic", "llama3", "yarn", "longrope"):
             _check(
