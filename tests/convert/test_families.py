@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from convert.families import FAMILIES, Family, family_of, native_shape
 from s3d_jax import checkpoint, model
@@ -111,8 +112,6 @@ def test_real_tensor_names(data_dir, index, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_absent_fields_have_the_defaults_of_hf(name):
     """The sizes alone must be there; transformers fills in the same as we do."""
-    import transformers
-
     needed = {k: v for k, v in SIZES.items() if k not in ("max_position_embeddings", "head_dim")}
     del needed["num_key_value_heads"]
     needed |= dict(hidden_size=128, num_attention_heads=32)
