@@ -31,8 +31,13 @@ __all__ = [
     "pieces",
 ]
 
-_MODULES = (*(llama, mistral, phi3, qwen2, qwen3, gemma, gemma2, gemma3, olmo2, granite, smollm3),)
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+FAMILIES: dict[str, Family] = {  # exports take the first that can express the model
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        *(llama, mistral, phi3, qwen2, qwen3),
+        *(gemma, gemma2, gemma3, olmo2, granite, smollm3),
+    )
+}
 
 
 def family_of(fields: Mapping[str, Any]) -> Family:
@@ -69,7 +74,7 @@ def family_for_export(config: ModelConfig) -> Family:
     for name, family in FAMILIES.items():
         try:
             back = family.config(family.write(config)).replace(dtype=config.dtype)
-        except ConfigError:  # HF has no such value
+        except ConfigError:  # a value that the family refuses
             continue
         if back == config:
             return family
