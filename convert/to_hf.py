@@ -81,7 +81,7 @@ def _hf_config(header: Header) -> tuple[Family, dict[str, Any]]:
             same = False
         if same:
             spelling = "torch_dtype" if "torch_dtype" in original else "dtype"
-            return family, original | {spelling: config.dtype}
+            return family, family.renew(original, config) | {spelling: config.dtype}
     family = family_for_export(config)
     # Null where there are none: HF's own defaults may lie outside this vocabulary.
     special: dict[str, Any] = {

@@ -75,6 +75,8 @@ class Family:
         write: ModelConfig -> fields of config.json, for exports.
         layer: the tensors of a layer, as `decoder_table` takes them.
         defaults: HF's values of fields that config.json may leave out.
+        renew: config.json, and its model -> config.json in the spelling that HF reads today without
+            a warning, for exports.
         ignored_tensors: regular expressions of tensors that hold nothing to learn.
     """
 
@@ -84,6 +86,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     layer: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=lambda: LAYER)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    renew: Callable[[dict[str, Any], ModelConfig], dict[str, Any]] = lambda fields, config: fields
     # Rotary tables, which old versions saved; they follow from the config.
     ignored_tensors: tuple[str, ...] = (
         r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",

@@ -61,4 +61,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     defaults=DEFAULTS | {"num_key_value_heads": 16},
+    renew=lambda fields, config: fields | {"hidden_act": TANH},
 )

@@ -46,6 +46,13 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _renew(fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Files of LongRoPE call it "su", or lack its `factor`."""
+    if config.rope.type != "longrope":
+        return fields
+    return {k: v for k, v in fields.items() if k != "rope_parameters"} | rope_fields(config)
+
+
 FAMILY = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
@@ -58,4 +65,5 @@ FAMILY = Family(
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
     },
+    renew=_renew,
 )

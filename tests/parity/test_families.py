@@ -5,7 +5,6 @@ with more than one layer of each kind. Float32 throughout.
 """
 
 import json
-import logging
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -58,7 +57,6 @@ LONGROPE = {  # of the 4 pairs of 8 rotated entries
     "short_factor": [1.0, 1.1, 1.3, 1.7],
     "long_factor": [1.2, 2.5, 4.0, 9.0],
     "original_max_position_embeddings": 40,  # between both prompts: a text grows past it
-    "factor": 3.0,
 }
 GEMMA = dict(num_attention_heads=4, head_dim=22, query_pre_attn_scalar=19, attention_bias=True)
 
@@ -158,20 +156,16 @@ def hf_greedy(model, prompt: np.ndarray, new_tokens: int) -> list[int]:
         return model.generate(ids, max_new_tokens=new_tokens, **options)[0, len(prompt) :].tolist()
 
 
-def loaded_export(native: Path, out: Path, caplog):
+def loaded_export(native: Path, out: Path, hf_silent):
     """Our export as transformers loads it, which must have nothing to complain of."""
     convert.export(native, out, progress=False)
-    transformers.logging.enable_propagation()
-    transformers.utils.logging.warning_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
+    with hf_silent():
         model = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
-    transformers.logging.disable_propagation()
-    assert [record.message for record in caplog.records] == []
     return model.eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_family(name, tmp_path, caplog, monkeypatch):
+def test_family(name, tmp_path, hf_silent, monkeypatch):
     model = hf_model(name)
     model.save_pretrained(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "native", parity=False, progress=False)
@@ -200,7 +194,7 @@ def test_family(name, tmp_path, caplog, monkeypatch):
             assert all(2 <= r.stats.tokens_per_iteration < 3 for r in results)
 
     # Back to HF: with the config that was there, and with one written anew.
-    exported = loaded_export(tmp_path / "native", tmp_path / "back", caplog)
+    exported = loaded_export(tmp_path / "native", tmp_path / "back", hf_silent)
     source, back = (load_file(tmp_path / x / "model.safetensors") for x in ("hf", "back"))
     assert source.keys() == back.keys()
     for key, tensor in source.items():
@@ -211,7 +205,7 @@ def test_family(name, tmp_path, caplog, monkeypatch):
     header["source"] = {}
     (tmp_path / "native" / "config.json").write_text(json.dumps(header))
     monkeypatch.setattr(to_hf, "family_for_export", lambda config: family)
-    anew = loaded_export(tmp_path / "native", tmp_path / "anew", caplog)
+    anew = loaded_export(tmp_path / "native", tmp_path / "anew", hf_silent)
     assert type(anew) is type(exported) is type(model)
     for again in (exported, anew):
         np.testing.assert_array_equal(hf_logits(again, tokens[None]), theirs)
