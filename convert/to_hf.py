@@ -81,12 +81,12 @@ def _hf_config(header: Header) -> tuple[Family, dict[str, Any]]:
             same = False
         if same:
             spelling = "torch_dtype" if "torch_dtype" in original else "dtype"
-            return family, original | {spelling: config.dtype}
+            return family, family.renew(original, config) | {spelling: config.dtype}
     family = family_for_export(config)
+    # Null where there are none: HF's own defaults may lie outside this vocabulary.
     special: dict[str, Any] = {
-        name: header.generation_config[name]
+        name: header.generation_config.get(name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if name in header.generation_config
     }
     return family, {
         "architectures": [family.architecture],

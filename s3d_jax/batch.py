@@ -154,12 +154,16 @@ class Batch:
         self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 
         lengths = np.array([len(prompt) for prompt in prompts])
-        self._chunks = decode.prefill_chunks(int(lengths.max()) - 1)
-        ends = np.minimum(lengths + np.array(request.max_new_tokens), lm.max_length)
+        self._ends = np.minimum(lengths + np.array(request.max_new_tokens), lm.max_length)
+        pauses = _pauses(lengths, self._ends, lm.config.rope.turning_point)
+        pausing = pauses < self._ends
         self._slots = _slots(
-            lengths.tolist(), request.max_new_tokens, lm.max_length, self._spec.gamma
+            [*lengths.tolist(), *pauses[pausing].tolist()],
+            [*request.max_new_tokens, *(self._ends - pauses)[pausing].tolist()],
+            lm.max_length,
+            self._spec.gamma,
         )
-        self._state = decode.init_state(self._spec, prompts, self._slots, ends, request.sampling)
+        self._state = decode.init_state(self._spec, prompts, self._slots, pauses, request.sampling)
         self._signature = _signature((lm.params, lm.draft_params))
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
@@ -169,10 +173,31 @@ class Batch:
             # The device knows no texts. Iterations behind a stop string are in vain, but a few of
             # those at a row's end cost less than to look at the text after each iteration.
             iterations_per_call = min(iterations_per_call, _STEPS_PER_LOOK)
-        lengths = np.array([len(prompt) for prompt in self._prompts])
-        padding = np.array([decode.padded_length(n) for n in lengths.tolist()]) - lengths
-        used = int((lengths + padding).max()) - 1
-        self._prefill()
+        yield from self._run(self._prompts, np.ones(len(self._prompts), bool), iterations_per_call)
+        if (paused := self._paused()).any():  # they waited for the others: one prefill for all
+            rows = zip(self._prompts, self.tokens, strict=True)
+            sequences = [np.concatenate([p, new]).astype(np.int32) for p, new in rows]
+            lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+            cache = self._state.cache.replace(prompt_length=jnp.asarray(lengths))
+            self._state = self._state.replace(
+                cache=cache,
+                done=jnp.asarray(~paused),
+                limit=jnp.asarray(self._ends, jnp.int32),
+                padding=jnp.asarray(_padding(lengths), jnp.int32),
+            )
+            yield from self._run(sequences, paused, iterations_per_call)
+        for text in self.texts or ():
+            text.finish()
+
+    def _run(
+        self, sequences: list[np.ndarray], running: np.ndarray, iterations_per_call: int
+    ) -> Iterator[list[list[int]]]:
+        """Prefills the running rows (bool [B]) with their sequences, and decodes to the limits."""
+        lengths = np.array([len(sequence) for sequence in sequences])
+        padding = _padding(lengths)
+        longest = int(lengths[running].max())
+        used = decode.padded_length(longest) - 1
+        self._prefill(sequences, decode.prefill_chunks(longest - 1))
         finished = False
         while not finished:
             tokens, lengths, done = self._decode(used, iterations_per_call)
@@ -183,8 +208,12 @@ class Batch:
             used = max(used, int((lengths + padding)[~done].max(initial=0)))
             if any(self._stopped) and not finished:
                 self._state = self._state.replace(done=jnp.asarray(done))
-        for text in self.texts or ():
-            text.finish()
+
+    def _paused(self) -> np.ndarray:
+        """Rows that have come to their pause, and go on from there: bool [B]."""
+        lengths = [len(p) + len(new) for p, new in zip(self._prompts, self.tokens, strict=True)]
+        ended = [bool(new) and new[-1] in self._spec.stop_ids for new in self.tokens]
+        return (np.array(lengths) < self._ends) & ~np.array(ended) & ~np.array(self._stopped)
 
     def results(self) -> list[Result]:
         """One Result per row; call it when `run` has ended."""
@@ -214,12 +243,12 @@ class Batch:
             results.append(Result(tokens, text, reason, stopped_by, stats))
         return results
 
-    def _prefill(self) -> None:
+    def _prefill(self, sequences: list[np.ndarray], chunks: list[int]) -> None:
         offset = 0
-        for chunk in self._chunks:
-            block = np.zeros((len(self._prompts), chunk), np.int32)
-            for b, prompt in enumerate(self._prompts):
-                part = prompt[offset : offset + chunk]
+        for chunk in chunks:
+            block = np.zeros((len(sequences), chunk), np.int32)
+            for b, sequence in enumerate(sequences):
+                part = sequence[offset : offset + chunk]
                 block[b, : len(part)] = part
             # The first chunk sees itself alone.
             visible = decode.visible_slots(offset + chunk, self._slots) if offset else chunk
@@ -355,6 +384,18 @@ def checked_ids(eos_token_ids: Any, vocab_size: int) -> tuple[int, ...]:
             f"eos_token_ids must be a list of ids from 0 to {vocab_size - 1}, got {ids!r:.80}"
         )
     return tuple(ids)
+
+
+def _pauses(lengths: np.ndarray, ends: np.ndarray, turning_point: int | None) -> np.ndarray:
+    """Tokens at which rows are prefilled anew, because all of their keys change; or their ends."""
+    if turning_point is None:
+        return ends
+    return np.where(lengths <= turning_point, np.minimum(turning_point + 1, ends), ends)
+
+
+def _padding(lengths: np.ndarray) -> np.ndarray:
+    """Tokens by which prompts are shorter than the longest that run the same prefill programs."""
+    return np.array([decode.padded_length(n) for n in lengths.tolist()]) - lengths
 
 
 def _slots(lengths: list[int], new_tokens: list[int], max_length: int, gamma: int) -> int:

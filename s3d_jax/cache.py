@@ -22,7 +22,7 @@ class KVCache(flax.struct.PyTreeNode):
         keys, values: L arrays [B, K, S, H]; heads first, so that attention is a batched matrix
             product.
         length: int32 [B], committed tokens per row.
-        prompt_length: int32 [B], tokens of each row's prompt (for "dynamic" rotary tables).
+        prompt_length: int32 [B], tokens of each row's prompt (rotary tables may depend on it).
     """
 
     keys: tuple[jax.Array, ...]

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from s3d_jax.errors import ConfigError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
@@ -98,12 +98,19 @@ class RopeConfig(_Record):
         type: "default"; "linear" (positions divided by `factor`); "dynamic" (NTK-aware base that
             grows with the sequence once it passes `original_max_position_embeddings`); "llama3"
             (Llama 3.1: long wavelengths divided by `factor`, with a smooth band between the two
-            frequency factors).
+            frequency factors); "yarn" (arXiv 2309.00071: as "llama3", but the band lies between the
+            pairs that make `beta_fast` and `beta_slow` turns); "longrope" (Phi 3, arXiv 2402.13753:
+            a stretch for each rotated pair, one set of them for sequences within
+            `original_max_position_embeddings` and one for longer ones).
         theta: base of the geometric series of wavelengths.
         rotary_fraction: leading part of each head that is rotated (partial rotary; 1.0 is all of
             it).
         factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: of the scaled
             types.
+        short_factors, long_factors: of "longrope", what each pair's wavelength is multiplied by.
+        beta_fast, beta_slow: of "yarn", turns within `original_max_position_embeddings`.
+        attention_factor: multiplies cosines and sines, and so scores by its square ("yarn" and
+            "longrope").
     """
 
     type: str = "default"
@@ -113,25 +120,40 @@ class RopeConfig(_Record):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(
             self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
         )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+        for name in (
+            *("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+            "attention_factor",
+        ):
             value = getattr(self, name)
             _check(_is_positive(value), f"rope {name} must be > 0, got {value!r}")
+        _check(self.theta > 1, f"rope theta must be > 1, got {self.theta!r}")
+        for name in ("short_factors", "long_factors"):
+            values = getattr(self, name)
+            _check(
+                isinstance(values, tuple) and all(_is_positive(value) for value in values),
+                f"rope {name} must be a list of numbers > 0, got {values!r:.80}",
+            )
         _check(
             _is_positive(self.rotary_fraction) and self.rotary_fraction <= 1,
             f"rotary_fraction must be in (0, 1], got {self.rotary_fraction!r}",
         )
         original = self.original_max_position_embeddings
         _check(
-            original is None or (is_integer(original) and original > 0),
-            f"original_max_position_embeddings must be a positive integer, got {original!r}",
+            original is None or (is_integer(original) and original > 1),
+            f"original_max_position_embeddings must be an integer > 1, got {original!r}",
         )
-        if self.type in ("dynamic", "llama3"):
+        if self.type in ("dynamic", "llama3", "yarn", "longrope"):
             _check(
                 original is not None,
                 f"rope type {self.type!r} needs original_max_position_embeddings",
@@ -142,6 +164,17 @@ class RopeConfig(_Record):
                 "rope type 'llama3' needs 0 < low_freq_factor < high_freq_factor, "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}",
             )
+        if self.type == "yarn":
+            _check(
+                self.beta_slow < self.beta_fast,
+                "rope type 'yarn' needs 0 < beta_slow < beta_fast, "
+                f"got {self.beta_slow} and {self.beta_fast}",
+            )
+
+    @property
+    def turning_point(self) -> int | None:
+        """Tokens past which a sequence is rotated otherwise, at all its positions ("longrope")."""
+        return self.original_max_position_embeddings if self.type == "longrope" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,14 +189,20 @@ class ModelConfig(_Record):
         tie_embeddings: the output head is the embedding table.
         qkv_bias, attention_out_bias, mlp_bias: which linear layers carry a bias.
         qk_norm: RMS norm over each query and key head before the rotation (Qwen 3, Gemma 3).
+        qk_norm_joint: that norm runs over all heads together, not over each (OLMo 2).
         norm_offset: added to each norm's scale (1.0 in Gemma, whose scales are stored around 0).
-        post_norms: norms also after attention and after the MLP (Gemma 2 and 3).
+        pre_norms, post_norms: norms before, and after, attention and MLP (before only in Llama,
+            both in Gemma 2 and 3, after only in OLMo 2).
         embedding_scale: token embeddings are multiplied by it (sqrt(D) in Gemma).
+        residual_scale: multiplies what attention and MLP add to the residual stream (Granite).
+        logit_divisor: logits are divided by it (Granite).
         attention_scale: multiplies q·k; None means 1 / sqrt(H).
         attention_softcap, logit_softcap: c · tanh(x / c) on scores or logits (Gemma 2); None is
             off.
         sliding_window: one entry per layer, window size or None; a plain None means no layer has
             one.
+        rope_layers: one entry per layer, False where nothing is rotated (NoPE, SmolLM 3); a plain
+            None means that every layer rotates.
         local_rope: rotary settings of the layers with a window, where they differ (Gemma 3).
         dtype: of weights, activations and cache. Norms, rotations, softmax and logits are float32.
     """
@@ -184,13 +223,18 @@ class ModelConfig(_Record):
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     sliding_window: tuple[int | None, ...] | None = None
+    rope_layers: tuple[bool, ...] | None = None
     local_rope: RopeConfig | None = None
     dtype: str = "float32"
 
@@ -227,17 +271,27 @@ class ModelConfig(_Record):
         )
         for name in (
             *("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias"),
-            *("qk_norm", "post_norms"),
+            *("qk_norm", "qk_norm_joint", "pre_norms", "post_norms"),
         ):
             value = getattr(self, name)
             _check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
-        _check(_is_positive(self.norm_eps), f"norm_eps must be > 0, got {self.norm_eps!r}")
+        _check(
+            self.qk_norm or not self.qk_norm_joint, "qk_norm_joint is True, and qk_norm is False"
+        )
+        _check(
+            self.pre_norms or self.post_norms,
+            "pre_norms and post_norms are both False: nothing would be normalised",
+        )
+        for name in ("norm_eps", "residual_scale", "logit_divisor"):
+            value = getattr(self, name)
+            _check(_is_positive(value), f"{name} must be > 0, got {value!r}")
         for name in ("norm_offset", "embedding_scale"):
             value = getattr(self, name)
             _check(_is_finite(value), f"{name} must be a number, got {value!r}")
+        scale = self.attention_scale
         _check(
-            self.attention_scale is None or _is_finite(self.attention_scale),
-            f"attention_scale must be a number, or None for 1/sqrt(H), got {self.attention_scale}",
+            scale is None or _is_positive(scale),
+            f"attention_scale must be a number > 0, or None for 1/sqrt(H), got {scale!r}",
         )
         for name in ("attention_softcap", "logit_softcap"):
             value = getattr(self, name)
@@ -247,20 +301,25 @@ class ModelConfig(_Record):
             )
 
     def _check_positions(self) -> None:
-        windows = self.sliding_window
-        if windows is not None:
+        for name in ("sliding_window", "rope_layers"):
+            entries = getattr(self, name)
             _check(
-                isinstance(windows, tuple),
-                f"sliding_window must be a list with one entry per layer, got {windows!r}",
+                entries is None or isinstance(entries, tuple),
+                f"{name} must be a list with one entry per layer, got {entries!r}",
             )
             _check(
-                len(windows) == self.num_layers,
-                f"sliding_window has {len(windows)} entries, the model {self.num_layers} layers",
+                entries is None or len(entries) == self.num_layers,
+                f"{name} has {len(entries or ())} entries, the model {self.num_layers} layers",
             )
-            _check(
-                all(w is None or (is_integer(w) and w > 0) for w in windows),
-                f"sliding_window entries must be None or integers > 0, got {windows}",
-            )
+        windows, rotated = self.sliding_window or (), self.rope_layers or ()
+        _check(
+            all(w is None or (is_integer(w) and w > 0) for w in windows),
+            f"sliding_window entries must be None or integers > 0, got {windows}",
+        )
+        _check(
+            all(isinstance(r, bool) for r in rotated),
+            f"rope_layers entries must be True or False, got {rotated}",
+        )
         for name in ("rope", "local_rope"):
             rope = getattr(self, name)
             if name == "local_rope" and rope is None:
@@ -271,6 +330,16 @@ class ModelConfig(_Record):
                 rotary_dim % 2 == 0 and rotary_dim > 0,
                 f"the rotated part of a head must be even, got {rotary_dim} of {self.head_dim}",
             )
+            _check(
+                name == "rope" or rope.turning_point is None,
+                "local_rope must not be of type 'longrope'",
+            )
+            factors = (len(rope.short_factors), len(rope.long_factors))
+            _check(
+                factors == ((rotary_dim // 2,) * 2 if rope.type == "longrope" else (0, 0)),
+                f"{name} has {factors[0]} short_factors and {factors[1]} long_factors; rope type "
+                f"'longrope' needs {rotary_dim // 2} of each here, and no other type has any",
+            )
 
     @property
     def qkv_features(self) -> int:
@@ -280,6 +349,13 @@ class ModelConfig(_Record):
     def window(self, layer: int) -> int | None:
         """Sliding window of `layer`, or None where it sees the whole context."""
         return None if self.sliding_window is None else self.sliding_window[layer]
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """Rotary settings of `layer`, or None where nothing is rotated."""
+        if self.rope_layers is not None and not self.rope_layers[layer]:
+            return None
+        local = self.local_rope is not None and self.window(layer) is not None
+        return self.local_rope if local else self.rope
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:

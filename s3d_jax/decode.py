@@ -114,7 +114,9 @@ def init_state(
         spec: the program.
         prompts: B arrays of token ids, each with at least one.
         slots: S. Must hold every row's limit and γ+1 slots of slack.
-        limit: int [B], tokens (prompt included) at which each row ends.
+        limit: int [B], tokens (prompt included) at which each row ends. With LongRoPE a row whose
+            prompt is within `turning_point` has to end one token behind it, and to be prefilled
+            anew if it goes on: from there on its keys are others.
         sampling: from `batch_sampling`.
 
     Raises:
@@ -407,7 +409,8 @@ def statistics(
     """
     passes = passes[prompt_tokens : prompt_tokens + new_tokens]
     (starts,) = np.nonzero(passes)
-    accepted = np.minimum(passes[starts] - 1, new_tokens - starts)
+    committed = np.diff(starts, append=new_tokens)
+    accepted = np.minimum(passes[starts] - 1, committed)  # less where a limit cut the block
     return len(starts), tuple(int((accepted > position).sum()) for position in range(gamma))
 
 

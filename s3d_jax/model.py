@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.cache import KVCache, init_cache, write
-from s3d_jax.config import ModelConfig
+from s3d_jax.config import ModelConfig, RopeConfig
 from s3d_jax.linear import Linear, attention_product, low_rank, project
 from s3d_jax.rope import rotary_table, rotate
 
@@ -155,6 +155,12 @@ def attend(
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
+def _norm_heads(cfg: ModelConfig, name: str, heads: jax.Array) -> jax.Array:
+    """RMS norm of [B, T, heads, H], over each head or over all together."""
+    x = heads.reshape(*heads.shape[:2], -1) if cfg.qk_norm_joint else heads
+    return RMSNorm(cfg, name=name)(x).reshape(heads.shape)
+
+
 class Attention(nn.Module):
     """Self-attention of one layer; writes the block into the cache, then attends to the cache."""
 
@@ -168,7 +174,7 @@ class Attention(nn.Module):
         values: jax.Array,
         start: jax.Array,
         mask: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
+        rotary: tuple[jax.Array, jax.Array] | None,
         deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
@@ -177,8 +183,9 @@ class Attention(nn.Module):
         qkv = Linear(cfg.qkv_features, cfg.qkv_bias, cfg.dtype, name="qkv")(x, deltas.get("qkv"))
         q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
         if cfg.qk_norm:
-            q, k = RMSNorm(cfg, name="q_norm")(q), RMSNorm(cfg, name="k_norm")(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         keys = write(keys, k.swapaxes(1, 2), start)
         values = write(values, v.swapaxes(1, 2), start)
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
@@ -204,8 +211,17 @@ class MLP(nn.Module):
         return linear(hidden, deltas.get("down"))
 
 
+def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
+    """What attention or MLP adds to the residual stream, given its output."""
+    if cfg.post_norms:
+        y = RMSNorm(cfg, name=norm)(y)
+    if cfg.residual_scale == 1.0:
+        return y
+    return (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype)
+
+
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and around a residual connection."""
+    """One layer: attention and MLP, each between norms and around a residual connection."""
 
     config: ModelConfig
 
@@ -217,18 +233,19 @@ class Block(nn.Module):
         values: jax.Array,
         start: jax.Array,
         mask: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
+        rotary: tuple[jax.Array, jax.Array] | None,
         deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
-        y = RMSNorm(cfg, name="attention_norm")(x)
+        y = RMSNorm(cfg, name="attention_norm")(x) if cfg.pre_norms else x
         attention = Attention(cfg, name="attention")
         y, keys, values = attention(
             y, keys, values, start, mask, rotary, deltas.get("attention", {})
         )
-        x = x + (RMSNorm(cfg, name="post_attention_norm")(y) if cfg.post_norms else y)
-        y = MLP(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x), deltas.get("mlp", {}))
-        x = x + (RMSNorm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
+        x = x + _residual(cfg, "post_attention_norm", y)
+        y = RMSNorm(cfg, name="mlp_norm")(x) if cfg.pre_norms else x
+        y = MLP(cfg, name="mlp")(y, deltas.get("mlp", {}))
+        x = x + _residual(cfg, "post_mlp_norm", y)
         return x, keys, values
 
 
@@ -287,16 +304,18 @@ class Transformer(nn.Module):
         if layout is None:
             layout = behind_committed(cache, x.shape[1], bidirectional, visible or cache.slots)
         # Equal windows and equal rotary settings share one mask and one table.
-        windows = {w: _in_window(layout, w) for w in set(self._windows())}
-        rotary = {
+        layers = range(cfg.num_layers)
+        windows = {w: _in_window(layout, w) for w in dict.fromkeys(map(cfg.window, layers))}
+        rotary: dict[RopeConfig | None, tuple[jax.Array, jax.Array]] = {
             rope: rotary_table(rope, cfg.head_dim, layout.positions, cache.prompt_length)
-            for rope in {self._rope(i) for i in range(cfg.num_layers)}
+            for rope in dict.fromkeys(map(cfg.layer_rope, layers))
+            if rope is not None
         }
         deltas = {} if draft is None else draft.deltas
         bridges = {} if draft is None else draft.bridges
         block = nn.remat(Block) if remat else Block
         keys, values = list(cache.keys), list(cache.values)
-        for i in range(cfg.num_layers):
+        for i in layers:
             if skip is not None and skip[i]:
                 continue
             name = f"layers_{i}"
@@ -304,7 +323,7 @@ class Transformer(nn.Module):
                 x = _bridge(x, bridges.get(name), cfg.norm_eps)
             x, keys[i], values[i] = block(cfg, name=name)(
                 *(x, keys[i], values[i], layout.start),
-                *(windows[cfg.window(i)], rotary[self._rope(i)], deltas.get(name, {})),
+                *(windows[cfg.window(i)], rotary.get(cfg.layer_rope(i)), deltas.get(name, {})),
             )
         cache = cache.replace(keys=tuple(keys), values=tuple(values))
         if not compute_logits:
@@ -317,17 +336,11 @@ class Transformer(nn.Module):
             logits = project(x, embedding, jnp.float32, transposed=True)
         else:
             logits = project(x, Head(cfg, name="lm_head")(), jnp.float32)
+        if cfg.logit_divisor != 1.0:
+            logits = logits / cfg.logit_divisor
         if cfg.logit_softcap is not None:
             logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
         return logits, cache
-
-    def _windows(self) -> list[int | None]:
-        return [self.config.window(i) for i in range(self.config.num_layers)]
-
-    def _rope(self, layer: int) -> Any:
-        cfg = self.config
-        local = cfg.local_rope is not None and cfg.window(layer) is not None
-        return cfg.local_rope if local else cfg.rope
 
 
 class Embedding(nn.Module):

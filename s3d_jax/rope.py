@@ -9,15 +9,25 @@ import numpy as np
 from s3d_jax.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [R/2], R = head_dim · rotary_fraction.
 
-    For "dynamic" these are the unscaled frequencies; the growth with the sequence is in
-    `rotary_table`.
+    Steps and roundings are those of HF, because 100,000 positions on, the last bit of a frequency
+    is 0.01 radians. The power is rounded correctly, which torch's is but for a pair here and there.
+
+    Args:
+        rope: the settings. For "dynamic" these are the unscaled frequencies; the growth with the
+            sequence is in `rotary_table`.
+        head_dim: H.
+        long: for "longrope", those of sequences past `original_max_position_embeddings`.
     """
     rotary_dim = int(head_dim * rope.rotary_fraction)
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    wavelengths = (np.float64(rope.theta) ** exponents.astype(np.float64)).astype(np.float32)
+    if rope.type == "longrope":
+        factors = rope.long_factors if long else rope.short_factors
+        wavelengths *= np.asarray(factors, np.float32)
+    frequencies = np.float32(1.0) / wavelengths
     if rope.type == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.type == "llama3":
@@ -26,11 +36,30 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         # is interpolated.
         original = rope.original_max_position_embeddings
         assert original is not None  # RopeConfig checks it
-        turns = original * frequencies / np.float32(2 * math.pi)
-        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0).astype(np.float32)
-        return (1 - smooth) * (frequencies / np.float32(rope.factor)) + smooth * frequencies
+        low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
+        turns = np.float32(original) / (np.float32(2 * math.pi) / frequencies)
+        smooth = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
+        return (1 - smooth) * frequencies / np.float32(rope.factor) + smooth * frequencies
+    if rope.type == "yarn":
+        ramp = _yarn_ramp(rope, rotary_dim)
+        stretched = np.float32(1.0) / (np.float32(rope.factor) * wavelengths)
+        return stretched * ramp + frequencies * (1 - ramp)
     return frequencies
+
+
+def _yarn_ramp(rope: RopeConfig, rotary_dim: int) -> np.ndarray:
+    """How much of each pair's frequency is stretched, float32 [R/2] from 0 to 1."""
+    original = rope.original_max_position_embeddings
+    assert original is not None  # RopeConfig checks it
+    # The pairs, as real numbers, that make so many turns within the original context.
+    fast, slow = (
+        rotary_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
+    )
+    first, last = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
+    width = max(last - first, 0.001)  # one pair: a step
+    ramp = (np.arange(rotary_dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(width)
+    return np.clip(ramp, np.float32(0), np.float32(1))
 
 
 def rotary_table(
@@ -42,27 +71,37 @@ def rotary_table(
         rope: the settings.
         head_dim: H.
         positions: int [B, T], counted from 0.
-        prompt_length: int [B], tokens in each row's prompt. Only "dynamic" looks at it: there the
+        prompt_length: int [B], tokens in each row's prompt. Two types look at it. In "dynamic" the
             base depends on the length of the sequence, and a key keeps the rotation of the moment
             it was computed. A prompt is rotated for its whole length, a generated token at p for
             p + 1, which is what token-by-token decoding does; so a block of several tokens gives
-            the same keys.
+            the same keys. In "longrope" a row whose prompt is past the original length takes the
+            long factors, any other the short ones.
 
     Returns:
         (cos, sin), each float32 [B, T, R/2].
     """
     frequencies: jax.Array | np.ndarray = inverse_frequencies(rope, head_dim)
+    original = rope.original_max_position_embeddings
     if rope.type == "dynamic":
-        rotary_dim = 2 * frequencies.shape[0]
-        original = rope.original_max_position_embeddings
         assert original is not None  # RopeConfig checks it
+        rotary_dim = 2 * frequencies.shape[0]
         length = jnp.maximum(jnp.maximum(positions + 1, prompt_length[:, None]), original)
         growth = rope.factor * length.astype(jnp.float32) / original - (rope.factor - 1)
         base = rope.theta * growth ** (rotary_dim / (rotary_dim - 2))
         exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
         frequencies = 1.0 / base[..., None] ** exponents
+    if rope.type == "longrope":
+        assert original is not None  # RopeConfig checks it
+        is_long = (prompt_length > original)[:, None, None]
+        frequencies = jnp.where(
+            is_long, inverse_frequencies(rope, head_dim, long=True), frequencies
+        )
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.attention_factor != 1.0:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    return cos, sin
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

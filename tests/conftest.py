@@ -2,6 +2,8 @@
 
 import importlib
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,24 @@ def data_dir() -> Path:
     if not (path / "checkpoints").is_dir():
         _missing(f"no test data at {path}: set S3D_TEST_DATA to the folder with checkpoints/")
     return path
+
+
+@pytest.fixture
+def hf_silent(caplog) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which transformers must not warn."""
+
+    @contextmanager
+    def silent() -> Iterator[None]:
+        transformers = need("transformers")
+        caplog.clear()
+        transformers.logging.enable_propagation()
+        transformers.utils.logging.warning_once.cache_clear()
+        with caplog.at_level("WARNING"):
+            yield
+        transformers.logging.disable_propagation()
+        assert [record.message for record in caplog.records] == []
+
+    return silent
 
 
 def need(module: str) -> Any:

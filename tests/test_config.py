@@ -10,6 +10,13 @@ from s3d_jax.config import DraftConfig, ModelConfig, RopeConfig, SamplingConfig,
 from s3d_jax.errors import ConfigError
 from tests.tiny import tiny_config
 
+LONGROPE = RopeConfig(
+    "longrope",
+    short_factors=(1.0, 2.0),
+    long_factors=(1.0, 2.0, 3.0),
+    original_max_position_embeddings=8,
+)
+
 
 @pytest.mark.parametrize(
     "change, message",
@@ -30,6 +37,16 @@ from tests.tiny import tiny_config
         ({"logit_softcap": -1}, "logit_softcap"),
         ({"attention_softcap": float("inf")}, "attention_softcap"),
         ({"attention_scale": float("nan")}, "attention_scale"),
+        ({"attention_scale": 0}, "attention_scale"),
+        ({"residual_scale": 0}, "residual_scale"),
+        ({"logit_divisor": "x"}, "logit_divisor"),
+        ({"pre_norms": False}, "pre_norms and post_norms are both False"),
+        ({"qk_norm_joint": True}, "qk_norm_joint is True, and qk_norm is False"),
+        ({"rope_layers": (True,)}, "rope_layers has 1 entries, the model 4 layers"),
+        ({"rope_layers": (True, 1, True, False)}, "rope_layers entries must be True or False"),
+        ({"rope_layers": True}, "rope_layers must be a list"),
+        ({"rope": LONGROPE}, "rope has 2 short_factors and 3 long_factors; .* needs 5 of each"),
+        ({"rope": RopeConfig(short_factors=(1.0,))}, "no other type has any"),
         ({"embedding_scale": "x"}, "embedding_scale"),
         ({"norm_offset": None}, "norm_offset"),
         ({"rope": {"type": "default"}}, "rope must be a RopeConfig"),
@@ -46,10 +63,20 @@ def test_model_config_refuses(change, message):
     [
         ({"type": "ntk"}, "'ntk'"),
         ({"theta": 0}, "theta"),
+        ({"theta": 1}, "theta must be > 1"),
         ({"type": "linear", "factor": -1}, "factor"),
         ({"rotary_fraction": 1.5}, "rotary_fraction"),
         ({"rotary_fraction": "x"}, "rotary_fraction"),
         ({"low_freq_factor": None}, "low_freq_factor"),
+        ({"attention_factor": 0}, "attention_factor"),
+        ({"type": "yarn", "factor": 2.0}, "original_max_position_embeddings"),
+        (
+            {"type": "yarn", "original_max_position_embeddings": 8, "beta_slow": 32.0},
+            "beta_slow < beta_fast",
+        ),
+        ({"type": "longrope"}, "original_max_position_embeddings"),
+        ({"short_factors": 2.0}, "short_factors must be a list"),
+        ({"long_factors": (1.0, -1.0)}, "long_factors must be a list"),
         ({"original_max_position_embeddings": 0.5}, "original_max_position_embeddings"),
         ({"type": "dynamic", "factor": 2.0}, "original_max_position_embeddings"),
         (
@@ -124,7 +151,11 @@ def test_sampling_config_refuses(field, value):
 
 def test_json_round_trip():
     config = tiny_config(
-        rope=RopeConfig("linear", factor=2.0), sliding_window=(3, None, 3, None), qk_norm=True
+        rope=LONGROPE.replace(short_factors=[1.0] * 5, long_factors=[2.0] * 5),
+        local_rope=RopeConfig("linear", factor=2.0),
+        sliding_window=(3, None, 3, None),
+        rope_layers=(True, False, True, True),
+        qk_norm=True,
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     draft = DraftConfig((False, True, False), gamma=3)

@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from convert.families import llama
+from convert.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from convert.families.common import Family, Part, Table, native_shape, pieces
 from s3d_jax.config import ModelConfig
 from s3d_jax.errors import ConfigError
@@ -19,48 +31,55 @@ __all__ = [
     "pieces",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.FAMILY,)}
+FAMILIES: dict[str, Family] = {  # exports take the first that can express the model
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        *(llama, mistral, phi3, qwen2, qwen3),
+        *(gemma, gemma2, gemma3, olmo2, granite, smollm3),
+    )
+}
 
 
 def family_of(fields: Mapping[str, Any]) -> Family:
     """The family of a HF config.json.
 
     Raises:
-        ConfigError: its model_type is missing or not supported.
+        ConfigError: its model_type is missing or not supported, or it is a mixture of experts.
     """
     model_type = fields.get("model_type")
     supported = ", ".join(sorted(FAMILIES))
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
     if model_type is None:
         raise ConfigError(f"config.json has no model_type; supported are: {supported}")
-    experts = sorted(name for name in fields if "expert" in name)
-    hint = f". It is a mixture of experts ({', '.join(experts)}), which is not supported" * bool(
-        experts
-    )
-    raise ConfigError(
-        f"model_type {model_type!r:.80} is not supported; supported are: {supported}{hint}"
-    )
+    experts = sorted(name for name, value in fields.items() if "expert" in name and value)
+    if experts or "moe" in str(model_type):
+        listed = f" ({', '.join(experts)})" if experts else ""
+        raise ConfigError(
+            f"model_type {model_type!r:.80} is a mixture of experts{listed}, which is not "
+            f"supported; supported are the dense models {supported}"
+        )
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r:.80} is not supported; supported are: {supported}"
+        )
+    return FAMILIES[model_type]
 
 
-def family_for_export(config: ModelConfig, preferred: str | None = None) -> Family:
-    """A family that can express the model, and that reads back what it writes.
-
-    Args:
-        config: the native model.
-        preferred: model_type to try first, that of the source.
+def family_for_export(config: ModelConfig) -> Family:
+    """The first family that can express the model: that reads back what it writes.
 
     Raises:
-        ConfigError: no family can; names what gets lost in the preferred one.
+        ConfigError: no family can; names what gets lost in the nearest one.
     """
-    order = sorted(FAMILIES, key=lambda name: name != preferred)
     lost = {}
-    for name in order:
-        family = FAMILIES[name]
-        back = family.config(family.write(config)).replace(dtype=config.dtype)
+    for name, family in FAMILIES.items():
+        try:
+            back = family.config(family.write(config)).replace(dtype=config.dtype)
+        except ConfigError:  # a value that the family refuses
+            continue
         if back == config:
             return family
         wanted, got = config.to_dict(), back.to_dict()
-        lost[name] = ", ".join(sorted(key for key in wanted if wanted[key] != got[key]))
-    reasons = "; ".join(f"{name} cannot express {fields}" for name, fields in lost.items())
-    raise ConfigError(f"no HF model family can express this model: {reasons}")
+        lost[name] = sorted(key for key in wanted if wanted[key] != got[key])
+    nearest = min(lost, key=lambda name: len(lost[name]), default=None)
+    reason = f"{nearest} cannot express {', '.join(lost[nearest])}" if nearest else "all refuse it"
+    raise ConfigError(f"no HF model family can express this model: {reason}")

@@ -213,8 +213,8 @@ def test_harmless_extras_are_let_through(tmp_path):
         ({"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5}, "no multiple"),
         ({"eos_token_id": [2, 37]}, "eos_token_id 37 is no token of the vocabulary"),
         ({"model_type": None}, "no model_type"),
-        ({"model_type": "mamba"}, "'mamba' is not supported; supported are: llama"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; supported are: gemma, gemma2"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
     ],
 )
 def test_settings_that_are_wrong_or_unknown(tmp_path, change, message):
@@ -230,43 +230,6 @@ def test_full_dumps_of_a_config_are_read():
     assert family.config(FIELDS | off) == family.config(FIELDS)
     with pytest.raises(ConfigError, match="is_decoder = True"):
         family.config(FIELDS | {"is_decoder": True})
-
-
-def test_both_spellings_of_rope_are_the_same():
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling["original_max_position_embeddings"] = 64
-    old = FIELDS | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **scaling}}
-    new = {k: v for k, v in FIELDS.items() if k != "rope_theta"}
-    new["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 5e5, **scaling}
-    family = family_of(FIELDS)
-    assert family.config(old) == family.config(new)
-    assert family.config(old).rope.factor == 8.0
-
-
-PARAMETERS = {
-    "Llama-2-7b-chat-hf": 6_738_415_616,
-    "Meta-Llama-3-8B-Instruct": 8_030_261_248,
-    "Llama-3.2-1B": 1_235_814_400,
-    "mlc_Llama-2-13b": 13_015_864_320,
-    "mlc_TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
-    "mlc_SmolLM-135M": 134_515_008,
-}
-
-
-def test_real_configs(data_dir):
-    """Llamas are read as what they are, other families are refused by name."""
-    counts, refused = {}, set()
-    for path in sorted((data_dir / "configs").glob("*.config.json")):
-        fields = json.loads(path.read_text())
-        if fields["model_type"] == "llama":
-            config = family_of(fields).config(fields)
-            counts[path.name.removesuffix(".config.json")] = model.num_params(config)
-        else:
-            with pytest.raises(ConfigError, match=f"'{fields['model_type']}' is not supported"):
-                family_of(fields)
-            refused.add(fields["model_type"])
-    assert counts == PARAMETERS
-    assert {"phi3", "qwen2", "qwen3", "mistral", "gemma"} <= refused
 
 
 # --- what comes along -----------------------------------------------------------------------------
@@ -418,7 +381,7 @@ def test_a_model_of_our_own_can_be_exported(tmp_path):
 def test_what_no_family_can_express_is_refused(tmp_path):
     config = tiny_config(qk_norm=True, logit_softcap=3.0)
     checkpoint.save(tmp_path / "native", config, tiny_params(config))
-    with pytest.raises(ConfigError, match="llama cannot express logit_softcap, qk_norm"):
+    with pytest.raises(ConfigError, match="qwen3 cannot express logit_softcap"):
         convert.export(tmp_path / "native", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

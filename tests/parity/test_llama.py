@@ -17,17 +17,8 @@ transformers = need("transformers")
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {
     "default": DEFAULT,
-    "theta": {"rope_type": "default", "rope_theta": 500000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
-    },
 }
 SHAPES = {
     "gqa": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=14),

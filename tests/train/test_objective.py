@@ -59,9 +59,14 @@ def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
         {},
         dict(sliding_window=(3, None, 3, None), local_rope=RopeConfig(theta=500.0)),
         dict(qk_norm=True, post_norms=True, norm_offset=1.0, embedding_scale=4.9, qkv_bias=True),
-        dict(rope=RopeConfig("llama3", factor=4.0, original_max_position_embeddings=16)),
+        dict(
+            rope=RopeConfig("llama3", factor=4.0, original_max_position_embeddings=16),
+            rope_layers=(True, False, False, True),
+            residual_scale=0.7,
+            logit_divisor=2.0,
+        ),
     ],
-    ids=["llama", "windows", "gemma", "llama3"],
+    ids=["llama", "windows", "gemma", "llama3 and granite"],
 )
 def test_training_sees_what_decoding_sees(block_attention, changes):
     config = tiny_config(**changes)

@@ -1,0 +1,168 @@
+"""Strict reading of a HF config.json: what no family understands is an error."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from s3d_jax.errors import ConfigError
+
+# Defaults of HF's generate that old checkpoints keep in config.json. They do not touch the model.
+GENERATION_FIELDS = frozenset(
+    (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+        *("forced_bos_token_id", "forced_eos_token_id", "sep_token_id", "suppress_tokens"),
+        *("begin_suppress_tokens", "bad_words_ids", "do_sample", "temperature", "top_k", "top_p"),
+        *("typical_p", "repetition_penalty", "encoder_no_repeat_ngram_size", "length_penalty"),
+        *("no_repeat_ngram_size", "diversity_penalty", "num_beams", "num_beam_groups"),
+        *("num_return_sequences", "early_stopping", "max_length", "min_length", "output_scores"),
+        *("remove_invalid_values", "exponential_decay_length_penalty", "return_dict_in_generate"),
+    )
+)
+
+# Fields on training, files, other tools or outputs, never on what the forward pass computes.
+# pretraining_tp is among them: it only split the products of old implementations.
+_HARMLESS_FIELDS = GENERATION_FIELDS | frozenset(
+    (
+        *("model_type", "torch_dtype", "dtype", "transformers_version", "auto_map"),
+        *("_name_or_path", "use_cache", "initializer_range", "pretraining_tp", "tokenizer_class"),
+        *("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"),
+        "attn_implementation",
+        *("_attn_implementation", "_attn_implementation_autoset", "output_attentions"),
+        *("output_hidden_states", "use_return_dict", "return_dict", "torchscript", "use_bfloat16"),
+        *("chunk_size_feed_forward", "problem_type", "id2label", "label2id", "finetuning_task"),
+        *("task_specific_params", "prefix", "unsloth_version", "unsloth_fixed"),
+        *("is_llama_config", "transformers.js_config", "cache_implementation"),
+        # Settings of MLC's runtime in its presets.
+        *("context_window_size", "prefill_chunk_size", "tensor_parallel_shards"),
+        "attention_sink_size",
+    )
+)
+
+# Switches of HF's that change the computation, or not where they are off, as full dumps have them.
+_HARMLESS_IF_OFF = frozenset(
+    (
+        *("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"),
+        *("pruned_heads", "tf_legacy_loss", "use_mrope"),
+    )
+)
+
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 4096  # so that a damaged config cannot ask for endless tables
+
+
+class Fields:
+    """The fields of a HF config.json, each to be taken by the family that understands it.
+
+    What nobody has taken, and is not known to be harmless, is an error in `finish`: it may change
+    what the model computes. A field that is null counts as absent, as in HF.
+
+    Args:
+        fields: the JSON object.
+        defaults: values of fields that are left out. One that is null does not take its default.
+        where: the object's name for messages.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        defaults: Mapping[str, Any] = {},
+        where: str = "config.json",
+    ) -> None:
+        merged = {**defaults, **fields}
+        self._fields = {key: value for key, value in merged.items() if value is not None}
+        self._where = where
+
+    def inside(self, name: str, fields: Mapping[str, Any]) -> "Fields":
+        """The fields of the nested object `name`."""
+        return Fields(fields, where=f"{self._where}: {name}")
+
+    def error(self, message: str) -> ConfigError:
+        return ConfigError(f"{self._where}: {message}")
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The field of any type, or `default`."""
+        return self._fields.pop(name, default)
+
+    def agreed(self, *places: "tuple[Fields, str]") -> Any:
+        """The value of a field that has several places; None if it is in none of them."""
+        values = [value for owner, name in places if (value := owner.take(name)) is not None]
+        if any(value != values[0] for value in values):
+            names = " and ".join(dict.fromkeys(name for _, name in places))
+            raise self.error(f"{names} is given twice, with different values {values!r:.80}")
+        return values[0] if values else None
+
+    def size(
+        self, name: str, default: int | None = None, *, least: int = 1, limit: int = _MAX_SIZE
+    ) -> int:
+        """An integer within bounds."""
+        value = self.take(name, default)
+        if value is None:
+            raise self.error(f"{name} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
+            message = f"{name} must be an integer from {least} to {limit}, got {value!r:.80}"
+            raise self.error(message)
+        return value
+
+    def optional_size(self, name: str) -> int | None:
+        """A positive integer, or None where there is none."""
+        return self.size(name) if name in self._fields else None
+
+    def layers(self, name: str) -> int:
+        return self.size(name, limit=_MAX_LAYERS)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.take(name, default)
+        if value is None:
+            raise self.error(f"{name} is missing")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value <= 0:
+            raise self.error(f"{name} must be a number above 0, got {value!r:.80}")
+        return value
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number above 0, or None where there is none."""
+        return self.number(name) if name in self._fields else None
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0."""
+        values = self.take(name, ())
+        if not isinstance(values, (list, tuple)):
+            raise self.error(f"{name} must be a list of numbers, got {values!r:.80}")
+        return tuple(Fields({name: v}, where=self._where).number(name) for v in values)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{name} must be true or false, got {value!r:.80}")
+        return value
+
+    def require(self, name: str, value: Any) -> None:
+        """A field that, if there, must have the one value that is implemented."""
+        found = self.take(name, value)
+        if found != value or type(found) is not type(value):
+            raise self.error(f"{name} is {found!r:.80}, and only {value!r} is supported")
+
+    def choice(self, name: str, choices: Mapping[str, str], default: str | None = None) -> str:
+        value = self.take(name, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.error(f"{name} is {value!r:.80}, and supported are {sorted(choices)}")
+        return choices[value]
+
+    def object(self, name: str) -> dict[str, Any]:
+        """A nested object, or an empty one."""
+        value = self.take(name, {})
+        if not isinstance(value, dict):
+            raise self.error(f"{name} must be an object, got {value!r:.80}")
+        return value
+
+    def finish(self, harmless: Iterable[str] = _HARMLESS_FIELDS) -> None:
+        """Raises ConfigError if fields are left that nobody understood."""
+        off = {name for name in _HARMLESS_IF_OFF & self._fields.keys() if not self._fields[name]}
+        unknown = sorted(self._fields.keys() - set(harmless) - off)
+        if unknown:
+            listed = ", ".join(f"{name} = {self._fields[name]!r:.60}" for name in unknown)
+            raise self.error(
+                f"fields that are not understood and may change what the model computes: {listed}. "
+                "If you know that they do not, remove them from a copy of config.json"
+            )

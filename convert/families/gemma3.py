@@ -1,0 +1,71 @@
+"""Gemma 3, text only: query and key norms, five local layers to each global one, two rope bases."""
+
+from typing import Any
+
+from convert.families.common import QK_NORMS, Family, take_window, take_windows
+from convert.families.fields import Fields
+from convert.families.gemma import DEFAULTS
+from convert.families.gemma2 import SANDWICH, sandwich_fields, write_sandwich
+from convert.families.rope import DEFAULT_THETA, read_rope, rope_scaling, take_rope
+from s3d_jax.config import ModelConfig, RopeConfig
+
+_GLOBAL_THETA = 1e6
+
+
+def _take_ropes(fields: Fields, max_position_embeddings: int) -> tuple[RopeConfig, RopeConfig]:
+    """Rotary settings of the global and of the local layers."""
+    if not (parameters := fields.object("rope_parameters")):
+        local = RopeConfig(theta=fields.number("rope_local_base_freq", DEFAULT_THETA))
+        return take_rope(fields, max_position_embeddings, theta=_GLOBAL_THETA), local
+    kinds = fields.inside("rope_parameters", parameters)
+    ropes = []
+    for kind, theta in (("full_attention", _GLOBAL_THETA), ("sliding_attention", DEFAULT_THETA)):
+        rope = kinds.inside(kind, kinds.object(kind))
+        settings = {"theta": rope.number("rope_theta", theta)}
+        original = rope.take("original_max_position_embeddings")
+        ropes.append(read_rope(rope, settings, original, max_position_embeddings))
+    kinds.finish(harmless=())
+    return ropes[0], ropes[1]
+
+
+def _read(fields: Fields) -> ModelConfig:
+    gemma = sandwich_fields(fields)
+    period = fields.size("sliding_window_pattern", 6)
+    fields.take("_sliding_window_pattern")  # HF's note to itself, beside layer_types
+    is_sliding = [(i + 1) % period != 0 for i in range(gemma["num_layers"])]
+    windows = take_windows(fields, take_window(fields), is_sliding)
+    rope, local = _take_ropes(fields, gemma["max_position_embeddings"])
+    return ModelConfig(
+        **gemma,
+        qk_norm=True,
+        rope=rope,
+        sliding_window=windows,
+        local_rope=None if windows is None or local == rope else local,
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    ropes = {"full_attention": config.rope, "sliding_attention": config.local_rope or config.rope}
+    return {
+        **write_sandwich(config),
+        "rope_parameters": {
+            kind: {"rope_theta": rope.theta, **(rope_scaling(rope) or {"rope_type": "default"})}
+            for kind, rope in ropes.items()
+        },
+    }
+
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    read=_read,
+    write=_write,
+    layer=SANDWICH | QK_NORMS,
+    defaults=DEFAULTS
+    | {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
+)

@@ -1,0 +1,49 @@
+"""OLMo 2: norms after attention and MLP only, and over all query and key heads together."""
+
+from typing import Any
+
+from convert.families.common import LAYER, QK_NORMS, Family, decoder_fields, write_decoder
+from convert.families.fields import Fields
+from convert.families.rope import rope_fields, take_rope
+from s3d_jax.config import ModelConfig
+
+_LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+_LAYER = {
+    **{module: LAYER[module] for module in _LINEAR},
+    **QK_NORMS,
+    "post_attention_norm": ["post_attention_layernorm"],
+    "post_mlp_norm": ["post_feedforward_layernorm"],
+}
+
+
+def _read(fields: Fields) -> ModelConfig:
+    decoder = decoder_fields(fields)
+    bias = fields.flag("attention_bias", False)
+    return ModelConfig(
+        **decoder,
+        rope=take_rope(fields, decoder["max_position_embeddings"]),
+        qkv_bias=bias,
+        attention_out_bias=bias,
+        qk_norm=True,
+        qk_norm_joint=True,
+        pre_norms=False,
+        post_norms=True,
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **write_decoder(config),
+        **rope_fields(config),
+        "attention_bias": config.qkv_bias,
+    }
+
+
+FAMILY = Family(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    read=_read,
+    write=_write,
+    layer=_LAYER,
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+)

@@ -1,0 +1,211 @@
+"""Every family against HF transformers: weights, logits and greedy tokens, there and back.
+
+The models are tiny and random, with everything switched on that the family has, in odd sizes and
+with more than one layer of each kind. Float32 throughout.
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import convert
+import s3d_jax
+from convert import to_hf
+from convert.families import FAMILIES
+from s3d_jax.model import forward_logits
+from tests.conftest import need
+
+torch = need("torch")
+transformers = need("transformers")
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=60,
+    intermediate_size=88,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+MIXED = [LOCAL, GLOBAL, LOCAL, GLOBAL]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "beta_fast": 12.0,
+    "original_max_position_embeddings": 256,
+}
+LONGROPE = {  # of the 4 pairs of 8 rotated entries
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.2, 2.5, 4.0, 9.0],
+    "original_max_position_embeddings": 40,  # between both prompts: a text grows past it
+}
+GEMMA = dict(num_attention_heads=4, head_dim=22, query_pre_attn_scalar=19, attention_bias=True)
+
+STD = {"embed": 0.1, "lm_head": 0.15}  # of weights; larger inside, or they repeat one token
+POST_NORMS = ("Gemma2", "Gemma3Text", "Olmo2")
+MODELS = {
+    "llama": ("Llama", dict(head_dim=14, rope_parameters=LLAMA3, attention_bias=True)),
+    "mistral": ("Mistral", dict(head_dim=14, sliding_window=21)),
+    "phi3": ("Phi3", dict(sliding_window=250)),
+    "phi4": (
+        "Phi3",
+        dict(
+            rope_parameters=LONGROPE | {"partial_rotary_factor": 0.8},
+            original_max_position_embeddings=40,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=21, max_window_layers=2)),
+    "qwen3": (
+        "Qwen3",
+        dict(
+            head_dim=14,
+            use_sliding_window=True,
+            sliding_window=21,
+            max_window_layers=2,
+            rope_parameters=YARN,
+        ),
+    ),
+    "gemma": ("Gemma", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=22)),
+    "gemma2": (
+        "Gemma2",
+        dict(
+            **GEMMA,
+            sliding_window=21,
+            attn_logit_softcapping=2.5,
+            final_logit_softcapping=9.0,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(
+            **GEMMA,
+            sliding_window=21,
+            layer_types=MIXED,
+            rope_parameters={
+                GLOBAL: {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+                LOCAL: {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+    ),
+    "olmo2": ("Olmo2", dict(attention_bias=True)),
+    "granite": (
+        "Granite",
+        dict(
+            embedding_multiplier=3.5,
+            attention_multiplier=0.21,
+            residual_multiplier=0.72,
+            logits_scaling=2.5,
+            mlp_bias=True,
+        ),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        dict(no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=21),
+    ),
+}
+
+
+def hf_model(name: str):
+    kind, features = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | features))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    offset = 1.0 if kind.startswith("Gemma") else 0.0  # what is added to the scales of norms
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias") or parameter.ndim == 2:
+            std = next((std for part, std in STD.items() if part in key), 0.22)
+            parameter.data.normal_(0, std)
+            continue
+        # A norm behind attention would make of the mean of a long context, which hardly changes,
+        # what counts most, and all models would repeat one token.
+        post = {"post_attention": 0.3, "post_feedforward": 2.0} if kind in POST_NORMS else {}
+        scale = next((x for part, x in post.items() if part in key), 1.0)
+        parameter.data.uniform_(0.5 * scale - offset, 1.5 * scale - offset)
+    return model.eval()
+
+
+def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def hf_greedy(model, prompt: np.ndarray, new_tokens: int) -> list[int]:
+    ids = torch.tensor(prompt)[None]
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
+    with torch.inference_mode():
+        return model.generate(ids, max_new_tokens=new_tokens, **options)[0, len(prompt) :].tolist()
+
+
+def loaded_export(native: Path, out: Path, hf_silent):
+    """Our export as transformers loads it, which must have nothing to complain of."""
+    convert.export(native, out, progress=False)
+    with hf_silent():
+        model = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_family(name, tmp_path, hf_silent, monkeypatch):
+    model = hf_model(name)
+    model.save_pretrained(tmp_path / "hf")
+    convert.convert(tmp_path / "hf", tmp_path / "native", parity=False, progress=False)
+    lm = s3d_jax.load(tmp_path / "native")
+
+    tokens = np.random.default_rng(0).integers(0, 97, 700)
+    prompts = [tokens[:3], tokens]
+    for prompt in prompts:
+        theirs = hf_logits(model, prompt[None])
+        ours = np.asarray(forward_logits(lm.config, lm.params, jnp.asarray(prompt[None])))
+        assert np.abs(theirs).max() > 1  # or a small difference would say little
+        difference = np.abs(ours - theirs).max()
+        print(name, len(prompt), "max logit", np.abs(theirs).max(), "difference", difference)
+        assert difference <= 2e-4
+
+    expected = [hf_greedy(model, prompt, 64) for prompt in prompts]
+    assert all(len(set(row)) > 1 for row in expected)
+    for options in (
+        dict(method="ar"),
+        # The draft is the model itself, one token of it: some is accepted, some rolled back.
+        dict(method="s3d", gamma=2, skip=[False] * 4),
+    ):
+        results = lm.generate(prompts, max_new_tokens=64, **options)
+        assert [result.tokens for result in results] == expected
+        if options["method"] == "s3d":
+            assert all(2 <= r.stats.tokens_per_iteration < 3 for r in results)
+
+    # Back to HF: with the config that was there, and with one written anew.
+    exported = loaded_export(tmp_path / "native", tmp_path / "back", hf_silent)
+    source, back = (load_file(tmp_path / x / "model.safetensors") for x in ("hf", "back"))
+    assert source.keys() == back.keys()
+    for key, tensor in source.items():
+        assert tensor.dtype == back[key].dtype and tensor.tobytes() == back[key].tobytes(), key
+    family = FAMILIES[model.config.model_type]
+    assert family.config(family.write(lm.config)) == lm.config
+    header = json.loads((tmp_path / "native" / "config.json").read_text())
+    header["source"] = {}
+    (tmp_path / "native" / "config.json").write_text(json.dumps(header))
+    monkeypatch.setattr(to_hf, "family_for_export", lambda config: family)
+    anew = loaded_export(tmp_path / "native", tmp_path / "anew", hf_silent)
+    assert type(anew) is type(exported) is type(model)
+    for again in (exported, anew):
+        np.testing.assert_array_equal(hf_logits(again, tokens[None]), theirs)

@@ -1,0 +1,79 @@
+"""LongRoPE: a text that grows past the original length is rotated anew, all of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s3d_jax.cache import init_cache
+from s3d_jax.config import RopeConfig
+from s3d_jax.model import forward
+from tests.tiny import tiny_lm
+
+TURN = 20
+ROPE = RopeConfig(
+    "longrope",
+    theta=50.0,
+    short_factors=(1.0, 1.1, 1.3, 1.7, 2.0),
+    long_factors=(1.2, 2.5, 4.0, 9.0, 15.0),
+    original_max_position_embeddings=TURN,
+    attention_factor=1.2,
+)
+LENGTHS = (3, TURN - 1, TURN, TURN + 1, 30)
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm(rope=ROPE)
+
+
+@pytest.fixture(scope="module")
+def expected(lm):
+    """Without cache or loop: each token from the whole text before it, rotated for its length."""
+
+    @jax.jit
+    def logits(tokens, length):
+        cache = init_cache(lm.config, 1, 64, length[None])
+        return forward(lm.config, lm.params, tokens[None], cache)[0][0, length - 1]
+
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 31, n).tolist() for n in LENGTHS]
+    outputs = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            row = np.zeros(64, np.int32)
+            row[: len(tokens)] = tokens
+            tokens.append(int(jnp.argmax(logits(row, jnp.int32(len(tokens))))))
+        outputs.append(tokens[len(prompt) :])
+    return prompts, outputs
+
+
+# A draft of the whole model, so that blocks of accepted tokens reach over the turning point.
+DRAFTS = {"ar": {}, "s3d": dict(gamma=3, skip=[False] * 4)}
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+def test_past_the_turning_point(lm, expected, method):
+    prompts, outputs = expected
+    options = dict(max_new_tokens=NEW, method=method, **DRAFTS[method])
+    results = lm.generate(prompts, **options)
+    assert [result.tokens for result in results] == outputs
+    for result in results:
+        stats = result.stats
+        assert result.finish_reason == "length"
+        # One bonus token per iteration, but where a block was cut: at the end, and at the turn.
+        assert stats.accepted + stats.iterations - 2 <= NEW <= stats.accepted + stats.iterations
+
+    # Row 2 has its last token by short factors at once; if that one ends it, it does not go on.
+    stopped = lm.generate(prompts, eos_token_ids=outputs[2][:1], **options)
+    assert stopped[2].tokens == outputs[2][:1] and stopped[2].finish_reason == "stop"
+    for result, output in zip(stopped, outputs, strict=True):
+        assert result.tokens == output[: len(result.tokens)]
+
+
+def test_a_stream_goes_on_past_the_turning_point(lm, expected):
+    prompts, outputs = expected
+    streamed = lm.stream_tokens(prompts[1], max_new_tokens=NEW, **DRAFTS["s3d"])
+    assert sum(streamed, []) == outputs[1]
