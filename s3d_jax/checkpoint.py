@@ -335,6 +335,8 @@ def save_tree(folder: Path, tree: Mapping[str, Any]) -> None:
     try:
         with _orbax_silenced():
             _orbax_checkpointer().save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tree)))
+        # Names the folder it was written in; a native checkpoint is staged, and may be passed on.
+        (folder / "commit_success.txt").unlink(missing_ok=True)
     except ValueError as error:  # what tensorstore makes of an OSError
         if match := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from error

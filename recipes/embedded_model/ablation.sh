@@ -16,7 +16,7 @@ train() {
   [ -f "$place/$name.done" ] || {
     s3d train --model "$place/model" --dtype float32 --run "$place/runs/$name" --name "$name" --overwrite \
       --data "$work/own_stories.jsonl" --data "$work/own_middles.jsonl" --data "$work/own_answers.jsonl" \
-      --valid "$texts/stories_check.jsonl" --valid "$texts/questions_check.jsonl" \
+      --valid "$texts/stories_check.jsonl" --valid "$texts/dialogues_check.jsonl" \
       --valid-prompts 4 --valid-tokens 16 --validate-every 0 --save-every 0 \
       --steps "$steps" --learning-rate 0.003 --batch-size 8 --row-length 256 --anchors 16 \
       --skip 2-6 --gamma 4 "$@"
