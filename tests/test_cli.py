@@ -188,7 +188,6 @@ def test_chat_goes_on_when_the_context_is_full(chatty, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["generate", "x"], "s3d-convert"),
         (["generate", "x", "--model", "nowhere"], "no such folder"),
         (["generate", "", "--model", "NATIVE"], "empty"),
         (["generate", "x" * 300, "--model", "NATIVE"], "larger max_length"),
