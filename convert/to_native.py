@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,10 @@ from s3d_jax.staging import check_apart
 from s3d_jax.tokenizer import has_vocabulary
 
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
+HEAD = "lm_head.weight"  # of no use where the embeddings are tied, but then they must be equal
+_MAX_LINES = 1000  # of a list of faulty tensors
 _BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
+_CACHED = 1 << 18  # elements that are looked through at a time, for the same reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +155,7 @@ def open_origin(source: str | os.PathLike[str], revision: str | None = None) -> 
         folder, name = path, path.resolve().name
     else:
         folder = hub.download(name, revision)
-    fields = hf.read_json(folder / "config.json")
-    if fields.get("format") == FORMAT:
-        raise ConversionError(f"{folder} is a native checkpoint already: load it as it is")
+    fields = read_fields(folder)
     return Origin(
         name=name,
         format="huggingface",
@@ -165,6 +165,18 @@ def open_origin(source: str | os.PathLike[str], revision: str | None = None) -> 
         path=folder,
         tokenizer=folder,
     )
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """HF's config.json.
+
+    Raises:
+        ConversionError: it is missing or damaged, or the folder is a native checkpoint.
+    """
+    fields = hf.read_json(folder / "config.json")
+    if fields.get("format") == FORMAT:
+        raise ConversionError(f"{folder} is a native checkpoint already: load it as it is")
+    return fields
 
 
 def _tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
@@ -221,42 +233,46 @@ def check_tensors(table: Table, family: Family, source: hf.Source) -> None:
     Raises:
         ConversionError: lists every missing, unknown, duplicate, mis-shaped and unreadable one.
     """
-    wanted = {part.name: part.shape for parts in table.values() for part in parts}
-    ignored = re.compile("|".join(family.ignored_tensors) or "(?!)")
-    faults = {n: fault for n, fault in source.faults.items() if not ignored.fullmatch(n)}
-    problems = [f"{name}: {fault}" for name, fault in faults.items()]
-    problems += [f"{n}: missing" for n in wanted if n not in source.tensors and n not in faults]
-    for name, tensor in source.tensors.items():
-        if name in wanted:
-            if tensor.shape != wanted[name]:
-                problems.append(
-                    f"{name}: shape {list(tensor.shape)}, the config asks for {list(wanted[name])}"
-                )
-            if tensor.dtype not in DTYPES:
-                problems.append(
-                    f"{name}: stored as {tensor.dtype}, and supported are {', '.join(DTYPES)}"
-                )
-        elif name == "lm_head.weight":  # the table has none: the embeddings are tied
-            if not _equal(source, name, "model.embed_tokens.weight"):
-                problems.append(
-                    f"{name}: differs from the embeddings, and tie_word_embeddings is true: set it "
-                    "to false in a copy of config.json if the head is one of its own"
-                )
-        elif not ignored.fullmatch(name):
-            problems.append(f"{name}: unknown")
-    if problems:
-        raise ConversionError(
-            f"the weights are not those of the config, which has {len(wanted)} tensors "
-            f"({len(problems)} faults):\n{bullets(problems, limit=len(problems))}"
+    problems = tensor_problems(table, family, source.tensors, source.faults)
+    embeddings = "model.embed_tokens.weight"
+    readable = {HEAD, embeddings} <= source.tensors.keys() - problems.keys()
+    if "lm_head/weight" not in table and readable and not _equal(source, HEAD, embeddings):
+        problems[HEAD] = (
+            "differs from the embeddings, and tie_word_embeddings is true: set it to false in a "
+            "copy of config.json if the head is one of its own"
         )
+    if problems:
+        lines = [f"{name:.200}: {problem}" for name, problem in problems.items()]
+        raise ConversionError(
+            f"the weights are not those of the config, which has {sum(map(len, table.values()))} "
+            f"tensors ({len(lines)} faults): get config.json and weights of one model\n"
+            + bullets(lines, limit=_MAX_LINES)
+        )
+
+
+def tensor_problems(
+    table: Table, family: Family, tensors: Mapping[str, hf.Tensor], faults: Mapping[str, str]
+) -> dict[str, str]:
+    """What can be said without reading them; for each tensor at fault, what is wrong with it."""
+    wanted = {part.name: part.shape for parts in table.values() for part in parts}
+    problems = {name: f for name, f in faults.items() if not family.is_ignored(name)}
+    problems |= {n: "missing" for n in wanted if n not in tensors and n not in faults}
+    for name, tensor in tensors.items():
+        if name in problems or family.is_ignored(name):
+            continue
+        if name not in wanted and name != HEAD:  # the embeddings are tied, or HEAD is wanted
+            problems[name] = "unknown"
+        elif name in wanted and tensor.shape != wanted[name]:
+            problems[name] = f"shape {list(tensor.shape)}, the config asks for {list(wanted[name])}"
+        elif tensor.dtype not in DTYPES:
+            problems[name] = f"stored as {tensor.dtype}, and supported are {', '.join(DTYPES)}"
+    return problems
 
 
 def _equal(source: hf.Source, a: str, b: str) -> bool:
     """Whether two matrices hold the same numbers; some rows are in memory at a time."""
-    first, second = source.tensors[a], source.tensors.get(b)
-    if second is None or first.shape != second.shape or len(first.shape) != 2:
-        return False
-    if not {first.dtype, second.dtype} <= set(DTYPES):
+    first, second = source.tensors[a], source.tensors[b]
+    if first.shape != second.shape:
         return False
     rows, columns = first.shape
     step = max(1, hf.CHUNK // max(1, columns))
@@ -337,14 +353,29 @@ def _write_group(
     for path, parts in table.items():
         array = np.empty(native_shape(parts), hf.DTYPES[dtype])
         for part, piece in pieces(parts, array):
+            tensor = np.empty(part.shape, array.dtype) if part.transposed else piece
+            source.read(part.name, tensor)
+            if not _is_finite(tensor):
+                raise ConversionError(
+                    f"{part.name} in {source.tensors[part.name].file} holds infinities or NaN: "
+                    "it is damaged; get a good copy of the file, and convert again"
+                )
             if part.transposed:
-                tensor = np.empty(part.shape, array.dtype)
-                source.read(part.name, tensor)
                 for start in range(0, len(tensor), _BLOCK):
                     block = slice(start, start + _BLOCK)
                     piece[block] = tensor[block]
-            else:
-                source.read(part.name, piece)
             bar.update(piece.nbytes)
         arrays[path] = array
     writer.write_group(group, unflatten(arrays)[group])
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """By the bits, which takes a fifth of the time of numpy's function for bfloat16."""
+    unsigned = f"u{array.dtype.itemsize}"
+    infinity = np.array(np.inf, array.dtype).view(unsigned)
+    bits = array.reshape(-1).view(unsigned)
+    magnitude = np.array(np.iinfo(unsigned).max >> 1, unsigned)
+    return all(
+        np.max(bits[start : start + _CACHED] & magnitude) < infinity
+        for start in range(0, bits.size, _CACHED)
+    )
