@@ -1,6 +1,7 @@
-"""HF checkpoints to native ones and back: the command `s3d-convert`, and the two functions below.
+"""HF checkpoints to native ones and back: the command `s3d-convert`, and the functions below.
 
     convert.convert("path/to/hf_folder", "models/mine")
+    convert.verify("models/mine", "path/to/hf_folder").agrees
     convert.export("models/mine", "path/to/new_hf_folder")
 
 What they need is imported when they are called, so that `import convert` costs nothing.
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from convert.to_native import Report
+    from convert.verification import Verification
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "verify"]
 
 
 def convert(
@@ -98,3 +100,40 @@ def export(
     from convert.to_hf import export as run
 
     return run(native, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+
+
+def verify(
+    native: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    num_tokens: int = 640,
+    max_kl: float | None = None,
+    revision: str | None = None,
+) -> "Verification":
+    """Compares a native checkpoint with its original, run by HF transformers (needs torch).
+
+    Both get the same random tokens. One model is in memory at a time.
+
+    Args:
+        native: a native checkpoint folder.
+        source: the HF folder or the id on the hub that it was converted from.
+        dtype: of the computation; "bfloat16" and "float16" need half the memory of "float32", and
+            round both models, each in its way.
+        num_tokens: length of the sequence. Short ones do not see a wrong rotary embedding.
+        max_kl: KL divergence, in nats, up to which the two count as the same. None is 1e-6 where
+            weights and computation are exact, and 1e-2 where 16 bits round either.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The differences, and whether the two count as the same.
+
+    Raises:
+        ConversionError: torch is missing, the memory does not suffice, `source` is damaged or
+            cannot be run, or the two are different models.
+        CheckpointError: `native` is damaged.
+        ConfigError: an argument, or a setting of `source`, is wrong or not supported.
+    """
+    from convert.verification import verify as run
+
+    return run(native, source, dtype=dtype, num_tokens=num_tokens, max_kl=max_kl, revision=revision)

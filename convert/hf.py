@@ -147,7 +147,7 @@ def _shards(index: Path, suffix: str, *, complete: bool) -> tuple[list[Path], di
             problems.append(f"{name}: points outside of the folder")
         elif path.suffix != suffix:
             problems.append(f"{name}: no {suffix} file")
-        elif complete and not _is_file(path):
+        elif complete and not is_file(path):
             problems.append(f"{name}: no such file")
         files.append(path)
     if problems:
@@ -158,7 +158,8 @@ def _shards(index: Path, suffix: str, *, complete: bool) -> tuple[list[Path], di
     return files, weight_map
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, whatever the name."""
     try:
         return path.is_file()
     except OSError:  # the name is too long
