@@ -31,10 +31,11 @@ def convert(
 ) -> "Report":
     """Writes a native checkpoint folder from other people's weights.
 
-    Works tensor by tensor: one layer (or the embedding table, or the output head) and a copy of
-    its largest tensor are in memory. Of torch's `.bin` files in the format before torch 1.6, which
-    cannot be mapped, one whole file is in memory beside that. Nothing is written before all names,
-    shapes and settings have been checked, and `out` appears when it is complete or not at all.
+    Works tensor by tensor: two layers (or the embedding table, or the output head; one is read
+    while the other is written) and a copy of the largest tensor are in memory. Of torch's `.bin`
+    files in the format before torch 1.6, which cannot be mapped, one whole file is in memory beside
+    that. Nothing is written before all names, shapes and settings have been checked, and `out`
+    appears when it is complete or not at all.
 
     Where the tokenizer is a SentencePiece model alone (tokenizer.model), and sentencepiece is
     installed, a tokenizer.json is made of it. A tokenizer that cannot be read is no error: the

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from convert import hf
-from convert.families import Part, Table, native_shape
+from convert.families import Part, native_shape
 from convert.outline import UNKNOWN
-from convert.to_native import HEAD, Model, by_group, open_origin, raise_problems, tensor_problems
+from convert.to_native import (
+    HEAD,
+    Model,
+    by_group,
+    max_transposed,
+    open_origin,
+    raise_problems,
+    tensor_problems,
+)
 from s3d_jax.config import ModelConfig
 from s3d_jax.staging import check_apart, check_replaceable, check_space, free_space
 from s3d_jax.tokenizer import tokenizer_files
 
-# Measured (benchmarks/synthetic_phi3.py): python with jax and orbax, and what orbax keeps.
-_LIBRARIES = 350_000_000
-_CAST = 16  # bytes for each of the numbers that are cast at a time
+_LIBRARIES = 200_000_000  # bytes of python with jax and orbax, measured
+_CAST = 16  # bytes for each of the numbers that are cast at a time, measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +115,15 @@ def plan(
 
 
 def _peak_memory(model: Model, tensors: Mapping[str, hf.Tensor]) -> int:
-    """One group of arrays is in memory, and a copy of the largest tensor that is transposed."""
+    """Two groups, one being written, and the place of the largest tensor that is transposed."""
+    largest_group = max(
+        sum(math.prod(native_shape(parts)) for parts in table.values())
+        for table in by_group(model.table).values()
+    )
     itemsize = hf.DTYPES[model.config.dtype].itemsize
-
-    def group_size(table: Table) -> int:
-        copies = [math.prod(p.shape) for parts in table.values() for p in parts if p.transposed]
-        arrays = sum(math.prod(native_shape(parts)) for parts in table.values())
-        return itemsize * (arrays + max(copies, default=0))
-
     is_cast = any(tensor.dtype != model.config.dtype for tensor in tensors.values())
-    largest = max(group_size(table) for table in by_group(model.table).values())
-    return _LIBRARIES + largest + is_cast * _CAST * hf.CHUNK
+    arrays = itemsize * (2 * largest_group + max_transposed(model.table))
+    return _LIBRARIES + arrays + is_cast * _CAST * hf.CHUNK
 
 
 @dataclasses.dataclass(frozen=True)

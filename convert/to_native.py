@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from convert.parity import Parity, measure_parity
 from convert.tokenizer import write_tokenizer
 from s3d_jax.checkpoint import (
     FORMAT,
-    CheckpointWriter,
     bullets,
     checkpoint_writer,
     unflatten,
@@ -367,9 +367,15 @@ def _write(
             disable=None if progress else True,  # None: only on a terminal
             leave=False,
         ) as bar,
+        ThreadPoolExecutor(1) as background,  # writes a group while the next one is read
     ):
+        scratch = np.empty(max_transposed(model.table), hf.DTYPES[model.config.dtype])
+        written = background.submit(lambda: None)
         for group, table in by_group(model.table).items():
-            _write_group(writer, group, table, origin.source, model.config.dtype, bar)
+            tree = _read_group(group, table, origin.source, scratch, bar)
+            written.result()
+            written = background.submit(writer.write_group, group, tree)
+        written.result()
         return write_tokenizer(origin.tokenizer, writer) if origin.tokenizer else ""
 
 
@@ -386,6 +392,11 @@ def _measure(
         return measure_parity(hf_folder, out, model.num_params, model.config.vocab_size)
 
 
+def max_transposed(table: Table) -> int:
+    """Numbers in the largest tensor that is transposed, which needs a place beside its array."""
+    return max(math.prod(p.shape) for parts in table.values() for p in parts if p.transposed)
+
+
 def by_group(table: Table) -> dict[str, Table]:
     """The table by the top-level groups of the parameter tree."""
     groups: dict[str, Table] = {}
@@ -394,20 +405,15 @@ def by_group(table: Table) -> dict[str, Table]:
     return groups
 
 
-def _write_group(
-    writer: CheckpointWriter,
-    group: str,
-    table: Table,
-    source: hf.Source,
-    dtype: str,
-    bar: Any,
-) -> None:
-    """Reads each tensor into its piece of the native array."""
+def _read_group(
+    group: str, table: Table, source: hf.Source, scratch: np.ndarray, bar: Any
+) -> dict[str, Any]:
+    """Reads each tensor into its piece of the native array, by `scratch` if it is transposed."""
     arrays = {}
     for path, parts in table.items():
-        array = np.empty(native_shape(parts), hf.DTYPES[dtype])
+        array = np.empty(native_shape(parts), scratch.dtype)
         for part, piece in pieces(parts, array):
-            tensor = np.empty(part.shape, array.dtype) if part.transposed else piece
+            tensor = scratch[: piece.size].reshape(part.shape) if part.transposed else piece
             source.read(part.name, tensor)
             if not _is_finite(tensor):
                 raise ConversionError(
@@ -420,7 +426,7 @@ def _write_group(
                     piece[block] = tensor[block]
             bar.update(piece.nbytes)
         arrays[path] = array
-    writer.write_group(group, unflatten(arrays)[group])
+    return unflatten(arrays)[group]
 
 
 def _is_finite(array: np.ndarray) -> bool:
