@@ -77,15 +77,15 @@ def child(code: str, *arguments: object) -> dict[str, Any]:
 def write_checkpoint(folder: Path, data: Path, layers: int) -> None:
     """Random weights in the files, and under the names, of the real index."""
     fields = json.loads((data / CONFIG).read_text()) | {"num_hidden_layers": layers}
-    index = json.loads((data / INDEX).read_text())["weight_map"]
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fields))
-    names = {
+    index = json.loads((data / INDEX).read_text())
+    index["weight_map"] = names = {
         name: file
-        for name, file in index.items()
+        for name, file in index["weight_map"].items()
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shapes = Model.of(open_origin(folder, outline=True), None).shapes
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(ml_dtypes.bfloat16)
     for file in sorted(set(names.values())):

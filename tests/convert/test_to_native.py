@@ -74,12 +74,18 @@ def test_biases_and_tied_embeddings(tmp_path):
     np.testing.assert_array_equal(arrays["layers_2/mlp/down/bias"], expected)
 
 
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
-def test_dtype(tmp_path, dtype):
-    tensors = random_tensors(dtype=ml_dtypes.bfloat16)
-    folder = write_folder(tmp_path / "hf", tensors)
+@pytest.mark.parametrize(
+    "stored, dtype",
+    [
+        *((ml_dtypes.bfloat16, dtype) for dtype in (None, "float32", "bfloat16", "float16")),
+        *((np.float32, "bfloat16"), (np.float16, None)),
+    ],
+)
+def test_dtype(tmp_path, stored, dtype):
+    tensors = random_tensors(dtype=stored)
+    folder = write_folder(tmp_path / "hf", tensors, shards=2)
     arrays = convert_folder(folder, tmp_path / "out", dtype=dtype)
-    assert {x.dtype.name for x in arrays.values()} == {dtype or "bfloat16"}
+    assert {x.dtype.name for x in arrays.values()} == {dtype or np.dtype(stored).name}
     expected = tensors["model.embed_tokens.weight"].astype(arrays["embed/embedding"].dtype)
     np.testing.assert_array_equal(arrays["embed/embedding"], expected)
 
