@@ -51,22 +51,25 @@ def outline(model_id: str, revision: str | None = None) -> tuple[Path, dict[str,
         model_id, revision: as for `download`.
 
     Returns:
-        The folder in the cache; and the files that `download` would add, with their bytes.
+        The folder in the cache; and the files that `download` would add, with their bytes. Where
+        the hub cannot be reached, there are none.
 
     Raises:
         ConversionError: as `download`.
     """
     with _explained(model_id, revision):
+        from huggingface_hub.errors import DryRunError
+
         for patterns in (_SAFETENSORS, _TORCH):
-            folder = _fetch(model_id, revision, _indices(patterns))
-            files = _snapshot(model_id, revision, patterns, dry_run=True)
+            indices = tuple(pattern for pattern in patterns if pattern.endswith(".index.json"))
+            folder = _fetch(model_id, revision, indices)
+            try:
+                files = _snapshot(model_id, revision, patterns, dry_run=True)
+            except DryRunError:
+                return folder, {}
             if any(file.filename.endswith((".safetensors", ".bin")) for file in files):
                 break
         return folder, {file.filename: file.file_size for file in files if file.will_download}
-
-
-def _indices(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(pattern for pattern in patterns if pattern.endswith(".index.json"))
 
 
 def _fetch(model_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

@@ -81,6 +81,7 @@ def load(path: Path) -> dict[str, Any]:
             "safetensors"
         ) from error
     try:
+        _check_stored(path)
         options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
         try:
             state = torch.load(path, mmap=True, **options)
@@ -109,6 +110,14 @@ def load(path: Path) -> dict[str, Any]:
                 "one, and convert again"
             )
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _check_stored(path: Path) -> None:
+    """Refuses compressed records, which torch never writes: a few bytes may fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("it is compressed")
 
 
 def _check_sums(path: Path) -> None:

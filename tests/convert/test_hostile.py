@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -490,6 +491,29 @@ def archive(path: Path, pickled: bytes) -> None:
         file.writestr("x/byteorder", "little")
 
 
+def bomb(path: Path) -> None:
+    """A megabyte that becomes 256."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("x/data.pkl", "w") as record,
+    ):
+        for _ in range(16):
+            record.write(bytes(1 << 24))
+
+
+def tarball(path: Path) -> None:
+    """The format of torch's first years."""
+    with tarfile.open(path, "w") as file:
+        file.add(__file__, "pickle")
+
+
+def script(path: Path) -> None:
+    """What torch takes for a TorchScript program."""
+    archive(path, b"}.")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("x/constants.pkl", b"}.")
+
+
 def bin_cases() -> dict[str, tuple[Callable[[Any, dict, Path, Path], Any], str]]:
     """(torch, state, file, victim) -> the damage; and the message."""
 
@@ -542,6 +566,9 @@ def bin_cases() -> dict[str, tuple[Callable[[Any, dict, Path, Path], Any], str]]
         "an empty archive": (
             lambda t, state, file, victim: zipfile.ZipFile(file, "w").close(), "pytorch_model.bin",
         ),
+        "a bomb": (lambda t, state, file, victim: bomb(file), "it is compressed"),
+        "a tarball": (lambda t, state, file, victim: tarball(file), code),
+        "a program": (lambda t, state, file, victim: script(file), code),
         "half": (shortened(0.5), "pytorch_model.bin"),
         "without its end": (shortened(0.99), "pytorch_model.bin"),
         "a bit of the weights flipped": (

@@ -198,6 +198,8 @@ def test_a_second_conversion_needs_no_hub(hub, tmp_path, monkeypatch):
     before = hub.num_requests
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     converted("owner/tiny", tmp_path / "offline")
+    done = command("--dry-run", "owner/tiny", tmp_path / "planned")
+    assert done.returncode == 0 and "to be downloaded" not in done.stdout, done.stderr
     assert hub.num_requests == before
     for name in ("again", "offline"):
         assert_same_model(tmp_path / "first", tmp_path / name)
@@ -236,6 +238,7 @@ def test_outlines_download_no_weights(hub, tmp_path, kind):
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["tensors"]) == len(random_tensors())
         assert all(name.endswith(".json") for name in hub.downloaded)
+        converted("owner/tiny", tmp_path / "native")  # what is in the cache is no obstacle
     assert not (tmp_path / "out").exists()
 
 
