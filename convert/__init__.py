@@ -1,6 +1,7 @@
-"""HF checkpoints to native ones and back: the command `s3d-convert`, and the two functions below.
+"""HF checkpoints to native ones and back: the command `s3d-convert`, and the functions below.
 
     convert.convert("path/to/hf_folder", "models/mine")
+    convert.verify("models/mine", "path/to/hf_folder").agrees
     convert.export("models/mine", "path/to/new_hf_folder")
 
 What they need is imported when they are called, so that `import convert` costs nothing.
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from convert.to_native import Report
+    from convert.verification import Verification
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "verify"]
 
 
 def convert(
@@ -29,10 +31,11 @@ def convert(
 ) -> "Report":
     """Writes a native checkpoint folder from other people's weights.
 
-    Works tensor by tensor: one layer (or the embedding table, or the output head) and a copy of
-    its largest tensor are in memory. Of torch's `.bin` files in the format before torch 1.6, which
-    cannot be mapped, one whole file is in memory beside that. Nothing is written before all names,
-    shapes and settings have been checked, and `out` appears when it is complete or not at all.
+    Works tensor by tensor: two layers (or the embedding table, or the output head; one is read
+    while the other is written) and a copy of the largest tensor are in memory. Of torch's `.bin`
+    files in the format before torch 1.6, which cannot be mapped, one whole file is in memory beside
+    that. Nothing is written before all names, shapes and settings have been checked, and `out`
+    appears when it is complete or not at all.
 
     Where the tokenizer is a SentencePiece model alone (tokenizer.model), and sentencepiece is
     installed, a tokenizer.json is made of it. A tokenizer that cannot be read is no error: the
@@ -98,3 +101,40 @@ def export(
     from convert.to_hf import export as run
 
     return run(native, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+
+
+def verify(
+    native: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    num_tokens: int = 640,
+    max_kl: float | None = None,
+    revision: str | None = None,
+) -> "Verification":
+    """Compares a native checkpoint with its original, run by HF transformers (needs torch).
+
+    Both get the same random tokens. One model is in memory at a time.
+
+    Args:
+        native: a native checkpoint folder.
+        source: the HF folder or the id on the hub that it was converted from.
+        dtype: of the computation; "bfloat16" and "float16" need half the memory of "float32", and
+            round both models, each in its way.
+        num_tokens: length of the sequence. Short ones do not see a wrong rotary embedding.
+        max_kl: KL divergence, in nats, up to which the two count as the same. None is 1e-6 where
+            weights and computation are exact, and 1e-2 where 16 bits round either.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The differences, and whether the two count as the same.
+
+    Raises:
+        ConversionError: torch is missing, the memory does not suffice, `source` is damaged or
+            cannot be run, or the two are different models.
+        CheckpointError: `native` is damaged.
+        ConfigError: an argument, or a setting of `source`, is wrong or not supported.
+    """
+    from convert.verification import verify as run
+
+    return run(native, source, dtype=dtype, num_tokens=num_tokens, max_kl=max_kl, revision=revision)

@@ -1,6 +1,8 @@
 """The command `s3d-convert`, also `python -m convert`."""
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,13 +11,17 @@ from s3d_jax import __version__
 from s3d_jax.errors import S3DError
 
 if TYPE_CHECKING:
+    from convert.plan import Entry, Plan
     from convert.to_native import Report
+    from convert.verification import Verification
 
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
 
-  s3d-convert HF_DIR_OR_ID OUT_DIR       from Hugging Face (or a llama2.c .bin file)
-  s3d-convert export NATIVE_DIR OUT_DIR  back to a Hugging Face folder
+  s3d-convert HF_DIR_OR_ID OUT_DIR         from Hugging Face (or a llama2.c .bin file)
+  s3d-convert inspect HF_DIR_OR_ID         its tensors, and what each becomes
+  s3d-convert verify NATIVE_DIR HF_DIR     how far the two differ
+  s3d-convert export NATIVE_DIR OUT_DIR    back to a Hugging Face folder
 
 Works tensor by tensor, so a model larger than the memory can be converted. OUT_DIR appears when it
 is complete, or not at all."""
@@ -24,6 +30,7 @@ _EPILOG = """\
 examples:
   s3d-convert HuggingFaceTB/SmolLM-135M models/smollm
   s3d-convert ~/Llama-2-7b-chat-hf models/llama2 --dtype bfloat16
+  s3d-convert --dry-run microsoft/Phi-3-mini-4k-instruct models/phi3
   s3d-convert stories260K.bin models/stories --tokenizer path/to/tokenizer_folder
   s3d-convert export models/smollm smollm-hf --max-shard-size 500MB"""
 
@@ -31,22 +38,61 @@ _EXPORT_DESCRIPTION = """\
 Writes a Hugging Face folder (config.json, safetensors, tokenizer) from a native checkpoint. The
 weights are the same bit for bit."""
 
+_EXPORT_EPILOG = """\
+examples:
+  s3d-convert export models/smollm smollm-hf
+  s3d-convert export models/llama2 llama2-hf --max-shard-size 2GB"""
+
+_INSPECT_DESCRIPTION = """\
+Lists the tensors of a model that could be converted: name, dtype, shape, file, and the native array
+that each goes into (with its place there), or why it is not needed. Reads config.json, the index
+and the headers of the files that are there, no weights; of a model on the hub it fetches no more
+than config and index.
+
+Exit code: 0, or 1 if tensors are missing, unknown or of the wrong shape or dtype."""
+
+_INSPECT_EPILOG = """\
+examples:
+  s3d-convert inspect ~/Llama-2-7b-chat-hf
+  s3d-convert inspect microsoft/Phi-3-mini-4k-instruct --json"""
+
+_VERIFY_DESCRIPTION = """\
+Runs a native checkpoint, and its original by HF transformers, over the same random tokens, and
+compares the logits. One model is in memory at a time. Needs torch: pip install 's3d-jax[torch]'.
+
+Exit code: 0 if the KL divergence is within --max-kl, else 1."""
+
+_VERIFY_EPILOG = """\
+examples:
+  s3d-convert verify models/smollm HuggingFaceTB/SmolLM-135M
+  s3d-convert verify models/phi3 ~/Phi-3-mini-4k-instruct --dtype bfloat16 --json"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 done, 2 wrong input, 130 interrupted."""
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 done, 1 what was looked at has faults, 2 wrong input, 130 interrupted.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"export": _export, "inspect": _inspect, "verify": _verify}
     try:
-        return _export(words[1:]) if words[:1] == ["export"] else _convert(words)
+        if words and words[0] in commands:
+            return commands[words[0]](words[1:])
+        return _convert(words)
     except S3DError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 141
 
 
 def _convert(words: list[str]) -> int:
-    parser = _parser("s3d-convert", _DESCRIPTION, epilog=_EPILOG)
+    parser = _parser("s3d-convert", _DESCRIPTION, _EPILOG)
     parser.add_argument("--version", action="version", version=f"s3d_jax {__version__}")
     parser.add_argument(
         "source",
@@ -62,7 +108,13 @@ def _convert(words: list[str]) -> int:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="take the tokenizer from there (default: the source)"
     )
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    _add_revision(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be read and written, and the memory and disk that it takes; writes "
+        "nothing, and needs no more than config.json and the index",
+    )
     parser.add_argument(
         "--no-parity",
         action="store_true",
@@ -70,6 +122,8 @@ def _convert(words: list[str]) -> int:
     )
     _add_common(parser)
     arguments = parser.parse_args(words)
+    if arguments.dry_run:
+        return _dry_run(arguments)
     from convert.to_native import convert
 
     report = convert(
@@ -91,6 +145,153 @@ def _convert(words: list[str]) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from convert.plan import plan
+
+    planned = plan(
+        arguments.source,
+        arguments.out,
+        dtype=arguments.dtype,
+        tokenizer=arguments.tokenizer,
+        revision=arguments.revision,
+        overwrite=arguments.overwrite,
+    )
+    if not arguments.quiet:
+        _print_plan(planned, arguments.out)
+    return 0
+
+
+def _print_plan(plan: "Plan", out: str) -> None:
+    print(
+        f"{plan.name}: {plan.model_type}, {plan.num_params:,} parameters, to be written in "
+        f"{plan.config.dtype}"
+    )
+    where = dict.fromkeys(plan.remote, ", to be downloaded") | dict.fromkeys(
+        plan.absent, ", not here: what it holds is taken from config.json and the index"
+    )
+    for file, size in plan.files.items():
+        print(f"  read       {file}: {_size(size)}{where.get(file, '')}")
+    print(f"  read       of these, {_size(plan.num_read)} of weights")
+    if plan.unneeded:
+        print(f"  skip       {len(plan.unneeded)} tensors (s3d-convert inspect lists them)")
+    print(f"  tokenizer  {', '.join(plan.tokenizer) or 'none: the model would take token ids'}")
+    print(
+        f"  write      {out}: {_size(plan.num_written)}; the disk has {_size(plan.num_free)} free"
+    )
+    print(f"  memory     about {_size(plan.memory)}")
+    print("a dry run: nothing was written")
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "of unknown size"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _inspect(words: list[str]) -> int:
+    parser = _parser("s3d-convert inspect", _INSPECT_DESCRIPTION, _INSPECT_EPILOG)
+    parser.add_argument(
+        "source", metavar="HF_DIR_OR_ID", help="a folder, an id on the hub, or a llama2.c .bin"
+    )
+    _add_revision(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(words)
+    from convert.plan import inspect
+
+    model, entries = inspect(arguments.source, arguments.revision)
+    faults = sum(entry.is_fault for entry in entries)
+    if arguments.json:
+        tensors = [dataclasses.asdict(entry) for entry in entries]
+        facts = {"model_type": model.family.model_type, "num_params": model.num_params}
+        print(json.dumps(facts | {"num_faults": faults, "tensors": tensors}, indent=1))
+    else:
+        _print_entries(entries)
+        arrays, used = len(model.table), sum(entry.native is not None for entry in entries)
+        print(
+            f"{model.family.model_type}, {model.num_params:,} parameters: {used} tensors make up "
+            f"{arrays} native arrays; {len(entries) - used - faults} are not needed, "
+            f"{faults} at fault"
+        )
+    return 1 if faults else 0
+
+
+def _print_entries(entries: Sequence["Entry"]) -> None:
+    rows = [("tensor", "dtype", "shape", "file", "becomes")]
+    for entry in entries:
+        becomes = f"{entry.native}{entry.slice}" if entry.native else "not needed"
+        if entry.reason:
+            becomes = f"FAULT: {entry.reason}" if entry.is_fault else f"{becomes}: {entry.reason}"
+        shape = "?" if entry.shape is None else str(list(entry.shape))
+        name = entry.name if entry.name.isprintable() else repr(entry.name)
+        rows.append((name, entry.dtype or "?", shape, entry.file or "-", becomes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _verify(words: list[str]) -> int:
+    parser = _parser("s3d-convert verify", _VERIFY_DESCRIPTION, _VERIFY_EPILOG)
+    parser.add_argument("native", metavar="NATIVE_DIR", help="a native checkpoint folder")
+    parser.add_argument(
+        "source", metavar="HF_DIR_OR_ID", help="what it was converted from: a folder, or a hub id"
+    )
+    _add_revision(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the computation; 16 bits need half the memory, and round (default: float32)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        default=640,
+        help="length of the sequence; short ones do not see a wrong rotary embedding "
+        "(default: 640)",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="KL divergence up to which the two count as the same (default: 1e-6, or 1e-2 where "
+        "16 bits round weights or computation)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(words)
+    from convert import verify
+
+    verification = verify(
+        arguments.native,
+        arguments.source,
+        dtype=arguments.dtype,
+        num_tokens=arguments.tokens,
+        max_kl=arguments.max_kl,
+        revision=arguments.revision,
+    )
+    if arguments.json:
+        facts = dataclasses.asdict(verification) | {"agrees": verification.agrees}
+        print(json.dumps(facts, indent=1))
+    else:
+        _print_verification(verification, arguments)
+    return 0 if verification.agrees else 1
+
+
+def _print_verification(verification: "Verification", arguments: argparse.Namespace) -> None:
+    parity = verification.parity
+    verdict = "agrees" if verification.agrees else "DIFFERS"
+    print(
+        f"{arguments.native} ({verification.native_dtype}) against {arguments.source} "
+        f"({' and '.join(verification.stored_dtypes)}), computed in {verification.dtype}, "
+        f"{parity.num_tokens} random tokens:"
+    )
+    print(f"  largest difference of a logit  {parity.max_difference:.1e}")
+    print(f"  mean difference of a logit     {parity.mean_difference:.1e}")
+    print(f"  KL divergence from HF          {parity.kl:.1e} nats")
+    print(f"  same greedy token              {parity.greedy_agreement:.1%} of the positions")
+    print(f"{verdict}: a KL divergence up to {verification.max_kl:.0e} counts as the same model")
 
 
 def _print_report(report: "Report") -> None:
@@ -120,7 +321,7 @@ def _print_report(report: "Report") -> None:
 
 
 def _export(words: list[str]) -> int:
-    parser = _parser("s3d-convert export", _EXPORT_DESCRIPTION)
+    parser = _parser("s3d-convert export", _EXPORT_DESCRIPTION, _EXPORT_EPILOG)
     parser.add_argument("native", metavar="NATIVE_DIR", help="a native checkpoint folder")
     parser.add_argument("out", metavar="OUT_DIR", help="the Hugging Face folder to write")
     parser.add_argument(
@@ -145,13 +346,17 @@ def _export(words: list[str]) -> int:
     return 0
 
 
-def _parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=name,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ would kill the process.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_MAX_DIMENSIONS, _MAX_SIZE = 64, 2**63  # numpy's; their products stay cheap
+AGAIN = "get a good copy of it, and convert again"
 CHUNK = 1 << 22  # elements converted or compared at a time
 
 
@@ -69,20 +71,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ConversionError: the file is missing or no JSON object.
+        ConversionError: the file is missing, no JSON object, names a field twice, or is too large.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(
-            f"{path.parent} has no {path.name}: is it a HF checkpoint?"
-        ) from error
+        if not path.is_file():  # a pipe or a device could be read forever
+            raise ConversionError(f"{path.parent} has no {path.name}: is it a HF checkpoint?")
+        if (size := path.stat().st_size) > _MAX_HEADER:
+            raise ConversionError(f"{path} has {size:,} bytes, and is damaged: {AGAIN}")
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise ConversionError(f"{path} is not valid JSON ({error}): {AGAIN}") from error
     if not isinstance(fields, dict):
-        raise ConversionError(f"{path} must hold a JSON object")
+        raise ConversionError(f"{path} must hold a JSON object: {AGAIN}")
     return fields
 
 
@@ -93,7 +95,11 @@ def open_source(folder: Path) -> Source:
         ConversionError: there are no weights, or files are missing or damaged. All of these are in
             the one message. What contradicts in sound files is in the source's `faults`.
     """
-    files, index = weight_files(folder)
+    return open_files(*weight_files(folder))
+
+
+def open_files(files: Sequence[Path], index: Mapping[str, str]) -> Source:
+    """The weights in these files, as `weight_files` gives them; raises as `open_source`."""
     if files[0].suffix == ".safetensors":
         return SafetensorsSource(files, index)
     from convert.torch_bin import TorchSource
@@ -101,40 +107,63 @@ def open_source(folder: Path) -> Source:
     return TorchSource(files, index)
 
 
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold the weights, in order, each of which is there; and the index.
+def weight_files(
+    folder: Path, remote: Collection[str] | None = None
+) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold the weights, in order; and the index.
 
     The index says for each tensor the name of its file. It is empty where there is only one file.
+
+    Args:
+        folder: the HF folder.
+        remote: None where each file must be there; else names of files that can be had, and what
+            the index names need not be there.
+
+    Raises:
+        ConversionError: there are none, or the index names files that cannot be used.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
-        if single.is_file():  # the one that transformers prefers as well
+        if single.is_file() or single.name in (remote or ()):  # transformers prefers it as well
             return [single], {}
         if index.is_file():
-            return _shards(index)
+            return _shards(index, f".{suffix}", complete=remote is None)
     raise ConversionError(
         f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json with "
         "its shards, pytorch_model.bin, or pytorch_model.bin.index.json with its shards"
     )
 
 
-def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+def _shards(index: Path, suffix: str, *, complete: bool) -> tuple[list[Path], dict[str, str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index}: weight_map is missing or empty")
+        raise ConversionError(f"{index}: weight_map is missing or empty: {AGAIN}")
     weight_map = {str(tensor): str(file) for tensor, file in weight_map.items()}
     problems, files = [], []
     for name in dict.fromkeys(weight_map.values()):
         path = index.parent / name
-        if name != Path(name).name:
+        if name != Path(name).name or name == "..":
             problems.append(f"{name}: points outside of the folder")
-        elif not path.is_file():
+        elif path.suffix != suffix:
+            problems.append(f"{name}: no {suffix} file")
+        elif complete and not is_file(path):
             problems.append(f"{name}: no such file")
         files.append(path)
     if problems:
-        raise ConversionError(f"{index} names shards that cannot be used:\n{bullets(problems)}")
+        raise ConversionError(
+            f"{index} names shards that cannot be used: get a good copy of it and of all its "
+            f"shards, into one folder\n{bullets(problems)}"
+        )
     return files, weight_map
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, whatever the name."""
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
 
 
 class SafetensorsSource:
@@ -195,7 +224,10 @@ def collect(
             tensors[name] = tensor
             places.setdefault(name, []).append(file.name)
     if damaged:
-        raise ConversionError(f"damaged weights:\n{bullets(damaged, limit=len(damaged))}")
+        raise ConversionError(
+            "damaged weights: get good copies of these files, and convert again\n"
+            + bullets(damaged, limit=len(damaged))
+        )
     faults = {
         name: f"in more than one file: {', '.join(names)}"
         for name, names in places.items()
@@ -249,14 +281,16 @@ def read_safetensors_header(path: Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            natural = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            natural = len(shape) <= _MAX_DIMENSIONS and all(
+                type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, begin, end)
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ConversionError(f"{path} has a damaged header: entry {name!r:.80}") from error
         known = _SAFETENSORS_DTYPES.get(dtype) if isinstance(dtype, str) else None
         itemsize = DTYPES[known].itemsize if known else None
         if not natural or begin > end or (itemsize and math.prod(shape) * itemsize != end - begin):
             raise ConversionError(
-                f"{path} has a damaged header: {name} of dtype {dtype!r:.20} and shape "
+                f"{path} has a damaged header: {name:.200} of dtype {dtype!r:.20} and shape "
                 f"{shape!r:.80} cannot lie at bytes {begin!r:.40} to {end!r:.40}"
             )
         tensors[name] = Tensor(known or str(dtype), tuple(shape), path, 8 + length + begin)
@@ -267,7 +301,7 @@ def read_safetensors_header(path: Path) -> dict[str, Tensor]:
     for begin, end, name in sorted(ranges):
         if begin != position:
             raise ConversionError(
-                f"{path} has a damaged header: {name} overlaps, or follows a hole"
+                f"{path} has a damaged header: {name:.200} overlaps, or follows a hole"
             )
         position = end
     if 8 + length + position != size:
@@ -279,9 +313,11 @@ def read_safetensors_header(path: Path) -> dict[str, Tensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a name occurs twice")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"{name!r:.200} occurs twice")
+        fields[name] = value
     return fields
 
 

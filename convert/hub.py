@@ -1,6 +1,8 @@
 """Models on the HF hub: what a conversion needs of them, in the hub's own cache."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +37,62 @@ def download(model_id: str, revision: str | None = None) -> Path:
     Raises:
         ConversionError: no such model, no access, no network, disk full.
     """
+    with _explained(model_id, revision):
+        folder = _fetch(model_id, revision, _SAFETENSORS)
+        if not any(folder.glob("*.safetensors")):
+            folder = _fetch(model_id, revision, _TORCH)
+        return folder
+
+
+def outline(model_id: str, revision: str | None = None) -> tuple[Path, dict[str, int]]:
+    """Fetches what says which weights a model has, without the weights.
+
+    Args:
+        model_id, revision: as for `download`.
+
+    Returns:
+        The folder in the cache; and the files that `download` would add, with their bytes. Where
+        the hub cannot be reached, there are none.
+
+    Raises:
+        ConversionError: as `download`.
+    """
+    with _explained(model_id, revision):
+        from huggingface_hub.errors import DryRunError
+
+        for patterns in (_SAFETENSORS, _TORCH):
+            indices = tuple(pattern for pattern in patterns if pattern.endswith(".index.json"))
+            folder = _fetch(model_id, revision, indices)
+            try:
+                files = _snapshot(model_id, revision, patterns, dry_run=True)
+            except DryRunError:
+                return folder, {}
+            if any(file.filename.endswith((".safetensors", ".bin")) for file in files):
+                break
+        return folder, {file.filename: file.file_size for file in files if file.will_download}
+
+
+def _fetch(model_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    return Path(_snapshot(model_id, revision, patterns))
+
+
+def _snapshot(model_id: str, revision: str | None, patterns: tuple[str, ...], **how: Any) -> Any:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        model_id, revision=revision, allow_patterns=[*_SMALL, *patterns], **how
+    )
+
+
+@contextlib.contextmanager
+def _explained(model_id: str, revision: str | None) -> Iterator[None]:
+    """Says in plain words why a model cannot be had."""
     if not _ID.fullmatch(model_id):
         raise ConversionError(f"{model_id}: there is no such folder")
-    from huggingface_hub import errors, snapshot_download
-
-    def fetch(patterns: tuple[str, ...]) -> Path:
-        options: dict[str, Any] = dict(revision=revision, allow_patterns=[*_SMALL, *patterns])
-        return Path(snapshot_download(model_id, **options))
+    from huggingface_hub import errors
 
     try:
-        folder = fetch(_SAFETENSORS)
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch(_TORCH)
-        return folder
+        yield
     except errors.GatedRepoError as error:
         reason = "its owner wants to be asked: accept the terms on its page, then set HF_TOKEN"
         raise _error(model_id, reason) from error

@@ -1,4 +1,4 @@
-"""Agreement of a converted checkpoint with HF transformers, measured in float32."""
+"""Agreement of a converted checkpoint with HF transformers."""
 
 import dataclasses
 import importlib.util
@@ -8,47 +8,52 @@ from typing import Any
 
 import numpy as np
 
+from convert.hf import DTYPES
+from s3d_jax.errors import ConversionError
+
 # Long enough to see a wrong rotation, which a short prompt cannot.
-_LENGTH = 640
+LENGTH = 640
+_ROWS = 32  # positions that are compared at a time
+_BESIDE = 1 << 30  # bytes of memory beside weights and logits: libraries, activations
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """How far two models differ on one sequence of random tokens.
+    """How far a model is from HF's on one sequence of random tokens.
 
     Attributes:
         num_tokens: length of the sequence.
-        max_difference: largest absolute difference of two logits.
+        max_difference, mean_difference: of two logits, absolute.
+        kl: KL divergence of the next token's distribution from HF's, in nats, mean over positions.
         greedy_agreement: share of the positions with the same most likely token.
     """
 
     num_tokens: int
     max_difference: float
+    mean_difference: float
+    kl: float
     greedy_agreement: float
 
 
 def measure_parity(
-    hf_folder: Path | None, native: Path, num_params: int
+    hf_folder: Path | None, native: Path, num_params: int, vocab_size: int
 ) -> tuple[Parity | None, str]:
-    """Runs both models, in float32, over the same random tokens.
+    """Compares where that is possible, at the end of a conversion.
 
     Args:
         hf_folder: the original, or None where there is none in HF's format.
         native: the converted one.
-        num_params: their size, to see whether both fit into memory.
+        num_params, vocab_size: their sizes, to see whether they fit into memory.
 
     Returns:
         The agreement; or None and the reason why it was not measured.
     """
     if hf_folder is None:
         return None, "the source is no HF checkpoint"
-    if importlib.util.find_spec("torch") is None:
-        return None, "torch is not installed (pip install 's3d-jax[torch]')"
-    needed, free = 2 * 4 * num_params + (1 << 30), _available_memory()
-    if needed > free:
-        return None, f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    if reason := obstacle(num_params, vocab_size, "float32", LENGTH):
+        return None, reason
     try:
-        return _compare(hf_folder, native), ""
+        return compare(hf_folder, native), ""
     except KeyboardInterrupt:
         return None, "interrupted; the checkpoint itself is complete"
     except Exception as error:  # whatever ails HF's side, the conversion is done
@@ -56,32 +61,81 @@ def measure_parity(
         return None, f"the comparison failed ({type(error).__name__}: {reason})"
 
 
-def _compare(hf_folder: Path, native: Path) -> Parity:
+def obstacle(num_params: int, vocab_size: int, dtype: str, num_tokens: int) -> str:
+    """Why two models of that size cannot be compared, and what to do; or "".
+
+    One of them is in memory at a time, and then the logits of both, and the difference.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed (pip install 's3d-jax[torch]')"
+    needed = DTYPES[dtype].itemsize * num_params + 3 * 4 * num_tokens * vocab_size + _BESIDE
+    if needed > (free := _available_memory()):
+        half = "; s3d-convert verify --dtype bfloat16 needs half" if dtype == "float32" else ""
+        return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free{half}"
+    return ""
+
+
+def compare(
+    hf_folder: Path, native: Path, *, dtype: str = "float32", num_tokens: int = LENGTH
+) -> Parity:
+    """Runs both models, one after the other, over the same random tokens.
+
+    Args:
+        hf_folder: a HF folder.
+        native: a native checkpoint of the same vocabulary.
+        dtype: of weights and activations, in both.
+        num_tokens: length of the sequence.
+
+    Raises:
+        CheckpointError: `native` cannot be loaded.
+        ConversionError: HF transformers cannot load or run `hf_folder`.
+    """
     import jax
 
     from s3d_jax import checkpoint
     from s3d_jax.model import forward_logits
 
-    loaded = checkpoint.load(native, "float32")
+    loaded = checkpoint.load(native, dtype)
     vocab = loaded.config.vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocab, (1, _LENGTH))
+    tokens = np.random.default_rng(0).integers(0, vocab, (1, num_tokens))
     ours = np.asarray(forward_logits(loaded.config, loaded.params, jax.numpy.asarray(tokens)))[0]
     del loaded
-    theirs = _hf_logits(hf_folder, tokens)[0]
-    agreement = np.mean(np.argmax(ours, axis=-1) == np.argmax(theirs, axis=-1))
-    return Parity(_LENGTH, float(np.abs(ours - theirs).max()), float(agreement))
+    return _parity(ours, _hf_logits(hf_folder, tokens, dtype)[0])
 
 
-def _hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+def _parity(ours: np.ndarray, theirs: np.ndarray) -> Parity:
+    """From the logits of both, [T, V]; a few rows at a time, for large vocabularies."""
+    largest, total, kl, same = 0.0, 0.0, 0.0, 0
+    for start in range(0, len(ours), _ROWS):
+        rows = slice(start, start + _ROWS)
+        q, p = (logits[rows].astype(np.float64) for logits in (ours, theirs))
+        difference = np.abs(q - p)
+        largest = max(largest, float(difference.max()))
+        total += float(difference.sum())
+        same += int(np.sum(q.argmax(axis=-1) == p.argmax(axis=-1)))
+        log_q, log_p = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (q, p))
+        kl += float(np.sum(np.exp(log_p) * (log_p - log_q)))
+    count = len(ours)
+    return Parity(count, largest, total / ours.size, kl / count, same / count)
+
+
+def _hf_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     import torch
     import transformers
 
     transformers.logging.disable_progress_bar()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
-    with torch.inference_mode():
-        return model.eval()(torch.tensor(tokens)).logits.numpy()
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True
+        )
+        with torch.inference_mode():
+            return model.eval()(torch.tensor(tokens)).logits.float().numpy()
+    except Exception as error:  # transformers raises most kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise ConversionError(
+            f"HF transformers cannot run {folder} ({type(error).__name__}: {reason}): get a good "
+            "copy of it, or another version of transformers"
+        ) from error
 
 
 def _available_memory() -> int:

@@ -1,5 +1,6 @@
 """PyTorch's `.bin` checkpoints, read without executing the code that pickles can hold."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class TorchSource:
     """
 
     def __init__(self, files: Sequence[Path], index: Mapping[str, str] | None = None) -> None:
+        self._sound: set[Path] = set()
         self._path: Path | None = None
         self._state: dict[str, Any] = {}
         self.tensors, self.faults = collect(files, index or {}, self._header)
@@ -48,7 +50,11 @@ class TorchSource:
     def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
         import torch
 
-        tensor = self._load(self.tensors[name].file)[name]
+        file = self.tensors[name].file
+        if file not in self._sound:
+            _check_sums(file)
+            self._sound.add(file)
+        tensor = self._load(file)[name]
         if tensor.ndim:
             tensor = tensor[first_row : first_row + len(out)]
         tensor = tensor.contiguous().reshape(-1)
@@ -75,6 +81,7 @@ def load(path: Path) -> dict[str, Any]:
             "safetensors"
         ) from error
     try:
+        _check_stored(path)
         options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
         try:
             state = torch.load(path, mmap=True, **options)
@@ -88,8 +95,45 @@ def load(path: Path) -> dict[str, Any]:
         reason = str(error).strip().partition("\n")[0]
         raise ConversionError(
             f"{path} is damaged, or holds more than tensors, which is not loaded because it could "
-            f"execute code ({reason})"
+            f"execute code ({reason:.300}): get a good copy, or a checkpoint in safetensors"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ConversionError(f"{path} must hold a dict of tensors")
-    return state
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ConversionError(
+            f"{path} must hold a dict of tensors: save the model's state_dict() alone, and convert "
+            "again"
+        )
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ConversionError(
+                f"{path}: {name} is no plain tensor ({tensor.layout}, {tensor.device}): save it as "
+                "one, and convert again"
+            )
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _check_stored(path: Path) -> None:
+    """Refuses compressed records, which torch never writes: a few bytes may fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("it is compressed")
+
+
+def _check_sums(path: Path) -> None:
+    """Compares a file with its own CRC-32 sums, which torch does not.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6 has none
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        damaged = str(error)
+    if damaged:
+        raise ConversionError(
+            f"{path} is damaged ({damaged}): get a good copy of it, and convert again"
+        )

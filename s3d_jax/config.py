@@ -150,8 +150,8 @@ class RopeConfig(_Record):
         )
         original = self.original_max_position_embeddings
         _check(
-            original is None or (is_integer(original) and original > 1),
-            f"original_max_position_embeddings must be an integer > 1, got {original!r}",
+            original is None or (is_integer(original) and 1 < original < 2**31),
+            f"original_max_position_embeddings must be an integer > 1, got {original!r:.80}",
         )
         if self.type in ("dynamic", "llama3", "yarn", "longrope"):
             _check(

@@ -2,7 +2,14 @@
 
 
 class S3DError(Exception):
-    """Base class of every error that s3d_jax raises on purpose."""
+    """Base class of every error that s3d_jax raises on purpose.
+
+    Its text has no control characters: names from files may hold some, and terminals obey them.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(S3DError, ValueError):

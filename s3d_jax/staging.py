@@ -53,13 +53,8 @@ def staged_folder(
     check_replaceable(out, overwrite)
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
     try:
+        check_space(shown, needs)
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if needs > free:
-            raise CheckpointError(
-                f"cannot write {shown}: it needs {needs / 1e9:.1f} GB, and the disk has "
-                f"{free / 1e9:.1f} GB free: free some space, or write to another disk"
-            )
         partial.mkdir()
         yield partial
         _flush(partial)
@@ -68,6 +63,27 @@ def staged_folder(
         raise _write_error(shown, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # there only if something went wrong
+
+
+def free_space(out: str | os.PathLike[str]) -> int:
+    """Bytes that are free on the disk where `out` is, or would be."""
+    folder = Path(os.path.realpath(out))
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_space(out: str | os.PathLike[str], needs: int) -> None:
+    """Refuses to write what will not fit.
+
+    Raises:
+        CheckpointError: the disk has fewer than `needs` bytes free.
+    """
+    if needs > (free := free_space(out)):
+        raise CheckpointError(
+            f"cannot write {out}: it needs {needs / 1e9:.1f} GB, and the disk has "
+            f"{free / 1e9:.1f} GB free: free some space, or write to another disk"
+        )
 
 
 def check_apart(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:

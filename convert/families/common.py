@@ -1,6 +1,7 @@
 """What the families share: the fields that all decoders have, and tables of tensor names."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,10 @@ class Family:
         reader.finish()
         return config
 
+    def is_ignored(self, tensor: str) -> bool:
+        """Whether a tensor holds nothing to learn."""
+        return any(re.fullmatch(pattern, tensor) for pattern in self.ignored_tensors)
+
     def table(self, config: ModelConfig) -> Table:
         """The model's table of tensor names."""
         return decoder_table(config, self.layer)
@@ -122,7 +127,7 @@ def decoder_fields(fields: Fields, *, activation: str | None = None) -> dict[str
         activation: that of the family, or None to take `hidden_act`.
     """
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    if (head_dim := fields.take("head_dim")) is None:
+    if (head_dim := fields.optional_size("head_dim")) is None:
         if hidden_size % num_heads:
             raise fields.error(
                 f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, and "

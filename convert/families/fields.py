@@ -47,7 +47,15 @@ _HARMLESS_IF_OFF = frozenset(
 )
 
 _MAX_SIZE = 2**31 - 1
+_MAX_LISTED = 20  # unknown fields
 _MAX_LAYERS = 4096  # so that a damaged config cannot ask for endless tables
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer past the largest float
+        return False
 
 
 class Fields:
@@ -115,8 +123,7 @@ class Fields:
         value = self.take(name, default)
         if value is None:
             raise self.error(f"{name} is missing")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not _is_finite(value) or value <= 0:
             raise self.error(f"{name} must be a number above 0, got {value!r:.80}")
         return value
 
@@ -161,7 +168,9 @@ class Fields:
         off = {name for name in _HARMLESS_IF_OFF & self._fields.keys() if not self._fields[name]}
         unknown = sorted(self._fields.keys() - set(harmless) - off)
         if unknown:
-            listed = ", ".join(f"{name} = {self._fields[name]!r:.60}" for name in unknown)
+            listed = ", ".join(f"{n:.60} = {self._fields[n]!r:.60}" for n in unknown[:_MAX_LISTED])
+            if len(unknown) > _MAX_LISTED:
+                listed += f" and {len(unknown) - _MAX_LISTED} more"
             raise self.error(
                 f"fields that are not understood and may change what the model computes: {listed}. "
                 "If you know that they do not, remove them from a copy of config.json"

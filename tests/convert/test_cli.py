@@ -20,13 +20,22 @@ from tests.convert.hf_folder import write_folder, write_large_folder
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.mark.parametrize("command", [[], ["export"]])
-def test_help(command, capsys):
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ([], ["OUT_DIR", "--overwrite", "--dry-run"]),
+        (["export"], ["NATIVE_DIR", "OUT_DIR", "--overwrite"]),
+        (["inspect"], ["HF_DIR_OR_ID", "--json", "Exit code"]),
+        (["verify"], ["NATIVE_DIR", "HF_DIR_OR_ID", "--json", "--max-kl", "Exit code"]),
+    ],
+)
+def test_help(command, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "usage: s3d-convert" in text and "OUT_DIR" in text and "--overwrite" in text
+    assert "usage: s3d-convert" in text and "examples:" in text
+    assert not [word for word in words if word not in text]
 
 
 def test_there_and_back(tmp_path, data_dir, capsys):

@@ -134,12 +134,16 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """The converter, in a process of its own: huggingface_hub reads the environment once."""
+def command(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """The command, in a process of its own: huggingface_hub reads the environment once."""
     return subprocess.run(
-        [sys.executable, "-m", "convert", *arguments, "--no-parity"],
+        [sys.executable, "-m", "convert", *arguments],
         capture_output=True, text=True, cwd=ROOT, timeout=100,
     )  # fmt: skip
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return command(*arguments, "--no-parity")
 
 
 def converted(*arguments: str | Path) -> None:
@@ -194,6 +198,8 @@ def test_a_second_conversion_needs_no_hub(hub, tmp_path, monkeypatch):
     before = hub.num_requests
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     converted("owner/tiny", tmp_path / "offline")
+    done = command("--dry-run", "owner/tiny", tmp_path / "planned")
+    assert done.returncode == 0 and "to be downloaded" not in done.stdout, done.stderr
     assert hub.num_requests == before
     for name in ("again", "offline"):
         assert_same_model(tmp_path / "first", tmp_path / name)
@@ -207,6 +213,33 @@ def test_a_revision(hub, tmp_path):
     converted("owner/tiny", tmp_path / "out", "--revision", "v1")
     assert checkpoint.read_header(tmp_path / "out").config.dtype == "bfloat16"
     assert "it has no revision 'v2'" in refused(tmp_path / "x", "owner/tiny", "--revision", "v2")
+
+
+@pytest.mark.parametrize("kind", ["one file", "shards", "torch"])
+def test_outlines_download_no_weights(hub, tmp_path, kind):
+    folder = write_folder(tmp_path / "hf", shards=1 if kind == "one file" else 2)
+    if kind == "torch":
+        for file in folder.glob("*.safetensors"):
+            file.rename(folder / f"pytorch_{file.stem}.bin")
+        index = folder / "model.safetensors.index.json"
+        text = index.read_text().replace("model-", "pytorch_model-").replace("safetensors", "bin")
+        index.unlink()
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+    hub.add("owner/tiny", "main", folder)
+    done = command("--dry-run", "owner/tiny", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    weights = [f for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")]
+    assert done.stdout.count("to be downloaded") == len(weights) == (1 if kind == "one file" else 2)
+    for file in weights:
+        assert f"{file.name}: {file.stat().st_size / 1e6:.2f} MB" in done.stdout
+    assert all(name.endswith(".json") for name in hub.downloaded)
+    if kind == "shards":
+        done = command("inspect", "owner/tiny", "--json")
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)["tensors"]) == len(random_tensors())
+        assert all(name.endswith(".json") for name in hub.downloaded)
+        converted("owner/tiny", tmp_path / "native")  # what is in the cache is no obstacle
+    assert not (tmp_path / "out").exists()
 
 
 def test_torch_files_where_there_is_nothing_else(hub, tmp_path):

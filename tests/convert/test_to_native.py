@@ -74,12 +74,18 @@ def test_biases_and_tied_embeddings(tmp_path):
     np.testing.assert_array_equal(arrays["layers_2/mlp/down/bias"], expected)
 
 
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
-def test_dtype(tmp_path, dtype):
-    tensors = random_tensors(dtype=ml_dtypes.bfloat16)
-    folder = write_folder(tmp_path / "hf", tensors)
+@pytest.mark.parametrize(
+    "stored, dtype",
+    [
+        *((ml_dtypes.bfloat16, dtype) for dtype in (None, "float32", "bfloat16", "float16")),
+        *((np.float32, "bfloat16"), (np.float16, None)),
+    ],
+)
+def test_dtype(tmp_path, stored, dtype):
+    tensors = random_tensors(dtype=stored)
+    folder = write_folder(tmp_path / "hf", tensors, shards=2)
     arrays = convert_folder(folder, tmp_path / "out", dtype=dtype)
-    assert {x.dtype.name for x in arrays.values()} == {dtype or "bfloat16"}
+    assert {x.dtype.name for x in arrays.values()} == {dtype or np.dtype(stored).name}
     expected = tensors["model.embed_tokens.weight"].astype(arrays["embed/embedding"].dtype)
     np.testing.assert_array_equal(arrays["embed/embedding"], expected)
 
@@ -415,7 +421,7 @@ def test_parity_report(tmp_path, data_dir, monkeypatch):
     fields = json.loads((tmp_path / "good" / "config.json").read_text())
     fields["model"]["rope"]["theta"] = 11_000.0
     (tmp_path / "good" / "config.json").write_text(json.dumps(fields))
-    wrong, _ = parity.measure_parity(source, tmp_path / "good", report.num_params)
+    wrong, _ = parity.measure_parity(source, tmp_path / "good", report.num_params, 105)
     assert wrong.max_difference > 0.1 and wrong.greedy_agreement < 0.99
 
     with monkeypatch.context() as patch:  # the conversion is done, whatever ails the comparison
@@ -425,8 +431,8 @@ def test_parity_report(tmp_path, data_dir, monkeypatch):
             assert report.parity is None and reason in report.parity_skipped
             checkpoint.load(tmp_path / "good")
 
-    assert "no HF checkpoint" in parity.measure_parity(None, tmp_path / "good", 1)[1]
+    assert "no HF checkpoint" in parity.measure_parity(None, tmp_path / "good", 1, 1)[1]
     monkeypatch.setattr(parity, "_available_memory", lambda: 10**8)
-    assert "0.1 GB are free" in parity.measure_parity(source, tmp_path / "good", 1)[1]
+    assert "0.1 GB are free" in parity.measure_parity(source, tmp_path / "good", 1, 1)[1]
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
-    assert "torch is not installed" in parity.measure_parity(source, tmp_path / "good", 1)[1]
+    assert "torch is not installed" in parity.measure_parity(source, tmp_path / "good", 1, 1)[1]

@@ -4,18 +4,21 @@ import json
 import os
 import pickle
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import convert
 from convert import torch_bin
 from convert.hf import open_source
+from convert.plan import inspect, plan
 from s3d_jax import checkpoint
 from s3d_jax.errors import ConversionError
 from tests.conftest import need
-from tests.convert.hf_folder import FIELDS, random_tensors
+from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
 torch = need("torch")
 
@@ -36,8 +39,8 @@ def write_bin(folder, state: dict, shards: int = 1, **options):
     return folder
 
 
-def arrays_of(folder, out):
-    convert.convert(folder, out, parity=False, progress=False)
+def arrays_of(folder, out, **options):
+    convert.convert(folder, out, parity=False, progress=False, **options)
     return {k: np.asarray(v) for k, v in checkpoint.flatten(checkpoint.load(out).params).items()}
 
 
@@ -63,6 +66,44 @@ def test_as_safetensors(tmp_path, dtype, shards, old_format):
     for path, array in theirs.items():
         assert array.dtype.name == dtype
         assert ours[path].tobytes() == array.tobytes(), path
+
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_reads_and_casts(tmp_path, stored, target):
+    """With a parameter that wants gradients, as in dumps of a model in training."""
+    values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    tensor = torch.nn.Parameter(torch.tensor(values).to(getattr(torch, stored)))
+    torch.save({"a": tensor}, tmp_path / "pytorch_model.bin")
+    out = np.empty((7, 5), DTYPES[target])
+    open_source(tmp_path).read("a", out)
+    np.testing.assert_array_equal(out, values.astype(DTYPES[stored]).astype(DTYPES[target]))
+
+
+def test_dtype_on_the_way(tmp_path):
+    state = {name: torch.tensor(x) for name, x in random_tensors().items()}
+    folder = write_bin(tmp_path / "bin", state, 2)
+    arrays = arrays_of(folder, tmp_path / "out", dtype="bfloat16")
+    assert {x.dtype.name for x in arrays.values()} == {"bfloat16"}
+    expected = random_tensors(dtype=ml_dtypes.bfloat16)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(arrays["embed/embedding"], expected)
+
+
+def test_plans_are_those_of_safetensors(tmp_path):
+    tensors = random_tensors()
+    state = {name: torch.tensor(x) for name, x in tensors.items()}
+    folder = write_bin(tmp_path / "bin", state, 2)
+    model, entries = inspect(folder)
+    other, others = inspect(write_folder(tmp_path / "safe", tensors, shards=2))
+    assert model.config == other.config
+    assert [replace(e, file="") for e in entries] == [replace(e, file="") for e in others]
+    assert {e.file for e in entries} == {file.name for file in folder.glob("*.bin")}
+    one, two = (plan(tmp_path / name, tmp_path / "out") for name in ("bin", "safe"))
+    assert one.num_read == two.num_read and one.memory == two.memory
+    assert all(size > one.num_read / 3 for size in one.files.values())
 
 
 def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):

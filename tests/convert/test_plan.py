@@ -1,0 +1,226 @@
+"""`inspect` and `--dry-run`: what a conversion would do, told without weights."""
+
+import json
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+from convert import hf
+from convert.__main__ import main
+from convert.plan import inspect, plan
+from s3d_jax import checkpoint
+from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
+from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
+
+TIED = FIELDS | {"tie_word_embeddings": True}
+HEAD, ROTARY = "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+def tied_folder(folder: Path, shards: int = 1) -> Path:
+    """With two tensors that a model with tied embeddings does not need."""
+    tensors = random_tensors(TIED)
+    tensors[HEAD] = tensors["model.embed_tokens.weight"].copy()
+    tensors[ROTARY] = np.ones(5, np.float32)
+    return write_folder(folder, tensors, TIED, shards)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The tensors of safetensors files whose data is read."""
+    names: list[str] = []
+    read = hf.SafetensorsSource.read
+
+    def recorded(self, name, out, *rows):
+        names.append(name)
+        read(self, name, out, *rows)
+
+    monkeypatch.setattr(hf.SafetensorsSource, "read", recorded)
+    return names
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_every_tensor_goes_where_inspect_says(tmp_path, reads):
+    fields = FIELDS | {"attention_bias": True, "mlp_bias": True}
+    tensors = random_tensors(fields)
+    folder = write_folder(tmp_path / "hf", tensors, fields, shards=2)
+    model, entries = inspect(folder)
+    assert not reads
+    assert {entry.name for entry in entries} == tensors.keys()
+    convert.convert(folder, tmp_path / "native", parity=False, progress=False)
+    native = checkpoint.flatten(checkpoint.load(tmp_path / "native").params)
+    assert {entry.native for entry in entries} == native.keys()
+    for entry in entries:
+        place = eval(f"np.s_{entry.slice or '[...]'}")
+        piece = np.asarray(native[entry.native])[place]
+        expected = tensors[entry.name]
+        is_matrix = expected.ndim == 2 and entry.native != "embed/embedding"
+        np.testing.assert_array_equal(piece, expected.T if is_matrix else expected)
+        assert (entry.dtype, entry.shape) == ("float32", expected.shape)
+        assert entry.name in hf.read_safetensors_header(folder / entry.file)
+        assert not entry.reason and not entry.is_fault
+    assert model.num_params == sum(x.size for x in tensors.values())
+
+
+def test_inspect_says_why_a_tensor_is_not_needed(tmp_path, capsys):
+    folder = tied_folder(tmp_path / "hf")
+    reasons = {e.name: e.reason for e in inspect(folder)[1] if e.native is None}
+    assert reasons == {
+        HEAD: "the embeddings are tied: the head is the embedding table",
+        ROTARY: "rotary tables follow from the config",
+    }
+    assert main(["inspect", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["tensor", "dtype", "shape", "file", "becomes"]
+    line = next(line for line in lines if line.startswith(ROTARY))
+    assert line.split("  ")[-1] == "not needed: rotary tables follow from the config"
+    query = next(line for line in lines if "layers.1.self_attn.k_proj" in line)
+    assert "[20, 24]" in query and query.endswith("layers_1/attention/qkv/weight[:, 40:60]")
+    assert lines[-1].endswith("2 are not needed, 0 at fault")
+
+
+def test_inspect_shows_faults_and_returns_1(tmp_path, capsys):
+    tensors = random_tensors()
+    down, norm = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    tensors[down] = tensors[down].T.copy()
+    tensors["\x1b[2J"] = np.ones(3, np.int8)
+    del tensors[norm]
+    folder = write_folder(tmp_path / "hf", tensors)
+    assert main(["inspect", str(folder)]) == 1
+    text = capsys.readouterr().out
+    assert "FAULT: shape [40, 24], the config asks for [24, 40]" in text
+    assert "FAULT: unknown" in text and "FAULT: missing" in text and "\x1b" not in text
+    assert main(["inspect", str(folder), "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["num_faults"] == 3 and facts["model_type"] == "llama"
+    missing = next(x for x in facts["tensors"] if x["name"] == norm)
+    assert missing == {
+        **{"name": norm, "dtype": None, "shape": None, "file": None},
+        **{"native": "final_norm/scale", "slice": "", "reason": "missing", "is_fault": True},
+    }
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_inspect_lists_a_llama2c_file(data_dir, capsys):
+    assert main(["inspect", str(data_dir / "llama2c" / "stories260K.bin")]) == 0
+    assert "layers_4/mlp/gate_up/weight[:, 172:344]" in capsys.readouterr().out
+
+
+# --- from config and index alone ------------------------------------------------------------------
+
+
+def bare(data_dir: Path, folder: Path, config: str, index: str) -> Path:
+    """A folder as one has it before the weights are there."""
+    folder.mkdir()
+    fields = (data_dir / "configs" / f"{config}.config.json").read_text()
+    (folder / "config.json").write_text(fields)
+    kind = index.split(".", 1)[1]
+    names = (data_dir / "weight_index" / f"{index}.json").read_text()
+    (folder / f"{kind}.json").write_text(names)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, index, num_params, num_files",
+    [
+        (
+            *("Phi-3-mini-4k-instruct", "Phi-3-mini-4k-derived-merge.model.safetensors.index"),
+            *(3_821_079_552, 2),
+        ),
+        (
+            *("Llama-2-7b-chat-hf", "Llama-2-7b-chat-hf.pytorch_model.bin.index"),
+            *(6_738_415_616, 7),
+        ),
+    ],
+)
+def test_real_models_without_their_weights(
+    data_dir, tmp_path, capsys, monkeypatch, config, index, num_params, num_files
+):
+    folder = bare(data_dir, tmp_path / "hf", config, index)
+    monkeypatch.setattr("s3d_jax.staging.free_space", lambda out: 10**11)
+    planned = plan(folder, tmp_path / "out")
+    assert planned.num_written == planned.num_read == 2 * num_params
+    assert len(planned.absent) == num_files and set(planned.files.values()) == {None}
+    assert 0.6e9 < planned.memory < 2e9
+    assert main(["--dry-run", str(folder), str(tmp_path / "out")]) == 0
+    assert "not here: what it holds is taken from config.json" in capsys.readouterr().out
+    model, entries = inspect(folder)
+    assert model.num_params == num_params and model.config.dtype == "bfloat16"
+    assert not any(entry.is_fault for entry in entries)
+    assert {entry.dtype for entry in entries if entry.native} == {"bfloat16"}
+    assert os.listdir(tmp_path) == ["hf"]
+    with pytest.raises(ConversionError, match="no such file"):
+        convert.convert(folder, tmp_path / "out")
+
+
+def test_some_shards_may_be_there(tmp_path):
+    folder = tied_folder(tmp_path / "hf", shards=3)
+    whole = plan(folder, tmp_path / "out")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    part = plan(folder, tmp_path / "out")
+    assert [file.name for file in part.absent] == ["model-00002-of-00003.safetensors"]
+    assert (part.num_read, part.num_written) == (whole.num_read, whole.num_written)
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"]["extra"] = "model-00002-of-00003.safetensors"
+    index.write_text(json.dumps(names))
+    with pytest.raises(ConversionError, match="extra: unknown"):
+        plan(folder, tmp_path / "out")
+    extra = next(entry for entry in inspect(folder)[1] if entry.name == "extra")
+    assert extra.is_fault and extra.dtype is None and extra.shape is None
+
+
+# --- dry runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_dry_run_says_what_the_conversion_does(tmp_path, reads, capsys, dtype):
+    folder = tied_folder(tmp_path / "hf", shards=2)
+    before = sorted(tmp_path.rglob("*"))
+    planned = plan(folder, tmp_path / "out", dtype=dtype)
+    assert not reads
+    option = ["--dtype", dtype] if dtype else []
+    assert main(["--dry-run", str(folder), str(tmp_path / "out"), *option]) == 0
+    text = capsys.readouterr().out
+    assert "nothing was written" in text and "2 tensors" in text
+    assert f"to be written in {planned.config.dtype}" in text
+    assert sorted(tmp_path.rglob("*")) == before and not reads
+
+    report = convert.convert(folder, tmp_path / "out", dtype=dtype, parity=False, progress=False)
+    assert (planned.num_params, planned.num_written) == (report.num_params, report.num_bytes)
+    assert planned.config == report.config
+    assert planned.files == {f: f.stat().st_size for f in sorted(folder.glob("*.safetensors"))}
+    assert set(planned.unneeded) == {HEAD, ROTARY}
+    assert planned.num_read == 4 * report.num_params
+
+
+def test_what_is_not_needed_is_not_read(tmp_path, reads):
+    """But for the head, which must be equal to the embeddings to be of no need."""
+    model, _ = inspect(tied_folder(tmp_path / "hf"))
+    convert.convert(tmp_path / "hf", tmp_path / "out", parity=False, progress=False)
+    assert set(reads) == model.shapes.keys() | {HEAD}
+    assert len(reads) == len(model.shapes) + 2  # the two that are compared
+
+
+def test_a_dry_run_refuses_what_the_conversion_would(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "hf", random_tensors(dtype=ml_dtypes.bfloat16))
+    full = write_folder(tmp_path / "full")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        plan(folder, full)
+    plan(folder, full, overwrite=True)
+    with pytest.raises(CheckpointError, match="what is being read"):
+        plan(folder, folder, overwrite=True)
+    with pytest.raises(ConfigError, match="dtype 'int8' is unknown"):
+        plan(folder, tmp_path / "out", dtype="int8")
+    with pytest.raises(ConversionError, match="no tokenizer files"):
+        plan(folder, tmp_path / "out", tokenizer=tmp_path)
+    monkeypatch.setattr("s3d_jax.staging.free_space", lambda out: 1000)
+    assert main(["--dry-run", str(folder), str(tmp_path / "deep" / "out")]) == 2
+    assert "free some space" in capsys.readouterr().err
+    assert not (tmp_path / "deep").exists()
