@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ConversionError,
         InputError,
         S3DError,
+        TrainingError,
     )
     from s3d_jax.generate import LM, load
 
@@ -32,7 +33,14 @@ __version__ = "0.1.0"
 _HOME = {
     "batch": ("GenerateOptions", "Result", "Stats"),
     "config": ("DraftConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "symmetric_skip"),
-    "errors": ("CheckpointError", "ConfigError", "ConversionError", "InputError", "S3DError"),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "ConversionError",
+        "InputError",
+        "S3DError",
+        "TrainingError",
+    ),
     "generate": ("LM", "load"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -51,6 +59,7 @@ __all__ = [
     "S3DError",
     "SamplingConfig",
     "Stats",
+    "TrainingError",
     "load",
     "symmetric_skip",
 ]

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 import s3d_jax
-from recipes.embedded_model.prepare import chats, questions, valid_stories
+from recipes.embedded_model.prepare import chats, questions, split_stories
 from s3d_jax import cli
 from s3d_jax.checkpoint import read_header
 from s3d_jax.drafts import read_draft
@@ -39,9 +39,7 @@ def test_held_out_texts_take_few_passes_and_are_those_of_plain_decoding(
 ):
     """The bar of the project: τ ≥ 2.8 with four draft tokens and half of the layers."""
     if domain == "stories":
-        texts = [
-            {"text": story} for story in valid_stories(data_dir / "text/tinystories_valid.txt")
-        ]
+        texts = [{"text": story} for story in split_stories(data_dir / "text")[1]]
     else:
         texts = list(questions(list(chats(data_dir / "text/dialogues_valid.jsonl.gz"))))
     file = tmp_path / "held_out.jsonl"

@@ -94,7 +94,7 @@ def test_the_installed_wheel_generates_text(data_dir, tmp_path):
     ).stdout
     assert output.count(str(site)) == 2
     output = command("s3d", "generate", "Once upon a time", "--max-new-tokens", "60", "--json")
-    assert json.loads(output)["tokens_per_iteration"] > 1.5  # by the model in the wheel
+    assert json.loads(output)["stats"]["tokens_per_iteration"] > 1.5  # by the model in the wheel
     command("s3d-convert", str(data_dir / "checkpoints" / "babyllama-1m"), "native", "--no-parity")
     options = ("--model", "native", "--max-new-tokens", "30", "--json")
     output = command("s3d", "generate", "Once upon a time", *options)

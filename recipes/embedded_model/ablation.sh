@@ -14,7 +14,8 @@ texts=$work/texts
 train() {
   name=$1; shift
   [ -f "$place/$name.done" ] || {
-    s3d train --model "$place/model" --dtype float32 --run "$place/runs/$name" --name "$name" --overwrite \
+    resume=$([ -f "$place/runs/$name/options.json" ] && echo --resume || true)
+    s3d train $resume --model "$place/model" --dtype float32 --run "$place/runs/$name" --name "$name" --overwrite \
       --data "$work/own_stories.jsonl" --data "$work/own_middles.jsonl" --data "$work/own_answers.jsonl" \
       --valid "$texts/stories_check.jsonl" --valid "$texts/dialogues_check.jsonl" \
       --valid-prompts 4 --valid-tokens 16 --validate-every 0 --save-every 0 \

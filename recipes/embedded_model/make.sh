@@ -15,8 +15,8 @@ GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$work"
 texts=$work/texts
 
-[ -d "$texts" ] || python "$recipe/prepare.py" "$data" "$texts"
-# Held-out texts for the curves of the runs; what is reported is measured on others.
+[ -d "$texts" ] || { python "$recipe/prepare.py" "$data" "$texts.new" && mv "$texts.new" "$texts"; }
+# Held-out texts for the curves of the runs.
 for kind in stories dialogues; do
   head -n 24 "$texts/${kind}_valid.jsonl" > "$texts/${kind}_check.jsonl"
 done

@@ -76,6 +76,17 @@ def recased(story: str, names: set[str]) -> str:
     return re.sub(begin, lambda m: m[1] + m[2] + m[3].upper(), story)
 
 
+def split_stories(data: Path) -> tuple[list[str], list[str]]:
+    """The stories to train on, and those held out; none is in both."""
+    cased = cased_stories(data / "tinystories_train.txt")
+    names, known = names_of(cased), {key(story) for story in cased}
+    lower = [s for s in lower_stories(data / "tinystories_train_lower.txt") if key(s) not in known]
+    stories = [*cased, *(recased(story, names) for story in lower)]
+    known = {key(story) for story in stories}
+    valid = [s for s in valid_stories(data / "tinystories_valid.txt") if key(s) not in known]
+    return stories, valid
+
+
 def chats(path: Path) -> Iterator[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
@@ -108,12 +119,7 @@ def main() -> None:
     data, out = arguments.data, arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    cased = cased_stories(data / "tinystories_train.txt")
-    names, known = names_of(cased), {key(story) for story in cased}
-    lower = [s for s in lower_stories(data / "tinystories_train_lower.txt") if key(s) not in known]
-    stories = [*cased, *(recased(story, names) for story in lower)]
-    known = {key(story) for story in stories}
-    valid = [s for s in valid_stories(data / "tinystories_valid.txt") if key(s) not in known]
+    stories, valid = split_stories(data)
     write(out / "stories_train.jsonl", ({"text": s} for s in stories))
     write(out / "stories_valid.jsonl", ({"text": s} for s in valid))
     for split in ("train", "valid"):

@@ -536,8 +536,11 @@ def parse_skip(text: str, num_layers: int) -> tuple[bool, ...]:
     skipped: set[int] = set()
     try:
         for part in filter(None, text.replace(" ", "").split(",")):
-            first, _, last = part.partition("-")
-            skipped.update(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            layers = range(int(first), int(last if dash else first) + 1)
+            if not layers:
+                raise ValueError(f"{part} is no range")
+            skipped.update(layers)
     except ValueError as error:
         raise InputError(f'--skip takes layers like "2-5" or "2,3,6", got {text!r}') from error
     if skipped and not 0 <= min(skipped) <= max(skipped) < num_layers:

@@ -363,8 +363,8 @@ class _Run:
 
         step = self.latest()
         lines = self.lines() if step is not None else []
-        if step is not None and not lines:
-            raise TrainingError(f"{self._metrics} is missing or damaged: this run cannot go on")
+        if step is not None and not self._metrics.exists():
+            raise TrainingError(f"{self._metrics} is missing: this run cannot go on")
         kept = [line for line in lines if step is not None and line["step"] <= step]
         write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if step is None:

@@ -137,6 +137,8 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
     [
         (("--skip", "2-9"), "layers 0 to 3"),
         (("--skip", "two"), "--skip takes layers"),
+        (("--skip", "2-1"), "--skip takes layers"),
+        (("--skip", "2-"), "--skip takes layers"),
         (("--skip", "0-3"), "keeps no layer"),
         (("--skip", ""), "--bridge-rank: no layer is skipped"),
         (("--gamma", "0"), "gamma must be an integer >= 1"),
