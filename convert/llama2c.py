@@ -12,14 +12,13 @@ import numpy as np
 
 from convert.hf import Tensor
 from s3d_jax.checkpoint import cast
+from s3d_jax.config import MAX_LAYERS, MAX_SIZE
 from s3d_jax.errors import ConversionError
 
 # Of sentencepiece. llama2.c's run.c stops at the first, which stands between its training texts.
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": [1, 2]}
 
 _HEADER = 7 * 4  # bytes
-_MAX_SIZE = 2**31 - 1
-_MAX_LAYERS = 4096  # so that a file of another format cannot ask for endless tables
 
 
 class _Sizes(NamedTuple):
@@ -122,7 +121,7 @@ def _read_header(path: Path) -> tuple[_Sizes, int]:
         )
     tied, vocab = vocab > 0, abs(vocab)
     sizes = (dim, hidden, layers, heads, kv_heads, vocab, length)
-    possible = min(sizes) > 0 and max(sizes) <= _MAX_SIZE and layers <= _MAX_LAYERS
+    possible = min(sizes) > 0 and max(sizes) <= MAX_SIZE and layers <= MAX_LAYERS
     if not possible or dim % heads or heads % kv_heads:
         raise ConversionError(f"{path} is no llama2.c file: its header says {numbers}")
     return _Sizes(*sizes, tied), file_size

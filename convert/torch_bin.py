@@ -1,5 +1,6 @@
 """PyTorch's `.bin` checkpoints, read without executing the code that pickles can hold."""
 
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,12 +84,13 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_stored(path)
         options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
-        try:
-            state = torch.load(path, mmap=True, **options)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            state = torch.load(path, **options)  # the format before torch 1.6
+        with warnings.catch_warnings(action="ignore"):  # of what then ends in an error anyway
+            try:
+                state = torch.load(path, mmap=True, **options)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                state = torch.load(path, **options)  # the format before torch 1.6
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # unpickling raises most kinds

@@ -481,7 +481,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): {_AGAIN}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} must hold a JSON object: {_AGAIN}")

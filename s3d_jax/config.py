@@ -16,6 +16,7 @@ from s3d_jax.errors import ConfigError
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16  # so that damage costs no hours
 _LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
 
 
@@ -150,7 +151,7 @@ class RopeConfig(_Record):
         )
         original = self.original_max_position_embeddings
         _check(
-            original is None or (is_integer(original) and 1 < original < 2**31),
+            original is None or (is_integer(original) and 1 < original <= MAX_SIZE),
             f"original_max_position_embeddings must be an integer > 1, got {original!r:.80}",
         )
         if self.type in ("dynamic", "llama3", "yarn", "longrope"):
@@ -250,9 +251,10 @@ class ModelConfig(_Record):
             *("num_kv_heads", "head_dim", "max_position_embeddings"),
         ):
             value = getattr(self, name)
+            limit = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
             _check(
-                is_integer(value) and value > 0,
-                f"{name} must be a positive integer, got {value!r}",
+                is_integer(value) and 0 < value <= limit,
+                f"{name} must be a positive integer up to {limit}, got {value!r:.80}",
             )
         _check(
             self.num_heads % self.num_kv_heads == 0,
@@ -313,8 +315,8 @@ class ModelConfig(_Record):
             )
         windows, rotated = self.sliding_window or (), self.rope_layers or ()
         _check(
-            all(w is None or (is_integer(w) and w > 0) for w in windows),
-            f"sliding_window entries must be None or integers > 0, got {windows}",
+            all(w is None or (is_integer(w) and 0 < w <= MAX_SIZE) for w in windows),
+            f"sliding_window entries must be None or integers > 0, got {windows!r:.80}",
         )
         _check(
             all(isinstance(r, bool) for r in rotated),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from s3d_jax.config import MAX_LAYERS, MAX_SIZE
 from s3d_jax.errors import ConfigError
 
 # Defaults of HF's generate that old checkpoints keep in config.json. They do not touch the model.
@@ -46,9 +47,7 @@ _HARMLESS_IF_OFF = frozenset(
     )
 )
 
-_MAX_SIZE = 2**31 - 1
 _MAX_LISTED = 20  # unknown fields
-_MAX_LAYERS = 4096  # so that a damaged config cannot ask for endless tables
 
 
 def _is_finite(value: Any) -> bool:
@@ -100,7 +99,7 @@ class Fields:
         return values[0] if values else None
 
     def size(
-        self, name: str, default: int | None = None, *, least: int = 1, limit: int = _MAX_SIZE
+        self, name: str, default: int | None = None, *, least: int = 1, limit: int = MAX_SIZE
     ) -> int:
         """An integer within bounds."""
         value = self.take(name, default)
@@ -116,7 +115,7 @@ class Fields:
         return self.size(name) if name in self._fields else None
 
     def layers(self, name: str) -> int:
-        return self.size(name, limit=_MAX_LAYERS)
+        return self.size(name, limit=MAX_LAYERS)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import tarfile
 import time
 import zipfile
@@ -653,4 +654,50 @@ def test_hostile_llama2c_files(tmp_path, case):
     np.array(HEADERS[case], "<i4").tofile(tmp_path / "x.bin")
     with pytest.raises(S3DError, match=r"x\.bin is "):
         convert.convert(tmp_path / "x.bin", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+# --- native checkpoints, which exports read -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("native")
+    convert.convert(write_folder(folder / "hf"), folder / "native", parity=False, progress=False)
+    return folder / "native"
+
+
+def setting(**changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        fields = json.loads((folder / "config.json").read_text())
+        fields["model"] |= changes
+        (folder / "config.json").write_text(json.dumps(fields))
+
+    return damage
+
+
+NATIVES: dict[str, tuple[Damage, str]] = {
+    "vocab_size": (setting(vocab_size=10**30), "vocab_size must be a positive integer"),
+    "num_layers": (setting(num_layers=10**6), "num_layers must be a positive integer up to 4096"),
+    "head_dim": (setting(head_dim=2**31 - 2), "head_dim must be a positive integer up to 65536"),
+    "sliding_window": (setting(sliding_window=[HUGE] * 3), "sliding_window entries"),
+    "another width": (setting(hidden_size=2**31 - 1), "does not fit its own config"),
+    "nested config": (lambda folder: text(folder / "config.json"), "config.json is not valid JSON"),
+    "nested index": (lambda folder: text(folder / "weights.json"), "weights.json is not valid"),
+}
+
+
+def text(path: Path) -> None:
+    path.write_text(nested(100_000))
+
+
+@pytest.mark.parametrize("case", NATIVES)
+def test_hostile_native_checkpoints(tmp_path, native, case):
+    shutil.copytree(native, tmp_path / "native")
+    damage, message = NATIVES[case]
+    damage(tmp_path / "native")
+    start = time.monotonic()
+    with pytest.raises(S3DError, match=re.escape(message)) as caught:
+        convert.export(tmp_path / "native", tmp_path / "out", progress=False)
+    assert time.monotonic() - start < 5 and len(str(caught.value)) < 10_000
     assert not list(tmp_path.glob("out*"))
