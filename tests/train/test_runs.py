@@ -312,7 +312,7 @@ def test_a_model_from_nothing(tmp_path, capsys):
     plain = lm.generate("the small cat", max_new_tokens=12, method="ar")[0]
     assert plain.tokens == result.tokens
     assert run("pretrain", "--data", texts, *out, *sizes, *more, *training) == 2
-    assert "exists: choose another folder" in capsys.readouterr().err
+    assert "exists and is not empty: choose another folder" in capsys.readouterr().err
 
 
 def test_pretrain_says_what_is_wrong(tmp_path, capsys):
