@@ -8,8 +8,7 @@
 set -euo pipefail
 recipe=$(dirname "$0")
 data=$1 work=$2
-# Buffers of a training step are large: huge pages, and memory that is kept, make a step on a CPU a
-# fifth faster.
+# Buffers of a training step are large: huge pages, and memory that is kept, save page faults.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1
 GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$work"
