@@ -1,7 +1,9 @@
 """What some tests need from outside: the real checkpoints, and packages that are optional."""
 
+import gc
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +21,20 @@ def data_dir() -> Path:
     if not (path / "checkpoints").is_dir():
         _missing(f"no test data at {path}: set S3D_TEST_DATA to the folder with checkpoints/")
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Lets go of the programs that a test file compiled.
+
+    Each takes tens of memory maps, and a Linux process may have 65,530: XLA, refused one more, ends
+    in a segmentation fault.
+    """
+    yield
+    if "jax" in sys.modules:
+        gc.collect()  # models hold their programs
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
