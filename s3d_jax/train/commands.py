@@ -166,7 +166,11 @@ def _add_run(parser: argparse.ArgumentParser, steps: int, rate: float | None) ->
         "--run", required=True, dest="run_folder", metavar="DIR",
         help="folder for states, metrics.jsonl and curves.png",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
+    parser.add_argument(
+        "--resume", nargs="?", type=int, default=False, const=True, metavar="STEP",
+        help="go on with the run in --run from its newest state, or from that of STEP, which "
+        "removes newer ones",
+    )  # fmt: skip
     group = parser.add_argument_group("training")
     rate_help = f"default: {rate}" if rate else "default: 2e-3, in mode full 3e-4"
     group.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default: {steps}")

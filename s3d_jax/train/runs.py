@@ -95,7 +95,7 @@ def train_draft(
     validation: ValidationConfig = ValidationConfig(),
     dtype: str | None = None,
     remat: bool = False,
-    resume: bool = False,
+    resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def train_draft(
         validation: what held-out decoding looks at.
         dtype: of the frozen target; None keeps the stored one.
         remat: compute activations anew in the backward pass: less memory, more time.
-        resume: go on with the run in `run`.
+        resume: go on with the run in `run`, from its newest state; a number names the step of an
+            older one, and newer ones are removed.
         overwrite: replace a draft of that name (an `out` in mode "full").
         progress: show a bar.
 
@@ -248,7 +249,7 @@ def pretrain(
     valid: Files = (),
     validation: ValidationConfig = ValidationConfig(),
     remat: bool = False,
-    resume: bool = False,
+    resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:

@@ -142,10 +142,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     resumed, _ = fit(Line(), batches, loop, tmp_path / "run", options={"a": 1}, resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    states = sorted(
-        int(p.name) for p in (tmp_path / "run" / "states").iterdir() if p.name.isdigit()
-    )
-    assert states == [50, 60]
+    assert states(tmp_path / "run") == [50, 60]
     again, _ = fit(Line(), batches, loop, tmp_path / "run", options={"a": 1}, resume=True)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
@@ -190,12 +187,83 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_state(what, tmp_path):
             batch["y"] = batch["y"] * 10.0 ** (step - 24)
         return batch
 
-    message = "not a number at step 26; the last good state is step 20"
-    with pytest.raises(TrainingError, match=message if what == "nan" else "diverged.*is step 20"):
+    message = "not a number at step 26; the states of the steps 10, 20 are kept"
+    with pytest.raises(
+        TrainingError, match=message if what == "nan" else "diverged.*steps 10, 20 are kept"
+    ):
         fit(Line(), spoilt, config(), tmp_path / "run", options={})
     assert max(losses(tmp_path / "run")) < 30
     fit(Line(), batches, config(), tmp_path / "run", options={}, resume=True)
     assert losses(tmp_path / "run")[60] < 0.1
+
+
+class Scripted(Line):
+    """Its loss at each step is what the batch says."""
+
+    def losses(self, tree, frozen, batch, key):
+        return {"squares": Mean(jnp.sum(batch["loss"]) + 0 * jnp.sum(tree["w"]), 8.0, 8.0)}
+
+
+def scripted(curve, noise):
+    values = np.asarray(curve) + noise * np.random.default_rng(0).normal(size=len(curve))
+    return lambda step: {"loss": np.full(8, values[step], np.float32)}
+
+
+def states(run):
+    return sorted(int(p.name) for p in (run / "states").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize("lowest", [0.5, 0.85])
+def test_a_bounded_loss_that_is_lost_again_is_noticed_before_its_states_replace_the_good_ones(
+    lowest, tmp_path
+):
+    """Total variation is at most 1, so it never gets far above where it began."""
+    curve = [*np.linspace(0.95, lowest, 100), *np.linspace(lowest, 0.97, 30), *[0.97] * 100]
+    loop = config(230, save_every=5, warmup_steps=50)
+    with pytest.raises(TrainingError, match=r"diverged: .* the steps (\d+), (\d+) are") as caught:
+        fit(Scripted(), scripted(curve, 0.01), loop, tmp_path / "run", options={})
+    kept = states(tmp_path / "run")
+    assert f"steps {kept[0]}, {kept[1]} are kept" in str(caught.value)
+    assert kept[1] <= 115 and max(losses(tmp_path / "run")) < 145
+    skipped = [x for x in read_metrics(tmp_path / "run/metrics.jsonl") if "not_saved" in x]
+    assert skipped and all(x["not_saved"]["gain_lost"] > 0.3 for x in skipped)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_no_divergence(seed, tmp_path):
+    """A run that gains nothing keeps its states and goes through; so does a short one."""
+    values = 0.9 + 0.1 * np.random.default_rng(seed).standard_t(4, 1000)
+    steps = 1000 if seed else 8
+    loop = config(steps, save_every=100, keep_states=20, log_every=100, warmup_steps=3)
+    batch = lambda step: {"loss": np.full(8, values[step], np.float32)}  # noqa: E731
+    fit(Scripted(), batch, loop, tmp_path / "run", options={})
+    assert states(tmp_path / "run") == (list(range(100, 1001, 100)) if seed else [8])
+
+
+def test_an_explosion_in_the_warm_up_is_noticed(tmp_path):
+    """Also where the run is shorter than the default warm-up of 50 steps."""
+    with pytest.raises(TrainingError, match=r"diverged.*no state was saved yet"):
+        fit(Scripted(), scripted([1.0] * 20 + [9.0] * 20, 0.01),
+            config(40, warmup_steps=50, save_every=0), tmp_path / "run", options={})  # fmt: skip
+    assert OptimizerConfig(40).warmup == 39 and OptimizerConfig(400).warmup == 50
+
+
+def test_a_run_goes_back_to_a_named_state(tmp_path):
+    run, loop = tmp_path / "run", config(30, keep_states=3)
+    whole, _ = fit(Line(), batches, loop, run, options={})
+    curve = losses(run)
+    with pytest.raises(TrainingError, match="no state of step 15; the states it has: 10, 20, 30"):
+        fit(Line(), batches, loop, run, options={}, resume=15)
+    seen = []
+
+    def watched(step):
+        seen.append((step, states(run), max(losses(run))))
+        return batches(step)
+
+    again, _ = fit(Line(), watched, loop, run, options={}, resume=10)
+    assert seen[0] == (10, [10], 10)  # what is newer is gone
+    assert losses(run) == curve and states(run) == [10, 20, 30]
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
 @pytest.mark.parametrize(
