@@ -23,7 +23,7 @@ from s3d_jax.drafts import (
 )
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.generate import LM, default_draft, load
-from s3d_jax.model import DraftParams, Params
+from s3d_jax.model import DraftParams, Params, untrained_draft
 from s3d_jax.staging import check_apart, check_replaceable
 from s3d_jax.tokenizer import tokenizer_files
 from s3d_jax.train.data import (
@@ -210,8 +210,6 @@ def train_draft(
         progress=progress,
     )
     before, reached = validations[0], validations[-1]
-    if start is None:
-        warn_if_useless(before["tokens_per_iteration"], reached["tokens_per_iteration"])
     params, trained = task.merged(tree, lm.params)
     report = {k: v for k, v in settings.items() if k != "draft"} | {
         "before": before,
@@ -229,6 +227,12 @@ def train_draft(
         )
     else:
         save_draft(model, name, draft, trained, report, overwrite=True)
+    untrained = before
+    if start is not None:
+        judge.draft_params = untrained_draft(lm.params)
+        untrained = measure_acceptance(judge, prompts, validation.new_tokens)
+    # Last, so that nothing is lost where warnings are errors.
+    warn_if_useless(untrained["tokens_per_iteration"], reached["tokens_per_iteration"], draft.gamma)
     return report
 
 
@@ -299,16 +303,17 @@ def pretrain(
     trained_config = config.replace(dtype="float32")
     judge: LM | None = None
 
-    def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
+    def acceptance(params: Params, draft_params: DraftParams) -> dict[str, Any]:
         nonlocal judge
+        judge = judge or LM(trained_config, params, draft_config=draft, eos_token_ids=ends)
+        judge.params, judge.draft_params = params, draft_params
+        return measure_acceptance(judge, prompts, validation.new_tokens)
+
+    def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
         loss = float(np.log(perplexity(trained_config, tree["params"], held_rows)))
         report: dict[str, Any] = {"next_token_loss": loss}
         if draft is not None:
-            judge = judge or LM(
-                trained_config, tree["params"], draft_config=draft, eos_token_ids=ends
-            )
-            judge.params, judge.draft_params = tree["params"], tree["draft"]
-            report |= measure_acceptance(judge, prompts, validation.new_tokens)
+            report |= acceptance(tree["params"], tree["draft"])
         return report
 
     settings = {
@@ -334,7 +339,9 @@ def pretrain(
     )
     dtype = jax.numpy.dtype(config.dtype)
     stored = jax.tree.map(lambda x: x.astype(dtype), tree)  # what is judged is what is written
-    report = settings | {"reached": validate(jax.tree.map(lambda x: x.astype("float32"), stored))}
+    widened = jax.tree.map(lambda x: x.astype("float32"), stored)
+    reached = validate(widened)
+    report = settings | {"reached": reached}
     _save_with_draft(
         *(out, config, stored["params"]),
         *((DEFAULT, draft, stored["draft"], report) if draft else (DEFAULT, None, None, report)),
@@ -343,6 +350,10 @@ def pretrain(
         tokenizer=vocabulary,
         overwrite=overwrite,
     )
+    if draft is not None:
+        params = widened["params"]
+        untrained = acceptance(params, untrained_draft(params))["tokens_per_iteration"]
+        warn_if_useless(untrained, reached["tokens_per_iteration"], draft.gamma)
     return report
 
 

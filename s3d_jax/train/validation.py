@@ -58,13 +58,15 @@ def measure_acceptance(
     }
 
 
-def warn_if_useless(before: float, after: float) -> None:
+def warn_if_useless(before: float, after: float, gamma: int) -> None:
     """A loud word where training did not teach the draft much.
 
     Args:
         before, after: τ of the untrained and of the trained draft.
+        gamma: γ.
     """
-    if after < 1.2 * before:
+    # Of τ one token is the bonus, which is no merit of the draft. Nine in ten are always good.
+    if after - 1 < min(max(1.2 * (before - 1), 0.1), 0.9 * gamma):
         warnings.warn(
             f"the trained draft makes {after:.2f} tokens per iteration, the untrained one "
             f"{before:.2f}: it has learnt next to nothing, and S3D will be slower than plain "

@@ -7,48 +7,14 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint, cli
+from s3d_jax import checkpoint
 from s3d_jax.drafts import save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.train.commands import parse_skip
 from s3d_jax.train.data import Document
 from s3d_jax.train.distill import distill, prompts_of
-from s3d_jax.train.validation import warn_if_useless
-from tests.tiny import tiny_config, tiny_lm, tiny_params
-
-FAST = (
-    *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),
-    *("--validate-every", "60", "--valid-prompts", "8", "--valid-tokens", "24"),
-    *("--gamma", "3", "--learning-rate", "1e-2"),
-)
-RANKS = ("--rank", "4", "--bridge-rank", "8")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model of ids alone, with its own output as data."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = tiny_config()
-    checkpoint.save(folder / "model", config, tiny_params(config))
-    lines = [{"prompt_tokens": [i % 31, (7 * i) % 31, i // 31], "tokens": []} for i in range(200)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "prompts.jsonl").write_text(text)
-    arguments = ("--batch-size", "50", "--max-new-tokens", "29", "--sampled-fraction", "0")
-    command = ("distill", "--model", folder / "model", "--prompts", folder / "prompts.jsonl")
-    assert run(*command, "--out", folder / "own.jsonl", *arguments) == 0
-    return folder
-
-
-def run(*arguments) -> int:
-    return cli.main([str(a) for a in arguments])
-
-
-def train(model, name, *arguments) -> int:
-    return run(
-        *("train", "--model", model / "model", "--data", model / "own.jsonl"),
-        *("--run", model / f"run-{name}", "--name", name, *FAST, *arguments),
-        *(() if "full" in arguments or "--rank" in arguments or name == "masks" else RANKS),
-    )
+from tests.tiny import tiny_config, tiny_lm
+from tests.train.command import run, train
 
 
 def test_training_teaches_the_draft_and_changes_no_output(model, capsys):
@@ -275,11 +241,6 @@ def test_distilling_needs_no_choice_of_a_draft(model, tmp_path, capsys):
     more = ("--whole-prompts", "--prompt-tokens", "3")
     assert run(*common, "--out", tmp_path / "4.jsonl", *more) == 2
     assert "leave out --prompt-tokens" in capsys.readouterr().err
-
-
-def test_a_draft_that_learnt_nothing_is_said_loudly():
-    with pytest.warns(UserWarning, match="learnt next to nothing"):
-        warn_if_useless(1.3, 1.4)
 
 
 def test_skip_is_read_from_ranges_and_lists():
