@@ -107,7 +107,10 @@ def main() -> int:
                     end = lm.eos_token_ids[0] if lm.eos_token_ids else None
                     documents = read_documents([file], lm.tokenizer, end, prompts=True)
                     prompts = held_out_prompts(
-                        documents, arguments.prompt_count, arguments.prompt_tokens
+                        documents,
+                        arguments.prompt_count,
+                        arguments.prompt_tokens,
+                        lm.max_length,
                     )
                     measured = compare(lm, prompts, arguments.max_new_tokens, gamma)
                     row[domain] = measured

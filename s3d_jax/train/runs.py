@@ -146,6 +146,8 @@ def train_draft(
         )
     check_run(run, resume)
     stored = checkpoint.read_header(model)
+    limit = stored.config.max_position_embeddings
+    _check_row_length(row_length, limit)
     lm = load(model, dtype=dtype, progress=progress, use_draft=False)
     config = lm.config
     draft = draft or default_draft(config)
@@ -164,11 +166,10 @@ def train_draft(
     documents, held_out = _split(
         data, valid, lm.tokenizer, _end(lm), config.vocab_size, validation, loop.seed
     )
-    limit = config.max_position_embeddings
-    row_length = min(row_length or row_length_for(documents, limit), limit)
+    row_length = row_length or row_length_for(documents, limit)
     rows = pack(documents, row_length)
     held_rows = pack(held_out, row_length)
-    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
+    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit)
     judge = LM(
         *(config, lm.params),
         draft_config=draft,
@@ -280,6 +281,8 @@ def pretrain(
     """
     check_replaceable(out, overwrite)
     check_run(run, resume)
+    limit = config.max_position_embeddings
+    _check_row_length(row_length, limit)
     vocabulary = tokenizer or tokenizer_of_run(data, config.vocab_size, run)
     words = tokenizer_for(vocabulary, config.vocab_size)
     end, ends = words.eos_token_id, end_token_ids(words)
@@ -290,7 +293,7 @@ def pretrain(
     # Unlike a draft, the model learns all words of a chat, the user's too.
     rows = concatenate(documents, row_length, loop.seed)
     held_rows = pack(held_out, row_length)
-    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
+    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit)
     task = PretrainTask(
         config,
         draft_config=draft,
@@ -396,6 +399,14 @@ def _begun(
         for tree in (draft.params.deltas, draft.params.bridges)
     ]
     return draft.config, draft.params, AdapterConfig(*ranks)
+
+
+def _check_row_length(row_length: int | None, limit: int) -> None:
+    if row_length is not None and row_length > limit:
+        raise ConfigError(
+            f"row_length (--row-length) is {row_length}, but the model is made for {limit} tokens "
+            "(max_position_embeddings): take at most that"
+        )
 
 
 def _checksum(rows: Rows) -> int:

@@ -1,14 +1,17 @@
 """What a run says of its outcome: it is of what is stored, and whether that is worth something."""
 
 import jax
+import numpy as np
 import pytest
 
 import s3d_jax
 from s3d_jax.config import DraftConfig
 from s3d_jax.drafts import draft_names, read_draft, save_draft
+from s3d_jax.errors import InputError
 from s3d_jax.train import runs
+from s3d_jax.train.data import Document
 from s3d_jax.train.draft import AdapterConfig, init_draft
-from s3d_jax.train.validation import warn_if_useless
+from s3d_jax.train.validation import held_out_prompts, warn_if_useless
 from tests.tiny import tiny_config, tiny_params
 from tests.train.command import run
 
@@ -32,6 +35,16 @@ def test_a_draft_that_learnt_nothing_is_said_loudly(before, after, gamma, useles
     else:
         warn_if_useless(before, after, gamma)
         assert not recwarn
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted():
+    sizes = [(40, None), (200, 128), (200, 127), (1, None), (300, 299)]
+    documents = [Document(np.arange(n), np.ones(n, bool), prompt) for n, prompt in sizes]
+    with pytest.warns(UserWarning, match="2 of 4 held-out prompts are left out: .* model's 128"):
+        prompts = held_out_prompts(documents, 9, 16, 128)
+    assert [len(prompt) for prompt in prompts] == [16, 127]
+    with pytest.raises(InputError, match="none of the 2 held-out documents can be decoded"):
+        held_out_prompts([documents[1], documents[3]], 9, 16, 128)
 
 
 def test_a_draft_that_goes_on_is_compared_with_the_untrained_one_and_is_stored_first(model):

@@ -113,6 +113,10 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--name", "a/b"), "cannot be the name of a draft"),
         (("--row-length", "1"), "--row-length must be at least 2, got 1"),
+        (
+            ("--row-length", "129"),
+            "row_length (--row-length) is 129, but the model is made for 128",
+        ),
         (("--row-length", "0"), "--row-length must be at least 2, got 0"),
         (("--seed", "-1"), "seed must be from 0 to"),
         (("--valid-prompts", "0"), "--valid-prompts must be at least 1, got 0"),
@@ -285,6 +289,7 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
     assert "give a vocabulary of" in capsys.readouterr().err
     assert run(*common, tmp_path / "r3", "--width", "30", "--heads", "4") == 2
     assert "--width 30 must be a multiple of --heads 4" in capsys.readouterr().err
+    (tmp_path / "small.json").write_text(json.dumps(tiny_config().to_dict()))
     for arguments, message in (
         (("--config", tmp_path / "none.json"), "cannot read"),
         (("--config", "x", "--width", "8", "--dtype", "float32"), "--width, --dtype: --config"),
@@ -293,6 +298,7 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
         (("--valid-prompts", "4"), "--valid-prompts: without --joint-draft"),
         (("--joint-draft", "--draft-weight", "-1"), "--draft-weight must be at least 0"),
         (("--tokenizer", tmp_path / "none"), "no tokenizer at"),
+        (("--config", tmp_path / "small.json"), "is 256, but the model is made for 128"),
         (("--heads", "0"), "--heads must be at least 1"),
         (("--resume",), "holds no run to go on with"),
     ):
