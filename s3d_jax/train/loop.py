@@ -43,7 +43,7 @@ _YOUNG = 10  # steps whose mean is the first loss; only then the spread is known
 # With other values of these a run may go on; metrics.jsonl then says where they changed.
 _MAY_CHANGE = (
     *("steps", "learning_rate", "schedule", "warmup_steps", "final_fraction", "clip_norm"),
-    *("log_every", "save_every", "validate_every", "keep_states"),
+    *("log_every", "save_every", "validate_every", "keep_states", "remat"),
 )
 
 
@@ -281,7 +281,7 @@ def fit(
             if pending is not None:
                 number, metrics = pending
                 values = {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()}
-                _check_healthy(number, values, folder)
+                _check_healthy(number, values, task.loss_scale, folder)
                 running = values.pop("running")
                 lost = _lost(running)
                 if number % config.log_every == 0 or number == last:
@@ -326,16 +326,29 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_healthy(step: int, values: Mapping[str, Any], folder: "_Run") -> None:
+def _check_healthy(step: int, values: Mapping[str, Any], loss_scale: float, folder: "_Run") -> None:
     """Stops a run that went wrong, before its state is saved.
 
     Raises:
-        TrainingError: the loss is not a number, or is far above where it was in the beginning, or
-            lost most of what it had gained.
+        TrainingError: the loss or a gradient is not a number, or the loss is far above where it was
+            in the beginning, or lost most of what it had gained.
     """
     running, _, lowest, _, first = values["running"]
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+    advice = (
+        "go on from one with --resume STEP (the newest without a number) and a lower learning rate "
+        "or stronger clipping, or begin anew with a longer warm-up"
+    )
+    if not math.isfinite(values["loss"]):
         what = f"the loss is not a number at step {step}"
+    elif not math.isfinite(values["gradient_norm"]):
+        loss = values["loss"]
+        what = f"the gradients are not finite at step {step}, though the loss is, {loss:.3g}"
+        if loss_scale != 1:
+            what += f": they overflowed float16 (the loss is scaled by {loss_scale:g})"
+            advice = (
+                "begin anew in another folder with --dtype bfloat16 or float32 or, in Python, with a "
+                "smaller loss_scale of the task"
+            )
     elif running > 1.5 * first + 0.05 or _lost(values["running"]) > _DIVERGED:
         what = f"the loss diverged: about {running:.3g} at step {step}, after {lowest:.3g}"
     else:
@@ -345,11 +358,7 @@ def _check_healthy(step: int, values: Mapping[str, Any], folder: "_Run") -> None
         f"the states of the steps {', '.join(map(str, kept))} are kept" if kept
         else "no state was saved yet"
     )  # fmt: skip
-    raise TrainingError(
-        f"{what}; {where} ({folder.path}): go on from one with --resume STEP (the newest without a "
-        "number) and a lower learning rate or stronger clipping, or begin anew with a longer "
-        "warm-up"
-    )
+    raise TrainingError(f"{what}; {where} ({folder.path}): {advice}")
 
 
 class _Run:
@@ -362,16 +371,18 @@ class _Run:
 
         self.path = path
         self._metrics = path / "metrics.jsonl"
-        known = path / "options.json"
+        self._known = path / "options.json"
         check_run(path, resume)
         self._from = None if isinstance(resume, bool) else resume
-        text = json.dumps(options, indent=1, sort_keys=True) + "\n"
-        changes = {}
+        self._options = json.dumps(options, indent=1, sort_keys=True) + "\n"
+        self._changes = {}
         try:
-            if known.exists() and _states(path):
-                changes = _changes(json.loads(known.read_text()), json.loads(text), path)
+            if self._known.exists() and _states(path):
+                old, new = json.loads(self._known.read_text()), json.loads(self._options)
+                self._changes = _changes(old, new, path)
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, text)
+            if not self._known.exists():
+                write_atomically(self._known, self._options)
         except OSError as error:
             raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
         self._manager = ocp.CheckpointManager(
@@ -383,7 +394,6 @@ class _Run:
             ),
         )
         self._said = False
-        self._changes = changes
 
     def steps(self) -> list[int]:
         """The steps whose states are kept."""
@@ -391,25 +401,31 @@ class _Run:
 
     def restore(self, begin: Callable[[], TrainState]) -> TrainState:
         """The state to go on from, or the first one; what is newer is forgotten."""
-        import orbax.checkpoint as ocp
-
         step = self._manager.latest_step() if self._from is None else self._from
         lines = self.lines() if step is not None else []
         if step is not None and not self._metrics.exists():
             raise TrainingError(f"{self._metrics} is missing: this run cannot go on")
+        state = begin() if step is None else self._restored(step, begin)
         kept = [line for line in lines if step is not None and line["step"] <= step]
+        note = {"step": step, "changed": self._changes}
+        if self._changes and kept[-1:] != [note]:
+            kept.append(note)
+        # The options come last: a kill before that leaves the change to be noted again.
         write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        if step is None:
-            return begin()
-        if self._changes:
-            self.write({"step": step, "changed": self._changes})
+        write_atomically(self._known, self._options)
+        return state
+
+    def _restored(self, step: int, begin: Callable[[], TrainState]) -> TrainState:
+        """The state of a step; newer ones are removed."""
+        import orbax.checkpoint as ocp
+
         abstract = jax.eval_shape(begin)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
         )
         state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        for newer in reversed([kept for kept in self.steps() if kept > step]):
+        for newer in reversed([other for other in self.steps() if other > step]):
             self._manager.delete(newer)
         return state
 

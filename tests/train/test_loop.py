@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from s3d_jax import staging
 from s3d_jax.config import DraftConfig
 from s3d_jax.errors import ConfigError, TrainingError
+from s3d_jax.train import loop as loop_module
 from s3d_jax.train.data import Batches, Rows
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, fit, read_metrics
@@ -164,6 +166,43 @@ def test_the_pace_may_change_on_the_way_and_that_is_written_down(tmp_path):
     assert sorted(losses(run)) == list(range(1, 9))
     changed = [x for x in read_metrics(run / "metrics.jsonl") if "changed" in x]
     assert changed == [{"step": 5, "changed": {"loop/steps": [5, 8]}}]
+
+
+def test_a_kill_before_the_options_are_written_does_not_hide_a_change(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    fit(Line(), batches, config(5), run, options={"loop": {"steps": 5}})
+
+    def killed(path, text):
+        if path.name == "options.json":
+            raise KeyboardInterrupt
+        staging.write_atomically(path, text)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop_module, "write_atomically", killed)
+        fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
+    fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
+    changed = [x["changed"] for x in read_metrics(run / "metrics.jsonl") if "changed" in x]
+    assert changed == [{"loop/steps": [5, 8]}]
+    assert json.loads((run / "options.json").read_text()) == {"loop": {"steps": 8}}
+
+
+class Overflowing(Line):
+    """Its loss is finite, its gradient is not."""
+
+    def losses(self, tree, frozen, batch, key):
+        means = super().losses(tree, frozen, batch, key)
+        infinite = jnp.sqrt(jnp.sum(0 * tree["b"]))
+        return {"squares": means["squares"].replace(total=means["squares"].total + infinite)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_gradients_that_overflow_are_not_called_a_loss(scale, tmp_path):
+    task = Overflowing()
+    task.loss_scale = scale
+    message = r"gradients are not finite at step 1, though the loss is, [\d.]+"
+    message += {1.0: "; no state", 1024.0: r": they overflowed float16 .*bfloat16"}[scale]
+    with pytest.raises(TrainingError, match=message):
+        fit(task, batches, config(5), tmp_path / "run", options={})
 
 
 def test_weight_decay_follows_the_learning_rate():
