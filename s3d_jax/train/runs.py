@@ -117,7 +117,8 @@ def train_draft(
         row_length: tokens per row of a batch; None is what most documents need.
         valid: held-out files; without them a share of `data` is held out.
         validation: what held-out decoding looks at.
-        dtype: of the frozen target; None keeps the stored one.
+        dtype: that the frozen target has in training; None keeps the stored one. What is stored has
+            the type of the checkpoint, and is judged as that.
         remat: compute activations anew in the backward pass: less memory, more time.
         resume: go on with the run in `run`, from its newest state; a number names the step of an
             older one, and newer ones are removed.
@@ -144,6 +145,8 @@ def train_draft(
             f"{model} has a draft {name!r} already: choose another name, or replace it "
             "(--overwrite, overwrite=True)"
         )
+    else:
+        check_replaceable(Path(model) / "drafts" / name, overwrite)
     check_run(run, resume)
     stored = checkpoint.read_header(model)
     limit = stored.config.max_position_embeddings
@@ -178,8 +181,11 @@ def train_draft(
         max_length=lm.max_length,
     )
 
+    def as_stored(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return jax.tree.map(lambda x: x.astype(stored.config.dtype), dict(tree))
+
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
-        judge.params, trained = task.merged(tree, lm.params)
+        judge.params, trained = task.merged(as_stored(tree), lm.params)
         judge.draft_params = jax.tree.map(lambda x: x.astype(config.dtype), trained)
         report = measure_acceptance(judge, prompts, validation.new_tokens)
         if mode == "full":
@@ -197,6 +203,7 @@ def train_draft(
         "row_length": row_length,
         "validation": dataclasses.asdict(validation),
         "dtype": config.dtype,
+        "remat": remat,
         "loop": dataclasses.asdict(loop),
         "data": [Path(f).name for f in data],
         "valid": [Path(f).name for f in valid],
@@ -211,7 +218,6 @@ def train_draft(
         progress=progress,
     )
     before, reached = validations[0], validations[-1]
-    params, trained = task.merged(tree, lm.params)
     report = {k: v for k, v in settings.items() if k != "draft"} | {
         "before": before,
         "reached": reached,
@@ -219,15 +225,17 @@ def train_draft(
     }
     if mode == "full":
         assert out is not None
+        same = config.dtype == stored.config.dtype
+        params, trained = task.merged(tree, lm.params if same else checkpoint.load(model).params)
         _save_with_draft(
-            *(out, config, params, name, draft, trained, report),
+            *(out, stored.config, params, name, draft, trained, report),
             source={"target": stored.source, "changed_by": "s3d train --mode full"},
             generation_config=stored.generation_config,
             tokenizer=model,
             overwrite=overwrite,
         )
     else:
-        save_draft(model, name, draft, trained, report, overwrite=True)
+        save_draft(model, name, draft, tree["draft"], report, overwrite=True)
     untrained = before
     if start is not None:
         judge.draft_params = untrained_draft(lm.params)
@@ -312,7 +320,11 @@ def pretrain(
         judge.params, judge.draft_params = params, draft_params
         return measure_acceptance(judge, prompts, validation.new_tokens)
 
+    def as_stored(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return jax.tree.map(lambda x: x.astype(config.dtype).astype("float32"), dict(tree))
+
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
+        tree = as_stored(tree)
         loss = float(np.log(perplexity(trained_config, tree["params"], held_rows)))
         report: dict[str, Any] = {"next_token_loss": loss}
         if draft is not None:
@@ -327,34 +339,32 @@ def pretrain(
         "adapter": dataclasses.asdict(adapter),
         "row_length": row_length,
         "compute_dtype": compute_dtype,
+        "remat": remat,
         "validation": dataclasses.asdict(validation),
         "loop": dataclasses.asdict(loop),
         "data": [Path(f).name for f in data],
         "valid": [Path(f).name for f in valid],
         "rows_crc32": _checksum(rows),
     }
-    tree, _ = fit(
+    tree, validations = fit(
         *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
         options=settings,
         validate=validate,
         resume=resume,
         progress=progress,
     )
-    dtype = jax.numpy.dtype(config.dtype)
-    stored = jax.tree.map(lambda x: x.astype(dtype), tree)  # what is judged is what is written
-    widened = jax.tree.map(lambda x: x.astype("float32"), stored)
-    reached = validate(widened)
+    tree, reached = as_stored(tree), validations[-1]
     report = settings | {"reached": reached}
     _save_with_draft(
-        *(out, config, stored["params"]),
-        *((DEFAULT, draft, stored["draft"], report) if draft else (DEFAULT, None, None, report)),
+        *(out, config, jax.tree.map(lambda x: x.astype(config.dtype), tree["params"])),
+        *((DEFAULT, draft, tree["draft"], report) if draft else (DEFAULT, None, None, report)),
         source={"trained_by": "s3d pretrain", **report},
         generation_config={"bos_token_id": words.bos_token_id, "eos_token_id": ends},
         tokenizer=vocabulary,
         overwrite=overwrite,
     )
     if draft is not None:
-        params = widened["params"]
+        params = tree["params"]
         untrained = acceptance(params, untrained_draft(params))["tokens_per_iteration"]
         warn_if_useless(untrained, reached["tokens_per_iteration"], draft.gamma)
     return report

@@ -1,19 +1,23 @@
 """What a run says of its outcome: it is of what is stored, and whether that is worth something."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import s3d_jax
+from s3d_jax import checkpoint
 from s3d_jax.config import DraftConfig
 from s3d_jax.drafts import draft_names, read_draft, save_draft
 from s3d_jax.errors import InputError
 from s3d_jax.train import runs
-from s3d_jax.train.data import Document
+from s3d_jax.train.data import Document, read_documents
 from s3d_jax.train.draft import AdapterConfig, init_draft
-from s3d_jax.train.validation import held_out_prompts, warn_if_useless
+from s3d_jax.train.loop import read_metrics
+from s3d_jax.train.validation import held_out_prompts, measure_acceptance, warn_if_useless
 from tests.tiny import tiny_config, tiny_params
-from tests.train.command import run
+from tests.train.command import run, train
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,73 @@ def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
     assert (gamma, names) == (4, ("default",)) and 1 <= before <= 5
     stored = read_draft(tmp_path / "model", "default", s3d_jax.load(tmp_path / "model").config)
     assert after == stored.training["reached"]["tokens_per_iteration"]
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model(model, tmp_path_factory):
+    """The tiny model in bfloat16."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), tiny_params(tiny_config()))
+    checkpoint.save(folder / "model", tiny_config(dtype="bfloat16"), params)
+    (folder / "own.jsonl").write_bytes((model / "own.jsonl").read_bytes())
+    return folder
+
+
+def judged_again(folder, run_folder, dtype):
+    """τ of a stored draft on the prompts of its run, and what the run said of it."""
+    lm = s3d_jax.load(folder, dtype=dtype)
+    lines = read_metrics(run_folder / "metrics.jsonl")
+    said = [line["validation"] for line in lines if "validation" in line][-1]
+    settings = json.loads((run_folder / "options.json").read_text())
+    documents = read_documents([run_folder.parent / "own.jsonl"], None, None)
+    order = np.random.default_rng(settings["loop"]["seed"]).permutation(len(documents))
+    held_out = [documents[i] for i in sorted(order[: max(1, round(0.02 * len(documents)))])]
+    prompts = held_out_prompts(held_out, 8, 16, lm.max_length)
+    found = measure_acceptance(lm, prompts, 24)
+    return found, {name: said[name] for name in found}
+
+
+def test_a_bfloat16_target_trains_and_what_is_judged_is_what_is_stored(bfloat16_model):
+    """Here the target computes in bfloat16; the trained weights and the optimiser are float32."""
+    assert train(bfloat16_model, "default") == 0
+    run_folder = bfloat16_model / "run-default"
+    found, said = judged_again(bfloat16_model / "model", run_folder, None)
+    assert found == said
+    before = read_metrics(run_folder / "metrics.jsonl")[0]["validation"]
+    assert found["tokens_per_iteration"] > before["tokens_per_iteration"] + 0.4
+    lm = s3d_jax.load(bfloat16_model / "model")
+    assert {x.dtype.name for x in jax.tree.leaves(lm.draft_params)} == {"bfloat16"}
+
+
+def test_full_mode_writes_the_type_of_the_checkpoint(bfloat16_model):
+    out = bfloat16_model / "full"
+    full = ("--mode", "full", "--out", out, "--dtype", "float32", "--steps", "20")
+    assert train(bfloat16_model, "default", *full, "--run", bfloat16_model / "run-full") == 0
+    assert checkpoint.read_header(out).config.dtype == "bfloat16"
+    after, before = checkpoint.load(out).params, checkpoint.load(bfloat16_model / "model").params
+    for name in ("embed", "layers_1", "layers_2", "final_norm"):
+        jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
+    found, said = judged_again(out, bfloat16_model / "run-full", "float32")
+    assert found == said
+
+
+def test_pretraining_decodes_the_prompts_once_for_its_last_validation(texts, tmp_path, monkeypatch):
+    """And that is of what is stored, in bfloat16; the untrained draft is measured once more."""
+    seen = []
+
+    def measure(lm, *arguments):
+        seen.append(measure_acceptance(lm, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(runs, "measure_acceptance", measure)
+    monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
+    out = ("--out", tmp_path / "model", "--run", tmp_path / "run", "--compute-dtype", "bfloat16")
+    assert run("pretrain", "--data", texts, *out, *PRETRAIN) == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    said = [line["validation"]["tokens_per_iteration"] for line in lines if "validation" in line]
+    assert len(said) == 2 and len(seen) == 3
+    lm = s3d_jax.load(tmp_path / "model", dtype="float32")
+    assert lm.draft_params is not None
+    stored = read_draft(tmp_path / "model", "default", lm.config).training
+    assert stored["reached"]["tokens_per_iteration"] == said[-1]
+    assert stored["compute_dtype"] == "bfloat16" and stored["remat"] is False

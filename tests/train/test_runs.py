@@ -115,7 +115,7 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--row-length", "1"), "--row-length must be at least 2, got 1"),
         (
             ("--row-length", "129"),
-            "row_length (--row-length) is 129, but the model is made for 128",
+            "is 129, but the model is made for 128 tokens",
         ),
         (("--row-length", "0"), "--row-length must be at least 2, got 0"),
         (("--seed", "-1"), "seed must be from 0 to"),
