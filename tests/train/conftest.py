@@ -39,3 +39,11 @@ def model(tmp_path_factory):
     command = ("distill", "--model", folder / "model", "--prompts", folder / "prompts.jsonl")
     assert run(*command, "--out", folder / "own.jsonl", *arguments) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    sentence = "the small cat sat on the warm mat and saw a bird in the tall tree. "
+    path.write_text("<|endoftext|>".join([sentence * 2] * 30))
+    return path

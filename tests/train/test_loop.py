@@ -18,7 +18,7 @@ from s3d_jax import staging
 from s3d_jax.config import DraftConfig
 from s3d_jax.errors import ConfigError, TrainingError
 from s3d_jax.train import loop as loop_module
-from s3d_jax.train.data import Batches, Rows
+from s3d_jax.train.data import Batches, Rows, pack, read_documents
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, fit, read_metrics
 from s3d_jax.train.objective import Mean, ObjectiveConfig
@@ -236,6 +236,24 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_state(what, tmp_path):
     assert losses(tmp_path / "run")[60] < 0.1
 
 
+@pytest.mark.parametrize("name", ["lion", "adafactor"])
+def test_other_optimizers_teach_a_real_draft(name, model):
+    config_ = tiny_config()
+    rows = pack(read_documents([model / "own.jsonl"], None, None), 32)
+    task = DraftTask(
+        *(config_, tiny_params(config_), DraftConfig((False, True, True, False), gamma=3)),
+        objective=ObjectiveConfig(anchors=4, hop=False),
+        adapter=AdapterConfig(4, 8),
+    )
+    loop = config(
+        80, optimizer=name, learning_rate={"lion": 3e-3, "adafactor": 3e-2}[name], save_every=0
+    )
+    fit(task, Batches(rows, 8, seed=0), loop, model / f"run-{name}", options={})
+    lines = [x for x in read_metrics(model / f"run-{name}/metrics.jsonl") if "loss" in x]
+    first, last = (np.mean([x["agreement"] for x in part]) for part in (lines[:5], lines[-5:]))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and last > first + 0.1, (first, last)
+
+
 class Scripted(Line):
     """Its loss at each step is what the batch says."""
 
@@ -361,27 +379,41 @@ def draft_run(run, resume):
 
 
 KILLED = """
-import pathlib, sys
+import itertools, os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 from tests.train.test_loop import draft_run
+kill_at, count = {kill_at}, itertools.count(1)
+
+def die_in_saving(event, arguments):
+    if event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree", "open"):
+        writes = event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if writes and "/states/" in str(arguments[0]) and next(count) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die_in_saving)
 draft_run({run!r}, resume=pathlib.Path({run!r}, "options.json").exists())
 """
 
 
 @pytest.mark.slow
 def test_ten_kills_leave_the_curve_as_it_is(tmp_path):
-    """SIGKILL at random moments, in steps and in saving."""
+    """SIGKILL at random moments, and between any two files of a save, its end and the removal of an
+    old state: a save writes or renames some 16 times, then removes twice."""
     whole = draft_run(tmp_path / "whole", resume=False)
     expected = losses(tmp_path / "whole")
     generator, run, kills = random.Random(0), tmp_path / "run", 0
-    code = KILLED.format(root=str(ROOT), run=str(run))
     # Ten times the same programs.
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    while kills < 10:
+    for kill_at in (0, 5, 0, 12, 0, 16, 0, 17, 0, 35):
+        code = KILLED.format(root=str(ROOT), run=str(run), kill_at=kill_at)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
+        if kill_at:
+            assert process.wait(120) == -signal.SIGKILL
+            kills += 1
+            continue
         begun = losses(run)
         # Wait until it makes progress, then kill at a random moment shortly after.
         deadline = time.monotonic() + 120

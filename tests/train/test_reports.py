@@ -74,14 +74,6 @@ PRETRAIN = (
 )
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    sentence = "the small cat sat on the warm mat and saw a bird in the tall tree. "
-    path.write_text("<|endoftext|>".join([sentence * 2] * 30))
-    return path
-
-
 def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
     texts, tmp_path, monkeypatch
 ):
