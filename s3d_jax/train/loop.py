@@ -346,8 +346,8 @@ def _check_healthy(step: int, values: Mapping[str, Any], loss_scale: float, fold
         if loss_scale != 1:
             what += f": they overflowed float16 (the loss is scaled by {loss_scale:g})"
             advice = (
-                "begin anew in another folder with --dtype bfloat16 or float32 or, in Python, with a "
-                "smaller loss_scale of the task"
+                "begin anew in another folder with --dtype bfloat16 or float32 (or, in Python, a "
+                "smaller loss_scale of the task)"
             )
     elif running > 1.5 * first + 0.05 or _lost(values["running"]) > _DIVERGED:
         what = f"the loss diverged: about {running:.3g} at step {step}, after {lowest:.3g}"
