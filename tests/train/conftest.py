@@ -1,4 +1,4 @@
-"""A tiny model and its data, for all tests that train; and compiled programs that they share."""
+"""A tiny model and its data, and a few texts, for all tests that train."""
 
 import json
 
@@ -8,22 +8,6 @@ import pytest
 from s3d_jax import checkpoint
 from tests.tiny import tiny_config, tiny_params
 from tests.train.command import run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs(tmp_path_factory):
-    """Many runs here are of the same programs; each is compiled once."""
-    folder = tmp_path_factory.getbasetemp() / "programs"
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")
