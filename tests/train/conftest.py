@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 
 from s3d_jax import checkpoint
