@@ -168,12 +168,13 @@ def test_the_pace_may_change_on_the_way_and_that_is_written_down(tmp_path):
     assert changed == [{"step": 5, "changed": {"loop/steps": [5, 8]}}]
 
 
-def test_a_kill_before_the_options_are_written_does_not_hide_a_change(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "options.json"])
+def test_a_kill_while_a_change_is_noted_does_not_hide_it(name, tmp_path, monkeypatch):
     run = tmp_path / "run"
     fit(Line(), batches, config(5), run, options={"loop": {"steps": 5}})
 
     def killed(path, text):
-        if path.name == "options.json":
+        if path.name == name:
             raise KeyboardInterrupt
         staging.write_atomically(path, text)
 
