@@ -127,6 +127,28 @@ def test_a_bfloat16_target_trains_and_what_is_judged_is_what_is_stored(bfloat16_
     assert {x.dtype.name for x in jax.tree.leaves(lm.draft_params)} == {"bfloat16"}
 
 
+def decoded_drafts(monkeypatch):
+    """The drafts that a run decodes with, in a list that grows."""
+    seen = []
+
+    def measure(lm, *arguments):
+        seen.append(lm.draft_params)
+        return measure_acceptance(lm, *arguments)
+
+    monkeypatch.setattr(runs, "measure_acceptance", measure)
+    return seen
+
+
+def test_a_draft_is_judged_as_it_is_stored(bfloat16_model, monkeypatch):
+    """Not as it was trained, in float32."""
+    seen = decoded_drafts(monkeypatch)
+    monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
+    assert train(bfloat16_model, "wide", "--dtype", "float32", "--steps", "3") == 0
+    stored = s3d_jax.load(bfloat16_model / "model", dtype="float32", draft="wide").draft_params
+    assert len(seen) == 2
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], stored)
+
+
 def test_full_mode_writes_the_type_of_the_checkpoint(bfloat16_model):
     out = bfloat16_model / "full"
     full = ("--mode", "full", "--out", out, "--dtype", "float32", "--steps", "20")
@@ -141,21 +163,17 @@ def test_full_mode_writes_the_type_of_the_checkpoint(bfloat16_model):
 
 def test_pretraining_decodes_the_prompts_once_for_its_last_validation(texts, tmp_path, monkeypatch):
     """And that is of what is stored, in bfloat16; the untrained draft is measured once more."""
-    seen = []
-
-    def measure(lm, *arguments):
-        seen.append(measure_acceptance(lm, *arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(runs, "measure_acceptance", measure)
+    seen = decoded_drafts(monkeypatch)
     monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
     out = ("--out", tmp_path / "model", "--run", tmp_path / "run", "--compute-dtype", "bfloat16")
     assert run("pretrain", "--data", texts, *out, *PRETRAIN) == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     said = [line["validation"]["tokens_per_iteration"] for line in lines if "validation" in line]
-    assert len(said) == 2 and len(seen) == 3
+    assert len(said) == 2
+    # At the beginning, at the end, and the untrained one.
+    assert [bool(draft.deltas) for draft in seen] == [True, True, False]
     lm = s3d_jax.load(tmp_path / "model", dtype="float32")
-    assert lm.draft_params is not None
+    jax.tree.map(np.testing.assert_array_equal, seen[1], lm.draft_params)
     stored = read_draft(tmp_path / "model", "default", lm.config).training
     assert stored["reached"]["tokens_per_iteration"] == said[-1]
     assert stored["compute_dtype"] == "bfloat16" and stored["remat"] is False
