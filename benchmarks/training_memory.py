@@ -1,7 +1,7 @@
 """The memory that training the draft of a large model takes: by formula, by XLA, and measured.
 
     python benchmarks/training_memory.py [--layers N] [--rows B] [--length T] [--optimizer NAME]
-        [--accumulate N] [--no-remat] [--run]
+        [--objective NAME] [--accumulate N] [--no-remat] [--run]
 
 The model has the shape of Phi-3-mini (3.8 B parameters, bfloat16). Without --run nothing is
 allocated: the step is compiled for this machine's device, and XLA says what it would take. With
@@ -11,6 +11,7 @@ allocated: the step is compiled for this machine's device, and XLA says what it 
 import argparse
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 
 from s3d_jax.batch import peak_memory_bytes
 from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
+from s3d_jax.errors import S3DError
 from s3d_jax.model import abstract_params
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, begin, make_step
@@ -40,10 +42,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--objective", default="ce")
     parser.add_argument("--optimizer", default="adamw")
-    parser.add_argument("--accumulate", type=int, default=4, help="parts (default: 4)")
+    parser.add_argument("--accumulate", type=int, help="parts (default: one row each)")
     parser.add_argument("--no-remat", action="store_true")
     parser.add_argument("--run", action="store_true", help="take one step, and measure")
     arguments = parser.parse_args()
+    parts = arguments.rows if arguments.accumulate is None else arguments.accumulate
     config = ModelConfig(
         vocab_size=32064,
         hidden_size=3072,
@@ -71,23 +74,28 @@ def main() -> None:
     loop = LoopConfig(
         OptimizerConfig(10, arguments.optimizer),
         batch_size=arguments.rows,
-        accumulate=arguments.accumulate,
+        accumulate=parts,
     )
     shape = (arguments.rows, arguments.length)
     batch = {"tokens": np.ones(shape, np.int32), "learn": np.ones(shape, bool)}
     state = jax.eval_shape(lambda p: begin(make_task(params=p), loop), params)
     program = make_step(task, loop).lower(state, params, batch).compile()
     plan = program.memory_analysis()
-    per_part = arguments.rows // arguments.accumulate
+    per_part = arguments.rows // parts
     tokens = per_part * arguments.anchors * arguments.gamma
+    # Those of the drafted tokens and their gradient; "kl" and "tv" also look at the target's.
+    logits = 2 * tokens
+    if arguments.objective != "ce":
+        logits += per_part * arguments.length + tokens
     slots = per_part * (arguments.length + arguments.anchors * arguments.gamma)
     slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers  # keys, values; bytes
     expected = {
         "frozen target": gigabytes(params),
         "draft, average, optimiser": gigabytes(state),
-        "gradients": 2 * gigabytes(state.tree),  # the sum, and those of one part
+        # The sum, and those of one part.
+        "gradients": (1 if parts == 1 else 2) * gigabytes(state.tree),
         "keys and values": slots * slot / 1e9,
-        "logits and their gradient": 2 * 4 * tokens * config.vocab_size / 1e9,
+        "logits": 4 * logits * config.vocab_size / 1e9,
     }
     print(f"{jax.devices()[0].device_kind}: {arguments}")
     for name, size in expected.items():
@@ -105,4 +113,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except S3DError as error:
+        sys.exit(f"error: {error}")

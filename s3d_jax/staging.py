@@ -122,10 +122,18 @@ def check_replaceable(out: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuses early what `staged_folder` would refuse: a long computation may lie between.
 
     Raises:
-        CheckpointError: `out` exists and is not to be replaced, or no checkpoint.
+        CheckpointError: `out` exists and is not to be replaced, or no checkpoint; or no folder can
+            be made there.
     """
-    out = Path(os.path.realpath(out))
+    shown, out = out, Path(os.path.realpath(out))
     try:
+        parent = out.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
         if not out.exists():
             return
         if not out.is_dir():
@@ -134,7 +142,7 @@ def check_replaceable(out: str | os.PathLike[str], overwrite: bool) -> None:
             return
         is_checkpoint = _is_checkpoint(out)
     except OSError as error:
-        raise _write_error(out, error) from error
+        raise _write_error(shown, error) from error
     if not overwrite:
         raise CheckpointError(
             f"{out} exists and is not empty: choose another folder, or replace it with --overwrite "

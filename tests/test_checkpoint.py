@@ -14,6 +14,7 @@ import pytest
 
 from s3d_jax import checkpoint
 from s3d_jax.errors import CheckpointError
+from s3d_jax.staging import check_replaceable
 from tests.tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config(num_layers=2)
@@ -211,6 +212,13 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "file", CONFIG, PARAMS)
     with pytest.raises(CheckpointError, match="is a file, not a folder"):
         checkpoint.save(tmp_path / "file" / "model", CONFIG, PARAMS)
+    # The same early, before a long computation.
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+        check_replaceable(tmp_path / "file" / "more" / "model", overwrite=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(CheckpointError, match=r"cannot write .*new.x: no permission"):
+            check_replaceable(tmp_path / "new" / "x", overwrite=False)
     with pytest.raises(CheckpointError, match="the path is too long"):
         checkpoint.save(tmp_path / ("x" * 300), CONFIG, PARAMS)
     with (

@@ -303,7 +303,8 @@ def pack(documents: Sequence[Document], length: int) -> Rows:
     """Whole documents go into the first row with room; what is longer is cut into pieces.
 
     Documents of one row see each other. The rest of a row is padding. Only the last 64 rows with
-    room are looked at.
+    room are looked at. The first token of a piece is not learnt: what stands before it is another
+    text, which ended, and no block is drafted over that end.
     """
     _check_length(length)
     tokens: list[np.ndarray] = []
@@ -322,7 +323,7 @@ def pack(documents: Sequence[Document], length: int) -> Rows:
                     del room[next(iter(room))]
             at = length - room[row]
             tokens[row][at : at + size] = document.tokens[piece]
-            learn[row][at : at + size] = document.learn[piece]
+            learn[row][at + 1 : at + size] = document.learn[piece][1:]
             room[row] -= size
             if room[row] == 0:
                 del room[row]

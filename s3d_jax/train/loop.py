@@ -16,7 +16,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,12 +31,19 @@ from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import OptimizerConfig
 from s3d_jax.train.options import differences, in_words
 
-_SMOOTHING = 0.98  # of the running loss that divergence is judged by
+# What divergence is judged by: the loss over some 10 steps, since states are saved meanwhile; how
+# far single batches lie from it, over some 50; and what share of its gain a run may lose before its
+# states are not kept any more, and before it is stopped. A gain below 7 spreads counts as 7, so
+# that noise is none: the running loss of a run that gains nothing stays within about 2 spreads.
+_SMOOTHING, _SPREAD_SMOOTHING = 0.9, 0.98
+_DOUBTFUL, _DIVERGED = 0.3, 0.7
+_LEAST_GAIN = 7.0
+_YOUNG = 10  # steps whose mean is the first loss; only then the spread is known
 
 # With other values of these a run may go on; metrics.jsonl then says where they changed.
 _MAY_CHANGE = (
     *("steps", "learning_rate", "schedule", "warmup_steps", "final_fraction", "clip_norm"),
-    *("log_every", "save_every", "validate_every", "keep_states"),
+    *("log_every", "save_every", "validate_every", "keep_states", "remat"),
 )
 
 
@@ -114,8 +121,9 @@ class TrainState(flax.struct.PyTreeNode):
         tree: what is trained.
         average: its running average; () without one.
         optimizer: the state of optax.
-        running: float32 [3], the running loss, its lowest and its first value: what divergence is
-            judged by.
+        running: float32 [5], what divergence is judged by: the running loss; the mean distance of
+            single losses from it; the lowest running loss, and that distance then; and the first
+            running loss.
     """
 
     step: jax.Array
@@ -135,7 +143,7 @@ def begin(task: Task, config: LoopConfig) -> TrainState:
     tree = task.init(jax.random.key(config.seed))
     average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
     optimizer = config.optimizer.build()
-    return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(3))
+    return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(5))
 
 
 def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
@@ -178,7 +186,7 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
             age = state.step.astype(jnp.float32)
             decay = jnp.minimum(config.ema_decay, (1 + age) / (10 + age))
             average = jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, tree)
-        running = _running_loss(state, metrics["loss"], config.optimizer.warmup_steps)
+        running = _running_loss(state, metrics["loss"], config.optimizer.warmup)
         metrics["running"] = running
         return TrainState(state.step + 1, tree, average, optimizer_state, running), metrics
 
@@ -201,14 +209,28 @@ def _sum_over_parts(gradient: Callable[..., Any], parts: Any, keys: jax.Array) -
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
-def _running_loss(state: TrainState, loss: jax.Array, warmup_steps: int) -> jax.Array:
+def _running_loss(state: TrainState, loss: jax.Array, warmup: int) -> jax.Array:
     """`TrainState.running` after one more step. In the warm-up a loss may rise: it sets no low."""
-    running, lowest, first = state.running
-    fresh = state.step == 0
-    running = jnp.where(fresh, loss, _SMOOTHING * running + (1 - _SMOOTHING) * loss)
-    settled = state.step >= warmup_steps
-    lowest = jnp.where(settled, jnp.minimum(lowest, running), running)
-    return jnp.stack([running, lowest, jnp.where(settled, first, running)])
+    running, spread, lowest, calm, first = state.running
+    distance = jnp.where(state.step == 0, 0.0, jnp.abs(loss - running))
+
+    def average(old: jax.Array, new: jax.Array, count: jax.Array, smoothing: float) -> jax.Array:
+        """A plain mean of `count` while it is young, so that its first value does not last."""
+        decay = jnp.minimum(smoothing, 1 - 1 / jnp.maximum(count, 1))
+        return decay * old + (1 - decay) * new
+
+    running = average(running, loss, state.step + 1, _SMOOTHING)
+    spread = average(spread, distance, state.step, _SPREAD_SMOOTHING)  # step 0 has no distance
+    young = state.step < _YOUNG
+    new_low = young | (state.step < warmup) | (running < lowest)
+    lowest, calm = jnp.where(new_low, running, lowest), jnp.where(new_low, spread, calm)
+    return jnp.stack([running, spread, lowest, calm, jnp.where(young, running, first)])
+
+
+def _lost(running: Sequence[float]) -> float:
+    """The share of its gain that a run has lost again, by `TrainState.running`."""
+    now, _, lowest, calm, first = running
+    return (now - lowest) / max(first - lowest, _LEAST_GAIN * calm, 1e-9)
 
 
 def fit(
@@ -219,7 +241,7 @@ def fit(
     *,
     options: Mapping[str, Any],
     validate: Callable[[Any], dict[str, Any]] | None = None,
-    resume: bool = False,
+    resume: bool | int = False,
     progress: bool = False,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Trains to the end.
@@ -232,7 +254,8 @@ def fit(
         options: JSON; everything that the run depends on, to refuse a resume with others.
         validate: trained tree -> JSON, called at the start, every `validate_every` steps, and at
             the end.
-        resume: go on from the last state in `run`; without one, begin.
+        resume: go on from the newest state in `run`, or begin where it has none; a number goes on
+            from the state of that step, and removes newer ones.
         progress: show a bar.
 
     Returns:
@@ -240,8 +263,8 @@ def fit(
         `validate` said, from the start of the run to its end.
 
     Raises:
-        TrainingError: the folder holds another run; or the loss became NaN or diverged. The last
-            good state stays.
+        TrainingError: the folder holds another run, or not that state; or the loss became NaN or
+            diverged. States from before it went bad stay.
     """
     from tqdm import tqdm
 
@@ -251,17 +274,19 @@ def fit(
         first, last = int(state.step), config.optimizer.steps
         step_program = make_step(task, config)
         pending: tuple[int, Any] | None = None
+        lost = 0.0
 
         def settle() -> None:
-            nonlocal pending
+            nonlocal pending, lost
             if pending is not None:
                 number, metrics = pending
                 values = {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()}
-                _check_healthy(number, values, folder)
-                running = values.pop("running")[0]
+                _check_healthy(number, values, task.loss_scale, folder)
+                running = values.pop("running")
+                lost = _lost(running)
                 if number % config.log_every == 0 or number == last:
                     folder.write({"step": number, **values})
-                bar.set_postfix(loss=f"{running:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{running[0]:.3f}", refresh=False)
             pending = None
 
         def validated() -> None:
@@ -285,7 +310,11 @@ def fit(
                     validated()
                 if _due(number, config.save_every) or number == last:
                     settle()
-                    folder.save(state)
+                    # Where it may be about to diverge, the older states are worth more.
+                    if lost <= _DOUBTFUL or number == last:
+                        folder.save(state)
+                    else:
+                        folder.write({"step": number, "not_saved": {"gain_lost": round(lost, 3)}})
         folder.draw()
         lines = folder.lines()
         return state.result, [line["validation"] for line in lines if "validation" in line]
@@ -297,49 +326,63 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_healthy(step: int, values: Mapping[str, Any], folder: "_Run") -> None:
+def _check_healthy(step: int, values: Mapping[str, Any], loss_scale: float, folder: "_Run") -> None:
     """Stops a run that went wrong, before its state is saved.
 
     Raises:
-        TrainingError: the loss is not a number, or is back above where it was in the beginning, or
-            lost most of what it had gained.
+        TrainingError: the loss or a gradient is not a number, or the loss is far above where it was
+            in the beginning, or lost most of what it had gained.
     """
-    running, lowest, first = values["running"]
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+    running, _, lowest, _, first = values["running"]
+    advice = (
+        "go on from one with --resume STEP (the newest without a number) and a lower learning rate "
+        "or stronger clipping, or begin anew with a longer warm-up"
+    )
+    if not math.isfinite(values["loss"]):
         what = f"the loss is not a number at step {step}"
-    elif running > 1.5 * first + 0.05 or (
-        lowest < 0.6 * first and running > lowest + 0.7 * (first - lowest)
-    ):
+    elif not math.isfinite(values["gradient_norm"]):
+        loss = values["loss"]
+        what = f"the gradients are not finite at step {step}, though the loss is, {loss:.3g}"
+        if loss_scale != 1:
+            what += f": they overflowed float16 (the loss is scaled by {loss_scale:g})"
+            advice = (
+                "begin anew in another folder with --dtype bfloat16 or float32 (or, in Python, a "
+                "smaller loss_scale of the task)"
+            )
+    elif running > 1.5 * first + 0.05 or _lost(values["running"]) > _DIVERGED:
         what = f"the loss diverged: about {running:.3g} at step {step}, after {lowest:.3g}"
     else:
         return
-    kept = folder.latest()
-    where = "no state was saved yet" if kept is None else f"the last good state is step {kept}"
-    raise TrainingError(
-        f"{what}; {where} ({folder.path}): go on from it with --resume and a lower learning rate "
-        "or stronger clipping, or begin anew with a longer warm-up"
-    )
+    kept = folder.steps()
+    where = (
+        f"the states of the steps {', '.join(map(str, kept))} are kept" if kept
+        else "no state was saved yet"
+    )  # fmt: skip
+    raise TrainingError(f"{what}; {where} ({folder.path}): {advice}")
 
 
 class _Run:
     """The folder of a run."""
 
     def __init__(
-        self, path: Path, config: LoopConfig, options: Mapping[str, Any], resume: bool
+        self, path: Path, config: LoopConfig, options: Mapping[str, Any], resume: bool | int
     ) -> None:
         import orbax.checkpoint as ocp
 
         self.path = path
         self._metrics = path / "metrics.jsonl"
-        known = path / "options.json"
+        self._known = path / "options.json"
         check_run(path, resume)
-        text = json.dumps(options, indent=1, sort_keys=True) + "\n"
-        changes = {}
+        self._from = None if isinstance(resume, bool) else resume
+        self._options = json.dumps(options, indent=1, sort_keys=True) + "\n"
+        self._changes = {}
         try:
-            if known.exists() and _has_states(path):
-                changes = _changes(json.loads(known.read_text()), json.loads(text), path)
+            if self._known.exists() and _states(path):
+                old, new = json.loads(self._known.read_text()), json.loads(self._options)
+                self._changes = _changes(old, new, path)
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, text)
+            if not self._known.exists():
+                write_atomically(self._known, self._options)
         except OSError as error:
             raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
         self._manager = ocp.CheckpointManager(
@@ -351,37 +394,45 @@ class _Run:
             ),
         )
         self._said = False
-        self._changes = changes
 
-    def latest(self) -> int | None:
-        """Step of the newest state."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps whose states are kept."""
+        return sorted(self._manager.all_steps())
 
     def restore(self, begin: Callable[[], TrainState]) -> TrainState:
-        """The newest state, or the first one; metrics of later steps are forgotten."""
-        import orbax.checkpoint as ocp
-
-        step = self.latest()
+        """The state to go on from, or the first one; what is newer is forgotten."""
+        step = self._manager.latest_step() if self._from is None else self._from
         lines = self.lines() if step is not None else []
         if step is not None and not self._metrics.exists():
             raise TrainingError(f"{self._metrics} is missing: this run cannot go on")
+        state = begin() if step is None else self._restored(step, begin)
         kept = [line for line in lines if step is not None and line["step"] <= step]
+        note = {"step": step, "changed": self._changes}
+        if self._changes and kept[-1:] != [note]:
+            kept.append(note)
+        # The options come last: a kill before that leaves the change to be noted again.
         write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        if step is None:
-            return begin()
-        if self._changes:
-            self.write({"step": step, "changed": self._changes})
+        write_atomically(self._known, self._options)
+        return state
+
+    def _restored(self, step: int, begin: Callable[[], TrainState]) -> TrainState:
+        """The state of a step; newer ones are removed."""
+        import orbax.checkpoint as ocp
+
         abstract = jax.eval_shape(begin)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        for newer in reversed([other for other in self.steps() if other > step]):
+            self._manager.delete(newer)
+        return state
 
     def save(self, state: TrainState) -> None:
         import orbax.checkpoint as ocp
 
-        if self.latest() != int(state.step):
+        if int(state.step) not in self.steps():
             self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -418,20 +469,30 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def check_run(run: str | os.PathLike[str], resume: bool) -> None:
-    """Raises TrainingError if the folder holds a run and `resume` is False, or the other way."""
-    if not resume and _has_states(Path(run)):
+def check_run(run: str | os.PathLike[str], resume: bool | int) -> None:
+    """Refuses early what `fit` would refuse about a folder.
+
+    Raises:
+        TrainingError: it holds a run and `resume` is False, or the other way; or it has no state of
+            the step that `resume` names.
+    """
+    states = _states(Path(run))
+    if resume is False and states:
         raise TrainingError(
             f"{run} holds a run already: go on with --resume (resume=True), or choose another "
             "folder"
         )
-    if resume and not (Path(run) / "options.json").is_file():
+    if resume is not False and not (Path(run) / "options.json").is_file():
         raise TrainingError(f"{run} holds no run to go on with: begin without --resume")
+    if not isinstance(resume, bool) and resume not in states:
+        known = ", ".join(map(str, states)) or "none"
+        raise TrainingError(f"{run} has no state of step {resume}; the states it has: {known}")
 
 
-def _has_states(run: Path) -> bool:
-    states = run / "states"
-    return states.is_dir() and any(p.name.isdigit() for p in states.iterdir())
+def _states(run: Path) -> list[int]:
+    """Steps whose states are there; orbax renames a state to its number when it is whole."""
+    names = [path.name for path in (run / "states").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _changes(old: Any, new: Any, path: Path) -> dict[str, Any]:

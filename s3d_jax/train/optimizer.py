@@ -56,9 +56,14 @@ class OptimizerConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
 
+    @property
+    def warmup(self) -> int:
+        """Updates of the warm-up: `warmup_steps`, or all but the last one of a shorter run."""
+        return min(self.warmup_steps, self.steps - 1)
+
     def learning_rate_at(self) -> optax.Schedule:
         """Update number -> learning rate."""
-        warmup = min(self.warmup_steps, self.steps - 1)
+        warmup = self.warmup
         end, rest = self.learning_rate * self.final_fraction, self.steps - warmup
         after = {
             "cosine": optax.cosine_decay_schedule(self.learning_rate, rest, self.final_fraction),

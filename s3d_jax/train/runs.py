@@ -23,7 +23,7 @@ from s3d_jax.drafts import (
 )
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.generate import LM, default_draft, load
-from s3d_jax.model import DraftParams, Params
+from s3d_jax.model import DraftParams, Params, untrained_draft
 from s3d_jax.staging import check_apart, check_replaceable
 from s3d_jax.tokenizer import tokenizer_files
 from s3d_jax.train.data import (
@@ -95,7 +95,7 @@ def train_draft(
     validation: ValidationConfig = ValidationConfig(),
     dtype: str | None = None,
     remat: bool = False,
-    resume: bool = False,
+    resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -117,9 +117,11 @@ def train_draft(
         row_length: tokens per row of a batch; None is what most documents need.
         valid: held-out files; without them a share of `data` is held out.
         validation: what held-out decoding looks at.
-        dtype: of the frozen target; None keeps the stored one.
+        dtype: that the frozen target has in training; None keeps the stored one. What is stored has
+            the type of the checkpoint, and is judged as that.
         remat: compute activations anew in the backward pass: less memory, more time.
-        resume: go on with the run in `run`.
+        resume: go on with the run in `run`, from its newest state; a number names the step of an
+            older one, and newer ones are removed.
         overwrite: replace a draft of that name (an `out` in mode "full").
         progress: show a bar.
 
@@ -143,8 +145,12 @@ def train_draft(
             f"{model} has a draft {name!r} already: choose another name, or replace it "
             "(--overwrite, overwrite=True)"
         )
+    else:
+        check_replaceable(Path(model) / "drafts" / name, overwrite)
     check_run(run, resume)
     stored = checkpoint.read_header(model)
+    limit = stored.config.max_position_embeddings
+    _check_row_length(row_length, limit)
     lm = load(model, dtype=dtype, progress=progress, use_draft=False)
     config = lm.config
     draft = draft or default_draft(config)
@@ -163,11 +169,10 @@ def train_draft(
     documents, held_out = _split(
         data, valid, lm.tokenizer, _end(lm), config.vocab_size, validation, loop.seed
     )
-    limit = config.max_position_embeddings
-    row_length = min(row_length or row_length_for(documents, limit), limit)
+    row_length = row_length or row_length_for(documents, limit)
     rows = pack(documents, row_length)
     held_rows = pack(held_out, row_length)
-    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
+    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit)
     judge = LM(
         *(config, lm.params),
         draft_config=draft,
@@ -176,8 +181,11 @@ def train_draft(
         max_length=lm.max_length,
     )
 
+    def as_stored(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return jax.tree.map(lambda x: x.astype(stored.config.dtype), dict(tree))
+
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
-        judge.params, trained = task.merged(tree, lm.params)
+        judge.params, trained = task.merged(as_stored(tree), lm.params)
         judge.draft_params = jax.tree.map(lambda x: x.astype(config.dtype), trained)
         report = measure_acceptance(judge, prompts, validation.new_tokens)
         if mode == "full":
@@ -195,6 +203,7 @@ def train_draft(
         "row_length": row_length,
         "validation": dataclasses.asdict(validation),
         "dtype": config.dtype,
+        "remat": remat,
         "loop": dataclasses.asdict(loop),
         "data": [Path(f).name for f in data],
         "valid": [Path(f).name for f in valid],
@@ -209,9 +218,6 @@ def train_draft(
         progress=progress,
     )
     before, reached = validations[0], validations[-1]
-    if start is None:
-        warn_if_useless(before["tokens_per_iteration"], reached["tokens_per_iteration"])
-    params, trained = task.merged(tree, lm.params)
     report = {k: v for k, v in settings.items() if k != "draft"} | {
         "before": before,
         "reached": reached,
@@ -219,15 +225,23 @@ def train_draft(
     }
     if mode == "full":
         assert out is not None
+        same = config.dtype == stored.config.dtype
+        params, trained = task.merged(tree, lm.params if same else checkpoint.load(model).params)
         _save_with_draft(
-            *(out, config, params, name, draft, trained, report),
+            *(out, stored.config, params, name, draft, trained, report),
             source={"target": stored.source, "changed_by": "s3d train --mode full"},
             generation_config=stored.generation_config,
             tokenizer=model,
             overwrite=overwrite,
         )
     else:
-        save_draft(model, name, draft, trained, report, overwrite=True)
+        save_draft(model, name, draft, tree["draft"], report, overwrite=True)
+    untrained = before
+    if start is not None:
+        judge.draft_params = untrained_draft(lm.params)
+        untrained = measure_acceptance(judge, prompts, validation.new_tokens)
+    # Last, so that nothing is lost where warnings are errors.
+    warn_if_useless(untrained["tokens_per_iteration"], reached["tokens_per_iteration"], draft.gamma)
     return report
 
 
@@ -248,7 +262,7 @@ def pretrain(
     valid: Files = (),
     validation: ValidationConfig = ValidationConfig(),
     remat: bool = False,
-    resume: bool = False,
+    resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -275,6 +289,8 @@ def pretrain(
     """
     check_replaceable(out, overwrite)
     check_run(run, resume)
+    limit = config.max_position_embeddings
+    _check_row_length(row_length, limit)
     vocabulary = tokenizer or tokenizer_of_run(data, config.vocab_size, run)
     words = tokenizer_for(vocabulary, config.vocab_size)
     end, ends = words.eos_token_id, end_token_ids(words)
@@ -285,7 +301,7 @@ def pretrain(
     # Unlike a draft, the model learns all words of a chat, the user's too.
     rows = concatenate(documents, row_length, loop.seed)
     held_rows = pack(held_out, row_length)
-    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens)
+    prompts = held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit)
     task = PretrainTask(
         config,
         draft_config=draft,
@@ -298,16 +314,21 @@ def pretrain(
     trained_config = config.replace(dtype="float32")
     judge: LM | None = None
 
-    def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
+    def acceptance(params: Params, draft_params: DraftParams) -> dict[str, Any]:
         nonlocal judge
+        judge = judge or LM(trained_config, params, draft_config=draft, eos_token_ids=ends)
+        judge.params, judge.draft_params = params, draft_params
+        return measure_acceptance(judge, prompts, validation.new_tokens)
+
+    def as_stored(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return jax.tree.map(lambda x: x.astype(config.dtype).astype("float32"), dict(tree))
+
+    def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
+        tree = as_stored(tree)
         loss = float(np.log(perplexity(trained_config, tree["params"], held_rows)))
         report: dict[str, Any] = {"next_token_loss": loss}
         if draft is not None:
-            judge = judge or LM(
-                trained_config, tree["params"], draft_config=draft, eos_token_ids=ends
-            )
-            judge.params, judge.draft_params = tree["params"], tree["draft"]
-            report |= measure_acceptance(judge, prompts, validation.new_tokens)
+            report |= acceptance(tree["params"], tree["draft"])
         return report
 
     settings = {
@@ -318,30 +339,34 @@ def pretrain(
         "adapter": dataclasses.asdict(adapter),
         "row_length": row_length,
         "compute_dtype": compute_dtype,
+        "remat": remat,
         "validation": dataclasses.asdict(validation),
         "loop": dataclasses.asdict(loop),
         "data": [Path(f).name for f in data],
         "valid": [Path(f).name for f in valid],
         "rows_crc32": _checksum(rows),
     }
-    tree, _ = fit(
+    tree, validations = fit(
         *(task, Batches(rows, loop.batch_size, loop.seed), loop, run),
         options=settings,
         validate=validate,
         resume=resume,
         progress=progress,
     )
-    dtype = jax.numpy.dtype(config.dtype)
-    stored = jax.tree.map(lambda x: x.astype(dtype), tree)  # what is judged is what is written
-    report = settings | {"reached": validate(jax.tree.map(lambda x: x.astype("float32"), stored))}
+    tree, reached = as_stored(tree), validations[-1]
+    report = settings | {"reached": reached}
     _save_with_draft(
-        *(out, config, stored["params"]),
-        *((DEFAULT, draft, stored["draft"], report) if draft else (DEFAULT, None, None, report)),
+        *(out, config, jax.tree.map(lambda x: x.astype(config.dtype), tree["params"])),
+        *((DEFAULT, draft, tree["draft"], report) if draft else (DEFAULT, None, None, report)),
         source={"trained_by": "s3d pretrain", **report},
         generation_config={"bos_token_id": words.bos_token_id, "eos_token_id": ends},
         tokenizer=vocabulary,
         overwrite=overwrite,
     )
+    if draft is not None:
+        params = tree["params"]
+        untrained = acceptance(params, untrained_draft(params))["tokens_per_iteration"]
+        warn_if_useless(untrained, reached["tokens_per_iteration"], draft.gamma)
     return report
 
 
@@ -384,6 +409,14 @@ def _begun(
         for tree in (draft.params.deltas, draft.params.bridges)
     ]
     return draft.config, draft.params, AdapterConfig(*ranks)
+
+
+def _check_row_length(row_length: int | None, limit: int) -> None:
+    if row_length is not None and row_length > limit:
+        raise ConfigError(
+            f"row_length (--row-length) is {row_length}, but the model is made for {limit} tokens "
+            "(max_position_embeddings): take at most that"
+        )
 
 
 def _checksum(rows: Rows) -> int:

@@ -10,22 +10,43 @@ import jax
 import numpy as np
 
 from s3d_jax.config import ModelConfig
+from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
 from s3d_jax.model import Params
 from s3d_jax.train.data import Document, Rows
 from s3d_jax.train.objective import Mean, next_token_loss, target_stream
 
 
-def held_out_prompts(documents: Sequence[Document], count: int, length: int) -> list[np.ndarray]:
+def held_out_prompts(
+    documents: Sequence[Document], count: int, length: int, max_length: int
+) -> list[np.ndarray]:
     """The beginnings of documents, as prompts.
 
     Args:
         documents: held out ones.
         count: prompts at most, evenly from all documents.
         length: tokens of a prompt, where the document does not say itself what its prompt is.
+        max_length: tokens that the model is made for; prompts without room for a new one are left
+            out, with a warning that counts them.
+
+    Raises:
+        InputError: none is left.
     """
     sizes = [d.prompt_tokens or min(length, len(d.tokens) - 1) for d in documents]
     prompts = [d.tokens[:n] for d, n in zip(documents, sizes, strict=True) if n >= 1]
+    fitting = [prompt for prompt in prompts if len(prompt) < max_length]
+    if not fitting:
+        raise InputError(
+            f"none of the {len(documents)} held-out documents can be decoded: a prompt needs a "
+            f"token and must be shorter than the model's {max_length}: give others (--valid)"
+        )
+    if missing := len(prompts) - len(fitting):
+        warnings.warn(
+            f"{missing} of {len(prompts)} held-out prompts are left out: they have no room for a "
+            f"new token within the model's {max_length}",
+            stacklevel=2,
+        )
+    prompts = fitting
     chosen = np.linspace(0, len(prompts), min(count, len(prompts)), endpoint=False)
     return [prompts[int(i)] for i in chosen]
 
@@ -58,13 +79,15 @@ def measure_acceptance(
     }
 
 
-def warn_if_useless(before: float, after: float) -> None:
+def warn_if_useless(before: float, after: float, gamma: int) -> None:
     """A loud word where training did not teach the draft much.
 
     Args:
         before, after: τ of the untrained and of the trained draft.
+        gamma: γ.
     """
-    if after < 1.2 * before:
+    # Of τ one token is the bonus, which is no merit of the draft. Nine in ten are always good.
+    if after - 1 < min(max(1.2 * (before - 1), 0.1), 0.9 * gamma):
         warnings.warn(
             f"the trained draft makes {after:.2f} tokens per iteration, the untrained one "
             f"{before:.2f}: it has learnt next to nothing, and S3D will be slower than plain "

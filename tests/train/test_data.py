@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from s3d_jax.train.data import (
     read_words,
     row_length_for,
 )
+from s3d_jax.train.objective import block_targets, random_anchors
 from s3d_jax.train.tokenizer import train_tokenizer
 
 
@@ -192,15 +195,26 @@ def test_packing_loses_no_token_and_splits_no_document_that_fits():
     documents = [document(n, 100 * i) for i, n in enumerate([3, 4, 2, 11, 1])]
     rows = pack(documents, 5)
     every = np.concatenate([d.tokens for d in documents])
-    assert sorted(rows.tokens[rows.learn].tolist()) == sorted(every.tolist())
+    assert sorted(rows.tokens[rows.tokens > 0].tolist()) == sorted(every[every > 0].tolist())
     # 3 + 2 | 4 + 1, the rest of the long one | 5 | 5 | 1
-    assert rows.learn.sum(axis=1).tolist() == [5, 5, 5, 5, 1]
+    assert rows.learn.sum(axis=1).tolist() == [3, 3, 4, 4, 0]
     assert rows.tokens[0].tolist() == [0, 1, 2, 200, 201]
     assert rows.tokens[1].tolist() == [100, 101, 102, 103, 310]
     with pytest.raises(InputError, match="at least two tokens"):
         pack(documents, 1)
     with pytest.raises(InputError, match="at least two tokens"):
         concatenate(documents, 0, seed=0)
+
+
+def test_no_block_runs_from_a_packed_text_into_the_next():
+    rows = pack([document(4, 10), document(3, 20)], 8)
+    assert rows.learn.tolist() == [[False, True, True, True, False, True, True, False]]
+    tokens, learn = jnp.asarray(rows.tokens), jnp.asarray(rows.learn)
+    _, targets, weights = block_targets(tokens, learn, jnp.array([[2, 3, 4]]), 3, 0.5)
+    assert targets.tolist() == [[13, 20, 21, 20, 21, 22, 21, 22, 0]]
+    assert weights.tolist() == [[1, 0, 0, 0, 0, 0, 1, 0.5, 0]]
+    anchors = random_anchors(jax.random.key(0), learn, 5)
+    assert sorted(anchors[0].tolist()) == [0, 1, 2, 4, 5]
 
 
 def test_distilled_documents_fill_their_rows():

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from s3d_jax import staging
 from s3d_jax.config import DraftConfig
 from s3d_jax.errors import ConfigError, TrainingError
-from s3d_jax.train.data import Batches, Rows
+from s3d_jax.train import loop as loop_module
+from s3d_jax.train.data import Batches, Rows, pack, read_documents
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, fit, read_metrics
 from s3d_jax.train.objective import Mean, ObjectiveConfig
@@ -142,10 +144,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     resumed, _ = fit(Line(), batches, loop, tmp_path / "run", options={"a": 1}, resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    states = sorted(
-        int(p.name) for p in (tmp_path / "run" / "states").iterdir() if p.name.isdigit()
-    )
-    assert states == [50, 60]
+    assert states(tmp_path / "run") == [50, 60]
     again, _ = fit(Line(), batches, loop, tmp_path / "run", options={"a": 1}, resume=True)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
@@ -169,6 +168,44 @@ def test_the_pace_may_change_on_the_way_and_that_is_written_down(tmp_path):
     assert changed == [{"step": 5, "changed": {"loop/steps": [5, 8]}}]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "options.json"])
+def test_a_kill_while_a_change_is_noted_does_not_hide_it(name, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    fit(Line(), batches, config(5), run, options={"loop": {"steps": 5}})
+
+    def killed(path, text):
+        if path.name == name:
+            raise KeyboardInterrupt
+        staging.write_atomically(path, text)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop_module, "write_atomically", killed)
+        fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
+    fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
+    changed = [x["changed"] for x in read_metrics(run / "metrics.jsonl") if "changed" in x]
+    assert changed == [{"loop/steps": [5, 8]}]
+    assert json.loads((run / "options.json").read_text()) == {"loop": {"steps": 8}}
+
+
+class Overflowing(Line):
+    """Its loss is finite, its gradient is not."""
+
+    def losses(self, tree, frozen, batch, key):
+        means = super().losses(tree, frozen, batch, key)
+        infinite = jnp.sqrt(jnp.sum(0 * tree["b"]))
+        return {"squares": means["squares"].replace(total=means["squares"].total + infinite)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_gradients_that_overflow_are_not_called_a_loss(scale, tmp_path):
+    task = Overflowing()
+    task.loss_scale = scale
+    message = r"gradients are not finite at step 1, though the loss is, [\d.]+"
+    message += {1.0: "; no state", 1024.0: r": they overflowed float16 .*bfloat16"}[scale]
+    with pytest.raises(TrainingError, match=message):
+        fit(task, batches, config(5), tmp_path / "run", options={})
+
+
 def test_weight_decay_follows_the_learning_rate():
     for name in ("adamw", "adafactor", "lion"):
         settings = dict(optimizer=name, warmup_steps=0, schedule="constant", learning_rate=1e-2)
@@ -190,12 +227,101 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_state(what, tmp_path):
             batch["y"] = batch["y"] * 10.0 ** (step - 24)
         return batch
 
-    message = "not a number at step 26; the last good state is step 20"
-    with pytest.raises(TrainingError, match=message if what == "nan" else "diverged.*is step 20"):
+    message = "not a number at step 26; the states of the steps 10, 20 are kept"
+    with pytest.raises(
+        TrainingError, match=message if what == "nan" else "diverged.*steps 10, 20 are kept"
+    ):
         fit(Line(), spoilt, config(), tmp_path / "run", options={})
     assert max(losses(tmp_path / "run")) < 30
     fit(Line(), batches, config(), tmp_path / "run", options={}, resume=True)
     assert losses(tmp_path / "run")[60] < 0.1
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor"])
+def test_other_optimizers_teach_a_real_draft(name, model):
+    config_ = tiny_config()
+    rows = pack(read_documents([model / "own.jsonl"], None, None), 32)
+    task = DraftTask(
+        *(config_, tiny_params(config_), DraftConfig((False, True, True, False), gamma=3)),
+        objective=ObjectiveConfig(anchors=4, hop=False),
+        adapter=AdapterConfig(4, 8),
+    )
+    loop = config(
+        80, optimizer=name, learning_rate={"lion": 3e-3, "adafactor": 3e-2}[name], save_every=0
+    )
+    fit(task, Batches(rows, 8, seed=0), loop, model / f"run-{name}", options={})
+    lines = [x for x in read_metrics(model / f"run-{name}/metrics.jsonl") if "loss" in x]
+    first, last = (np.mean([x["agreement"] for x in part]) for part in (lines[:5], lines[-5:]))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and last > first + 0.1, (first, last)
+
+
+class Scripted(Line):
+    """Its loss at each step is what the batch says."""
+
+    def losses(self, tree, frozen, batch, key):
+        return {"squares": Mean(jnp.sum(batch["loss"]) + 0 * jnp.sum(tree["w"]), 8.0, 8.0)}
+
+
+def scripted(curve, noise):
+    values = np.asarray(curve) + noise * np.random.default_rng(0).normal(size=len(curve))
+    return lambda step: {"loss": np.full(8, values[step], np.float32)}
+
+
+def states(run):
+    return sorted(int(p.name) for p in (run / "states").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize("lowest", [0.5, 0.85])
+def test_a_bounded_loss_that_is_lost_again_is_noticed_before_its_states_replace_the_good_ones(
+    lowest, tmp_path
+):
+    """Total variation is at most 1, so it never gets far above where it began."""
+    curve = [*np.linspace(0.95, lowest, 100), *np.linspace(lowest, 0.97, 30), *[0.97] * 100]
+    loop = config(230, save_every=5, warmup_steps=50)
+    with pytest.raises(TrainingError, match=r"diverged: .* the steps (\d+), (\d+) are") as caught:
+        fit(Scripted(), scripted(curve, 0.01), loop, tmp_path / "run", options={})
+    kept = states(tmp_path / "run")
+    assert f"steps {kept[0]}, {kept[1]} are kept" in str(caught.value)
+    assert kept[1] <= 115 and max(losses(tmp_path / "run")) < 145
+    skipped = [x for x in read_metrics(tmp_path / "run/metrics.jsonl") if "not_saved" in x]
+    assert skipped and all(x["not_saved"]["gain_lost"] > 0.3 for x in skipped)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_no_divergence(seed, tmp_path):
+    """A run that gains nothing keeps its states and goes through; so does a short one."""
+    values = 0.9 + 0.1 * np.random.default_rng(seed).standard_t(4, 1000)
+    steps = 1000 if seed else 8
+    loop = config(steps, save_every=100, keep_states=20, log_every=100, warmup_steps=3)
+    batch = lambda step: {"loss": np.full(8, values[step], np.float32)}  # noqa: E731
+    fit(Scripted(), batch, loop, tmp_path / "run", options={})
+    assert states(tmp_path / "run") == (list(range(100, 1001, 100)) if seed else [8])
+
+
+def test_an_explosion_in_the_warm_up_is_noticed(tmp_path):
+    """Also where the run is shorter than the default warm-up of 50 steps."""
+    with pytest.raises(TrainingError, match=r"diverged.*no state was saved yet"):
+        fit(Scripted(), scripted([1.0] * 20 + [9.0] * 20, 0.01),
+            config(40, warmup_steps=50, save_every=0), tmp_path / "run", options={})  # fmt: skip
+    assert OptimizerConfig(40).warmup == 39 and OptimizerConfig(400).warmup == 50
+
+
+def test_a_run_goes_back_to_a_named_state(tmp_path):
+    run, loop = tmp_path / "run", config(30, keep_states=3)
+    whole, _ = fit(Line(), batches, loop, run, options={})
+    curve = losses(run)
+    with pytest.raises(TrainingError, match="no state of step 15; the states it has: 10, 20, 30"):
+        fit(Line(), batches, loop, run, options={}, resume=15)
+    seen = []
+
+    def watched(step):
+        seen.append((step, states(run), max(losses(run))))
+        return batches(step)
+
+    again, _ = fit(Line(), watched, loop, run, options={}, resume=10)
+    assert seen[0] == (10, [10], 10)  # what is newer is gone
+    assert losses(run) == curve and states(run) == [10, 20, 30]
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
 @pytest.mark.parametrize(
@@ -254,27 +380,41 @@ def draft_run(run, resume):
 
 
 KILLED = """
-import pathlib, sys
+import itertools, os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 from tests.train.test_loop import draft_run
+kill_at, count = {kill_at}, itertools.count(1)
+
+def die_in_saving(event, arguments):
+    if event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree", "open"):
+        writes = event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if writes and "/states/" in str(arguments[0]) and next(count) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die_in_saving)
 draft_run({run!r}, resume=pathlib.Path({run!r}, "options.json").exists())
 """
 
 
 @pytest.mark.slow
 def test_ten_kills_leave_the_curve_as_it_is(tmp_path):
-    """SIGKILL at random moments, in steps and in saving."""
+    """SIGKILL at random moments, and between any two files of a save, its end and the removal of an
+    old state: a save writes or renames some 16 times, then removes twice."""
     whole = draft_run(tmp_path / "whole", resume=False)
     expected = losses(tmp_path / "whole")
     generator, run, kills = random.Random(0), tmp_path / "run", 0
-    code = KILLED.format(root=str(ROOT), run=str(run))
     # Ten times the same programs.
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    while kills < 10:
+    for kill_at in (0, 5, 0, 12, 0, 16, 0, 17, 0, 35):
+        code = KILLED.format(root=str(ROOT), run=str(run), kill_at=kill_at)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
+        if kill_at:
+            assert process.wait(120) == -signal.SIGKILL
+            kills += 1
+            continue
         begun = losses(run)
         # Wait until it makes progress, then kill at a random moment shortly after.
         deadline = time.monotonic() + 120

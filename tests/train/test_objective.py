@@ -245,7 +245,9 @@ def test_gradients_survive_float16():
     assert error < 0.01
 
 
-def test_recomputed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("mode", ["full", "adapter"])
+def test_recomputed_activations_give_the_same_gradients(mode):
+    """Also through the pass that looks for the places where decoding goes on (hop)."""
     config = tiny_config()
     params = tiny_params(config)
     batch = {
@@ -255,11 +257,18 @@ def test_recomputed_activations_give_the_same_gradients():
     gradients = []
     for remat in (False, True):
         task = DraftTask(
-            *(config, params, DraftConfig(symmetric_skip(4, 2), 3)), mode="full", remat=remat
+            *(config, params, DraftConfig(symmetric_skip(4, 2), 3)),
+            mode=mode,
+            adapter=AdapterConfig(3, 5),
+            remat=remat,
         )
+        assert task.objective.hop
         tree = task.init(jax.random.key(0))
+        if mode == "adapter":  # or no gradient would reach the "down" of its pairs
+            tree = {"draft": noisy_draft(config, params, task.draft_config)}
         gradient = jax.jit(jax.grad(minimised(task), has_aux=True))
         gradients.append(gradient(tree, params, batch, jax.random.key(2))[0])
+    assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(gradients[0]["draft"]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
 
 

@@ -7,48 +7,14 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint, cli
+from s3d_jax import checkpoint
 from s3d_jax.drafts import save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.train.commands import parse_skip
 from s3d_jax.train.data import Document
 from s3d_jax.train.distill import distill, prompts_of
-from s3d_jax.train.validation import warn_if_useless
-from tests.tiny import tiny_config, tiny_lm, tiny_params
-
-FAST = (
-    *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),
-    *("--validate-every", "60", "--valid-prompts", "8", "--valid-tokens", "24"),
-    *("--gamma", "3", "--learning-rate", "1e-2"),
-)
-RANKS = ("--rank", "4", "--bridge-rank", "8")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model of ids alone, with its own output as data."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = tiny_config()
-    checkpoint.save(folder / "model", config, tiny_params(config))
-    lines = [{"prompt_tokens": [i % 31, (7 * i) % 31, i // 31], "tokens": []} for i in range(200)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "prompts.jsonl").write_text(text)
-    arguments = ("--batch-size", "50", "--max-new-tokens", "29", "--sampled-fraction", "0")
-    command = ("distill", "--model", folder / "model", "--prompts", folder / "prompts.jsonl")
-    assert run(*command, "--out", folder / "own.jsonl", *arguments) == 0
-    return folder
-
-
-def run(*arguments) -> int:
-    return cli.main([str(a) for a in arguments])
-
-
-def train(model, name, *arguments) -> int:
-    return run(
-        *("train", "--model", model / "model", "--data", model / "own.jsonl"),
-        *("--run", model / f"run-{name}", "--name", name, *FAST, *arguments),
-        *(() if "full" in arguments or "--rank" in arguments or name == "masks" else RANKS),
-    )
+from tests.tiny import tiny_config, tiny_lm
+from tests.train.command import run, train
 
 
 def test_training_teaches_the_draft_and_changes_no_output(model, capsys):
@@ -147,6 +113,10 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--name", "a/b"), "cannot be the name of a draft"),
         (("--row-length", "1"), "--row-length must be at least 2, got 1"),
+        (
+            ("--row-length", "129"),
+            "is 129, but the model is made for 128 tokens",
+        ),
         (("--row-length", "0"), "--row-length must be at least 2, got 0"),
         (("--seed", "-1"), "seed must be from 0 to"),
         (("--valid-prompts", "0"), "--valid-prompts must be at least 1, got 0"),
@@ -277,11 +247,6 @@ def test_distilling_needs_no_choice_of_a_draft(model, tmp_path, capsys):
     assert "leave out --prompt-tokens" in capsys.readouterr().err
 
 
-def test_a_draft_that_learnt_nothing_is_said_loudly():
-    with pytest.warns(UserWarning, match="learnt next to nothing"):
-        warn_if_useless(1.3, 1.4)
-
-
 def test_skip_is_read_from_ranges_and_lists():
     assert parse_skip("1-2", 4) == (False, True, True, False)
     assert parse_skip("0, 3", 4) == (True, False, False, True)
@@ -324,6 +289,7 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
     assert "give a vocabulary of" in capsys.readouterr().err
     assert run(*common, tmp_path / "r3", "--width", "30", "--heads", "4") == 2
     assert "--width 30 must be a multiple of --heads 4" in capsys.readouterr().err
+    (tmp_path / "small.json").write_text(json.dumps(tiny_config().to_dict()))
     for arguments, message in (
         (("--config", tmp_path / "none.json"), "cannot read"),
         (("--config", "x", "--width", "8", "--dtype", "float32"), "--width, --dtype: --config"),
@@ -332,6 +298,7 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
         (("--valid-prompts", "4"), "--valid-prompts: without --joint-draft"),
         (("--joint-draft", "--draft-weight", "-1"), "--draft-weight must be at least 0"),
         (("--tokenizer", tmp_path / "none"), "no tokenizer at"),
+        (("--config", tmp_path / "small.json"), "is 256, but the model is made for 128"),
         (("--heads", "0"), "--heads must be at least 1"),
         (("--resume",), "holds no run to go on with"),
     ):

@@ -1,0 +1,48 @@
+"""What the benchmarks count."""
+
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+class Model:
+    """S3D takes 2 iterations and 1 s for 6 tokens, AR 2 s; a prompt's first run 100 s more."""
+
+    def __init__(self):
+        self.sizes, self.seen = [], set()
+
+    def generate(self, prompts, max_new_tokens, method, gamma=None):
+        self.sizes.append(len(prompts))
+        key = (method, *map(tuple, prompts))
+        seconds = {"ar": 2.0, "s3d": 1.0}[method] + 100.0 * (key not in self.seen)
+        self.seen.add(key)
+        stats = SimpleNamespace(
+            new_tokens=6, iterations=2, accepted_per_position=(2, 2), decode_seconds=seconds
+        )
+        return [SimpleNamespace(tokens=[1] * 6, stats=stats) for _ in prompts]
+
+
+def test_drafts_are_timed_warm_and_batches_give_acceptance_alone():
+    compare = runpy.run_path(str(BENCHMARKS / "drafts.py"))["compare"]
+    prompts = [[1], [1, 2], [1, 2, 3]]
+    single = compare(Model(), prompts, 6, 2)
+    assert single["speed_over_ar"] == 2.0 and single["ar_tokens_per_second"] == 3.0
+    model = Model()
+    batched = compare(model, prompts, 6, 2, batch_size=2)
+    assert model.sizes == [2, 2, 1, 1]
+    assert batched == {k: v for k, v in single.items() if k in batched}
+    assert set(single) - set(batched) == {"speed_over_ar", "ar_tokens_per_second"}
+    assert (batched["tokens_per_iteration"], batched["identical"]) == (3.0, 3)
+    assert batched["acceptance_per_position"] == [1.0, 1.0]
+
+
+def test_the_memory_of_training_says_what_is_wrong(monkeypatch):
+    arguments = ["training_memory.py", "--layers", "2", "--rows", "2", "--accumulate", "4"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="error: batch_size"):
+        runpy.run_path(str(BENCHMARKS / "training_memory.py"), run_name="__main__")

@@ -1,0 +1,22 @@
+"""The commands as tests call them: quick settings for a tiny model."""
+
+from s3d_jax import cli
+
+FAST = (
+    *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),
+    *("--validate-every", "60", "--valid-prompts", "8", "--valid-tokens", "24"),
+    *("--gamma", "3", "--learning-rate", "1e-2"),
+)
+RANKS = ("--rank", "4", "--bridge-rank", "8")
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def train(model, name, *arguments) -> int:
+    return run(
+        *("train", "--model", model / "model", "--data", model / "own.jsonl"),
+        *("--run", model / f"run-{name}", "--name", name, *FAST, *arguments),
+        *(() if "full" in arguments or "--rank" in arguments or name == "masks" else RANKS),
+    )

@@ -1,0 +1,179 @@
+"""What a run says of its outcome: it is of what is stored, and whether that is worth something."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import s3d_jax
+from s3d_jax import checkpoint
+from s3d_jax.config import DraftConfig
+from s3d_jax.drafts import draft_names, read_draft, save_draft
+from s3d_jax.errors import InputError
+from s3d_jax.train import runs
+from s3d_jax.train.data import Document, read_documents
+from s3d_jax.train.draft import AdapterConfig, init_draft
+from s3d_jax.train.loop import read_metrics
+from s3d_jax.train.validation import held_out_prompts, measure_acceptance, warn_if_useless
+from tests.tiny import tiny_config, tiny_params
+from tests.train.command import run, train
+
+
+@pytest.mark.parametrize(
+    "before, after, gamma, useless",
+    [
+        (1.3, 1.34, 4, True),
+        (1.3, 1.4, 4, False),
+        (1.5, 1.75, 1, False),  # τ is at most 2 here
+        (1.95, 1.95, 1, False),
+        (1.0, 1.0, 4, True),
+        (1.0, 1.3, 4, False),
+        (2.5, 2.6, 4, True),
+    ],
+)
+def test_a_draft_that_learnt_nothing_is_said_loudly(before, after, gamma, useless, recwarn):
+    if useless:
+        with pytest.warns(UserWarning, match="learnt next to nothing"):
+            warn_if_useless(before, after, gamma)
+    else:
+        warn_if_useless(before, after, gamma)
+        assert not recwarn
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted():
+    sizes = [(40, None), (200, 128), (200, 127), (1, None), (300, 299)]
+    documents = [Document(np.arange(n), np.ones(n, bool), prompt) for n, prompt in sizes]
+    with pytest.warns(UserWarning, match="2 of 4 held-out prompts are left out: .* model's 128"):
+        prompts = held_out_prompts(documents, 9, 16, 128)
+    assert [len(prompt) for prompt in prompts] == [16, 127]
+    with pytest.raises(InputError, match="none of the 2 held-out documents can be decoded"):
+        held_out_prompts([documents[1], documents[3]], 9, 16, 128)
+
+
+def test_a_draft_that_goes_on_is_compared_with_the_untrained_one_and_is_stored_first(model):
+    config, draft = tiny_config(), DraftConfig((False, True, True, False), 3)
+    empty = init_draft(
+        *(config, tiny_params(config), draft, AdapterConfig(4, 8)), jax.random.key(0)
+    )
+    save_draft(model / "model", "empty", draft, empty, {})
+    options = ("--steps", "1", "--learning-rate", "1e-9", "--batch-size", "8", "--start", "empty")
+    validation = ("--valid-prompts", "8", "--valid-tokens", "24", "--row-length", "32")
+    with pytest.raises(UserWarning, match="learnt next to nothing"):  # tests make errors of them
+        run(
+            *("train", "--model", model / "model", "--data", model / "own.jsonl"),
+            *("--run", model / "run-onward", "--name", "onward", *options, *validation),
+        )
+    assert "onward" in draft_names(model / "model")
+
+
+PRETRAIN = (
+    *("--vocab-size", "280", "--layers", "4", "--width", "16", "--heads", "2", "--kv-heads", "1"),
+    *("--steps", "3", "--batch-size", "4", "--row-length", "32", "--anchors", "4"),
+    *("--valid-prompts", "2", "--valid-tokens", "8", "--prompt-tokens", "6", "--joint-draft"),
+)
+
+
+def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
+    texts, tmp_path, monkeypatch
+):
+    seen = []
+
+    def compare(before, after, gamma):
+        seen.append((before, after, gamma, draft_names(tmp_path / "model")))
+
+    monkeypatch.setattr(runs, "warn_if_useless", compare)
+    out = ("--out", tmp_path / "model", "--run", tmp_path / "run")
+    assert run("pretrain", "--data", texts, *out, *PRETRAIN) == 0
+    ((before, after, gamma, names),) = seen
+    assert (gamma, names) == (4, ("default",)) and 1 <= before <= 5
+    stored = read_draft(tmp_path / "model", "default", s3d_jax.load(tmp_path / "model").config)
+    assert after == stored.training["reached"]["tokens_per_iteration"]
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model(model, tmp_path_factory):
+    """The tiny model in bfloat16."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), tiny_params(tiny_config()))
+    checkpoint.save(folder / "model", tiny_config(dtype="bfloat16"), params)
+    (folder / "own.jsonl").write_bytes((model / "own.jsonl").read_bytes())
+    return folder
+
+
+def judged_again(folder, run_folder, dtype):
+    """τ of a stored draft on the prompts of its run, and what the run said of it."""
+    lm = s3d_jax.load(folder, dtype=dtype)
+    lines = read_metrics(run_folder / "metrics.jsonl")
+    said = [line["validation"] for line in lines if "validation" in line][-1]
+    settings = json.loads((run_folder / "options.json").read_text())
+    documents = read_documents([run_folder.parent / "own.jsonl"], None, None)
+    order = np.random.default_rng(settings["loop"]["seed"]).permutation(len(documents))
+    held_out = [documents[i] for i in sorted(order[: max(1, round(0.02 * len(documents)))])]
+    prompts = held_out_prompts(held_out, 8, 16, lm.max_length)
+    found = measure_acceptance(lm, prompts, 24)
+    return found, {name: said[name] for name in found}
+
+
+def test_a_bfloat16_target_trains_and_what_is_judged_is_what_is_stored(bfloat16_model):
+    """Here the target computes in bfloat16; the trained weights and the optimiser are float32."""
+    assert train(bfloat16_model, "default") == 0
+    run_folder = bfloat16_model / "run-default"
+    found, said = judged_again(bfloat16_model / "model", run_folder, None)
+    assert found == said
+    before = read_metrics(run_folder / "metrics.jsonl")[0]["validation"]
+    assert found["tokens_per_iteration"] > before["tokens_per_iteration"] + 0.4
+    lm = s3d_jax.load(bfloat16_model / "model")
+    assert {x.dtype.name for x in jax.tree.leaves(lm.draft_params)} == {"bfloat16"}
+
+
+def decoded_drafts(monkeypatch):
+    """The drafts that a run decodes with, in a list that grows."""
+    seen = []
+
+    def measure(lm, *arguments):
+        seen.append(lm.draft_params)
+        return measure_acceptance(lm, *arguments)
+
+    monkeypatch.setattr(runs, "measure_acceptance", measure)
+    return seen
+
+
+def test_a_draft_is_judged_as_it_is_stored(bfloat16_model, monkeypatch):
+    """Not as it was trained, in float32."""
+    seen = decoded_drafts(monkeypatch)
+    monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
+    assert train(bfloat16_model, "wide", "--dtype", "float32", "--steps", "3") == 0
+    stored = s3d_jax.load(bfloat16_model / "model", dtype="float32", draft="wide").draft_params
+    assert len(seen) == 2
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], stored)
+
+
+def test_full_mode_writes_the_type_of_the_checkpoint(bfloat16_model):
+    out = bfloat16_model / "full"
+    full = ("--mode", "full", "--out", out, "--dtype", "float32", "--steps", "20")
+    assert train(bfloat16_model, "default", *full, "--run", bfloat16_model / "run-full") == 0
+    assert checkpoint.read_header(out).config.dtype == "bfloat16"
+    after, before = checkpoint.load(out).params, checkpoint.load(bfloat16_model / "model").params
+    for name in ("embed", "layers_1", "layers_2", "final_norm"):
+        jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
+    found, said = judged_again(out, bfloat16_model / "run-full", "float32")
+    assert found == said
+
+
+def test_pretraining_decodes_the_prompts_once_for_its_last_validation(texts, tmp_path, monkeypatch):
+    """And that is of what is stored, in bfloat16; the untrained draft is measured once more."""
+    seen = decoded_drafts(monkeypatch)
+    monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
+    out = ("--out", tmp_path / "model", "--run", tmp_path / "run", "--compute-dtype", "bfloat16")
+    assert run("pretrain", "--data", texts, *out, *PRETRAIN) == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    said = [line["validation"]["tokens_per_iteration"] for line in lines if "validation" in line]
+    assert len(said) == 2
+    # At the beginning, at the end, and the untrained one.
+    assert [bool(draft.deltas) for draft in seen] == [True, True, False]
+    lm = s3d_jax.load(tmp_path / "model", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, seen[1], lm.draft_params)
+    stored = read_draft(tmp_path / "model", "default", lm.config).training
+    assert stored["reached"]["tokens_per_iteration"] == said[-1]
+    assert stored["compute_dtype"] == "bfloat16" and stored["remat"] is False
