@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax import __version__
+from s3d_jax.bench.command import add_command as add_bench
 from s3d_jax.config import METHODS
 from s3d_jax.errors import InputError, S3DError
 from s3d_jax.train.commands import add_commands as add_training
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
     chat.set_defaults(run=_chat)
     add_training(commands)
+    add_bench(commands)
 
     info = commands.add_parser(
         "info",

@@ -97,3 +97,23 @@ def drafting(
                 f"{[int(s) for s in draft.skip]}: use method 'self-spec'"
             )
     return draft, _PROPOSERS[method]
+
+
+def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:
+    """The options among which `s3d bench` looks for a method's best, where none are given."""
+    layers = lm.config.num_layers
+    half, quarter = layers // 2, layers // 4
+    match method:
+        case "s3d":
+            return [{"gamma": g} for g in sorted({2, 4, 6, lm.draft_config.gamma})]
+        case "prompt-lookup":
+            return [{"gamma": g} for g in (2, 4, 8)]
+        case "self-spec":
+            skips = [symmetric_skip(layers, skipped) for skipped in sorted({quarter, half})]
+        case "early-exit":
+            skips = [tuple(i >= layers - n for i in range(layers)) for n in sorted({quarter, half})]
+        case "two-model":
+            return [{"gamma": g} for g in (2, 4, 6)]
+        case _:
+            return [{}]
+    return [{"gamma": g, "skip": skip} for skip in skips for g in (2, 4)]
