@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _DEFAULT_METHODS = "ar,s3d,prompt-lookup,self-spec,early-exit"
 _CALIBRATION_PROMPTS = 4
 
+_OPTIONS = ("gamma", "ngram", "skip")
+
 _DESCRIPTION = """\
 Runs prompts through several methods in one process, in turns, greedily and one at a time, and
 prints what each is worth: speed with and without prefill, time to the first token, compile time, τ
@@ -85,8 +87,9 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
         if name not in known:
             raise InputError(f"--methods names {name!r}; known are {', '.join(known)}")
         options = dict(_parse_setting(setting, entry) for setting in settings)
-        if name in ("ar", "hf") and options:
-            raise InputError(f"--methods: {name} has no settings, got {entry!r}")
+        takes = {"ar": (), "hf": (), "hf-prompt-lookup": ("gamma",)}.get(name, _OPTIONS)
+        if foreign := sorted(set(options) - set(takes)):
+            raise InputError(f"--methods: {name} has no {', '.join(foreign)}, got {entry!r}")
         if (name, options) not in chosen:
             chosen.append((name, options))
     return chosen
@@ -95,7 +98,7 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
 def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
-        if name in ("gamma", "ngram"):
+        if name in ("gamma", "ngram") and int(value) >= 1:
             return name, int(value)
         if name == "skip":
             first, _, last = value.partition("-")
