@@ -87,13 +87,15 @@ def test_the_fastest_candidate_runs():
 
 
 def test_the_peak_of_memory_begins_anew():
+    measure.reset_peak()
     before = measure.peak_memory_bytes()
-    block = np.ones(2**26)  # 512 MiB
-    assert measure.peak_memory_bytes() >= before + block.nbytes * 0.9 or before > 2**30
+    block = np.ones(2**25)
     high = measure.peak_memory_bytes()
+    assert high - before > 0.9 * block.nbytes
+    size = block.nbytes
     del block
     measure.reset_peak()
-    assert measure.peak_memory_bytes() < high - 2**28
+    assert high - measure.peak_memory_bytes() > 0.9 * size
 
 
 def test_table_and_picture(rows, tmp_path):
@@ -102,11 +104,12 @@ def test_table_and_picture(rows, tmp_path):
         **dict(model="tiny", dtype="float32", suites=["x"], max_new_tokens=10, repeats=3),
         **dict(loaded_memory_bytes=2**29, memory_is="peak", rows=rows),
     }
-    rows[1]["settings"]["skip"] = (False, True, True, False, True)
+    for row in rows[1::2]:
+        row["settings"]["skip"] = (False, True, True, False, True)
     text = report.table(found)
     (line,) = [x for x in text.splitlines() if x.startswith("| s3d")]
     assert [cell.strip() for cell in line.split("|")[1:8]] == [
-        *("s3d γ=2, skip 1-2,4", "12.2 ± 6.9", "2.00 ± 0.00", "4.5", "200.0 ± 0.0 ms"),
+        *("s3d γ=2, skip 1-2,4", "12.2 ± 6.9", "2.00 ± 0.00", "5.2", "200.0 ± 0.0 ms"),
         *("6.0 s", "2.50"),
     ]
     assert text.count("\n| b ") == 2 and "Memory after loading: 0.50 GiB" in text
