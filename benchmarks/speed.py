@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import convert
 import s3d_jax
-from s3d_jax import decode
+from s3d_jax import decode, proposers
 from s3d_jax.config import DraftConfig, symmetric_skip
 from s3d_jax.generate import LM
 
@@ -110,7 +110,7 @@ def pass_costs(lm: LM, repeats: int, slots: int = 256, context: int = 128) -> di
         return jnp.argmax(logits, axis=-1), state.replace(cache=cache)
 
     def draft(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
-        proposal = decode.draft_pass(spec, params, draft_params, state)
+        proposal = proposers.draft_pass(spec, params, draft_params, state)
         return proposal.tokens, state.replace(cache=proposal.cache)
 
     holder = [state]

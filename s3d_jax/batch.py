@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax import decode
-from s3d_jax.config import SamplingConfig, is_integer, is_list, plain
+from s3d_jax.config import Method, SamplingConfig, is_integer, is_list, plain
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.methods import drafting
 from s3d_jax.sampling import SamplingParams, batch_sampling
+from s3d_jax.state import DrafterParams
 from s3d_jax.text import TextRow
 
 if TYPE_CHECKING:
     from s3d_jax.generate import LM
-
-Method = Literal["s3d", "ar"]
-METHODS = ("s3d", "ar")
 
 UNLIMITED = int(np.iinfo(np.int32).max)
 _USUAL_SLACK = 16  # slots behind the last token, for γ up to 15
@@ -32,9 +31,13 @@ class GenerateOptions(TypedDict, total=False):
 
     Attributes:
         max_new_tokens: new tokens at most (default 128).
-        method: "s3d" (default), or "ar" for plain decoding, one token per pass.
-        gamma: draft tokens per iteration; None takes the draft's own.
-        skip: one entry per layer, True = the draft jumps over it; None takes the draft's own.
+        method: who drafts: "s3d" (default); "ar", nobody (plain decoding, one token per pass);
+            "prompt-lookup", the text so far; "self-spec" and "early-exit", the model without some
+            or without its last layers, token by token; "two-model", `lm.draft_model`.
+        gamma: draft tokens per iteration; None takes the draft's own, for other methods 4.
+        skip: one entry per layer, True = the draft jumps over it; None takes the draft's own. For
+            "self-spec" the middle half, for "early-exit" the last half by default.
+        ngram: of "prompt-lookup": the last tokens that are looked for in the text, at most (3).
         stop: strings that end a text; they are not part of it.
         eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
         seed: equal seeds, prompts and settings give equal outputs. From one number each row gets a
@@ -48,6 +51,7 @@ class GenerateOptions(TypedDict, total=False):
     method: Method
     gamma: int | None
     skip: Sequence[bool] | None
+    ngram: int | None
     stop: str | Sequence[str]
     eos_token_ids: Sequence[int] | None
     seed: int | Sequence[int]
@@ -164,7 +168,14 @@ class Batch:
             self._spec.gamma,
         )
         self._state = decode.init_state(self._spec, prompts, self._slots, pauses, request.sampling)
-        self._signature = _signature((lm.params, lm.draft_params))
+        # Whatever drafts, the caches that a prompt goes into, and whose they are.
+        self._models = {"cache": (lm.config, lm.params)}
+        self._draft_params: DrafterParams = lm.draft_params
+        if self._state.draft_cache is not None:
+            assert lm.draft_model is not None
+            self._draft_params = lm.draft_model.params
+            self._models["draft_cache"] = (lm.draft_model.config, lm.draft_model.params)
+        self._signature = _signature((lm.params, self._draft_params))
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
@@ -252,16 +263,15 @@ class Batch:
                 block[b, : len(part)] = part
             # The first chunk sees itself alone.
             visible = decode.visible_slots(offset + chunk, self._slots) if offset else chunk
-            arguments = (self._lm.params, block, self._state.cache, np.int32(offset))
-            program = self._program(
-                decode.prefill_jit,
-                (chunk, visible),
-                *(self._lm.config, *arguments, visible),
-            )
-            start = time.perf_counter()
-            cache = program(*arguments)
-            self._state = self._state.replace(cache=jax.block_until_ready(cache))
-            self._prefill_seconds += time.perf_counter() - start
+            for name, (config, params) in self._models.items():
+                arguments = (params, block, getattr(self._state, name), np.int32(offset))
+                program = self._program(
+                    decode.prefill_jit, (config, chunk, visible), config, *arguments, visible
+                )
+                start = time.perf_counter()
+                cache = jax.block_until_ready(program(*arguments))
+                self._state = self._state.replace(**{name: cache})
+                self._prefill_seconds += time.perf_counter() - start
             offset += chunk
 
     def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -270,9 +280,8 @@ class Batch:
         Returns:
             (tokens, lengths, done) of the rows.
         """
-        params, draft_params = self._lm.params, self._lm.draft_params
         visible = decode.visible_slots(used + self._spec.gamma + 1, self._slots)
-        arguments = (params, draft_params, self._state, np.int32(iterations))
+        arguments = (self._lm.params, self._draft_params, self._state, np.int32(iterations))
         program = self._program(
             decode.decode_jit, (self._spec, visible), self._spec, *arguments, visible
         )
@@ -326,6 +335,7 @@ def _checked(
     method: Method = "s3d",
     gamma: int | None = None,
     skip: Sequence[bool] | None = None,
+    ngram: int | None = None,
     stop: str | Sequence[str] = (),
     eos_token_ids: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
@@ -336,21 +346,13 @@ def _checked(
     Raises:
         InputError, ConfigError: an option that is unknown or out of range.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
+    draft, proposer = drafting(lm, method, gamma=gamma, skip=skip, ngram=ngram)
     stops = _stop_strings(stop)
     if stops and lm.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this model has none")
     new_tokens = _per_row("max_new_tokens", max_new_tokens, rows)
     if not all(is_integer(n) and n >= 1 for n in new_tokens):
         raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
-    # Also where the method does not use them: a wrong γ is a mistake either way.
-    draft = lm.draft_config
-    if gamma is not None:
-        draft = draft.replace(gamma=gamma)
-    if skip is not None:
-        draft = draft.replace(skip=skip)
-    draft.validate_for(lm.config)
     vocab_size = lm.config.vocab_size
     params, features = batch_sampling(
         _sampling_rows(sampling, rows), _row_keys(seed, rows), vocab_size
@@ -358,9 +360,10 @@ def _checked(
     ids = checked_ids(lm.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
     spec = decode.DecodeSpec(
         config=lm.config,
-        draft=draft if method == "s3d" else None,
+        draft=draft,
         features=features,
         stop_ids=tuple(sorted(set(ids))),  # equal sets of them share a program
+        proposer=proposer,
     )
     return _Request([min(n, lm.max_length) for n in new_tokens], spec, params, stops)
 

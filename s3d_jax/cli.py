@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax import __version__
+from s3d_jax.bench.command import add_command as add_bench
+from s3d_jax.config import METHODS
 from s3d_jax.errors import InputError, S3DError
 from s3d_jax.train.commands import add_commands as add_training
 
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
     chat.set_defaults(run=_chat)
     add_training(commands)
+    add_bench(commands)
 
     info = commands.add_parser(
         "info",
@@ -115,15 +118,28 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
     group.add_argument(
         "--method",
-        choices=("s3d", "ar"),
+        choices=METHODS,
         default="s3d",
-        help="ar: one token per pass (default: s3d)",
+        help="who drafts: s3d, the model in one pass (default); ar, nobody: one token per pass; "
+        "prompt-lookup, the text so far; self-spec and early-exit, the model without its middle or "
+        "last layers, token by token; two-model, a second one",
     )
     group.add_argument(
         "--gamma",
         type=int,
         metavar="G",
-        help="draft tokens per iteration (default: the draft's own)",
+        help="draft tokens per iteration (default: the draft's own; 4 for other methods)",
+    )
+    group.add_argument(
+        "--ngram",
+        type=int,
+        metavar="N",
+        help="of prompt-lookup: how many of the last tokens are looked for at most (default: 3)",
+    )
+    group.add_argument(
+        "--draft-model",
+        metavar="DIR",
+        help="of two-model: native checkpoint of a smaller model with the same vocabulary",
     )
     group.add_argument(
         "--draft", metavar="NAME", help="which of the trained drafts (default: s3d info lists them)"
@@ -157,17 +173,20 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> "LM":
     from s3d_jax.generate import load
 
+    if arguments.draft_model is not None and arguments.method != "two-model":
+        raise InputError("--draft-model is for --method two-model")
     return load(
         arguments.model,
         dtype=arguments.dtype,
         draft=arguments.draft,
+        draft_model=arguments.draft_model,
         max_length=arguments.max_length,
         progress=True,
     )
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = """method gamma max_new_tokens temperature top_k top_p min_p repetition_penalty
+    names = """method gamma ngram max_new_tokens temperature top_k top_p min_p repetition_penalty
         presence_penalty frequency_penalty seed stop"""
     return {name: getattr(arguments, name) for name in names.split()}
 

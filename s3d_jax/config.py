@@ -9,14 +9,17 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from s3d_jax.errors import ConfigError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
+Method = Literal["s3d", "ar", "prompt-lookup", "self-spec", "early-exit", "two-model"]
+METHODS: tuple[Method, ...] = get_args(Method)
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16  # so that damage costs no hours
+MAX_NGRAM = 64
 _LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
 
 
@@ -397,11 +400,7 @@ class DraftConfig(_Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            is_integer(self.gamma) and self.gamma >= 1,
-            f"gamma must be an integer >= 1, got {self.gamma!r}; "
-            "for no speculation use method='ar'",
-        )
+        _check_gamma(self.gamma)
         _check(
             isinstance(self.skip, tuple),
             f"skip must be a list with one entry per layer, got {self.skip!r}",
@@ -427,6 +426,51 @@ class DraftConfig(_Record):
     def draft_depth(self) -> float:
         """Fraction of the layers that the draft pass runs (β)."""
         return 1.0 - sum(self.skip) / len(self.skip)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookupConfig(_Record):
+    """How the text so far drafts for itself.
+
+    Attributes:
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+        ngram: the last tokens that are looked for further up, at most.
+    """
+
+    gamma: int = 4
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+        _check(
+            is_integer(self.ngram) and 1 <= self.ngram <= MAX_NGRAM,
+            f"ngram must be an integer from 1 to {MAX_NGRAM}, got {self.ngram!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoModelConfig(_Record):
+    """How a second, smaller model drafts.
+
+    Attributes:
+        model: the second model; its vocabulary is the target's.
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+    """
+
+    model: ModelConfig
+    gamma: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+
+
+def _check_gamma(gamma: Any) -> None:
+    _check(
+        is_integer(gamma) and gamma >= 1,
+        f"gamma must be an integer >= 1, got {gamma!r}; for no speculation use method='ar'",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,100 +5,31 @@ draft; the stream is the loop with one iteration per call. The state is donated,
 is ever alive. Token ids only: the texts are made in batch.py and text.py.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.cache import KVCache, init_cache
-from s3d_jax.config import DraftConfig, ModelConfig
-from s3d_jax.model import DraftParams, Params, forward
-from s3d_jax.sampling import (
-    SamplingFeatures,
-    SamplingParams,
-    accept_greedy,
-    accept_sampled,
-    categorical,
-    penalize,
-    warp,
+from s3d_jax.config import ModelConfig, TwoModelConfig
+from s3d_jax.model import Params, forward
+from s3d_jax.proposers import draft_pass
+from s3d_jax.sampling import SamplingParams, accept_greedy, accept_sampled, warp
+from s3d_jax.state import (
+    ACCEPT,
+    BONUS,
+    DecodeSpec,
+    DecodeState,
+    DrafterParams,
+    Proposal,
+    last_token,
+    process,
+    row_keys,
 )
 
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 _FIRST_VISIBLE = 256  # slots; below, reading them all costs less than another program
-
-
-class DecodeState(flax.struct.PyTreeNode):
-    """Everything that changes while a batch decodes.
-
-    With n = cache.length: tokens 0 … n of a row are committed, keys and values of 0 … n-1 are in
-    the cache.
-
-    Attributes:
-        tokens: int32 [B, S], prompt and output; behind position n it holds scratch.
-        cache: the key/value cache, S slots.
-        done: bool [B], rows that have finished; they stay as they are.
-        limit: int32 [B], tokens (prompt included) at which a row ends.
-        padding: int32 [B], tokens by which a row's prompt is shorter than the longest prompt that
-            runs the same prefill programs (`padded_length`).
-        sampling: the rows' sampling settings and keys.
-        prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
-            the context; [B, 0] where no row is penalized.
-        passes: int32 [B, S], a record for `statistics`: where the first token of an iteration was
-            committed, 1 + the draft tokens accepted in it; 0 at the other committed tokens.
-    """
-
-    tokens: jax.Array
-    cache: KVCache
-    done: jax.Array
-    limit: jax.Array
-    padding: jax.Array
-    sampling: SamplingParams
-    prompt_tokens: jax.Array
-    output_counts: jax.Array
-    passes: jax.Array
-
-
-class Proposal(NamedTuple):
-    """What a proposer returns.
-
-    Attributes:
-        tokens: int32 [B, γ].
-        logits: float32 [B, γ, V], warped; their softmax is what the tokens were drawn from. None
-            where the tokens were chosen without chance.
-        cache: the cache, whose scratch slots may have been written.
-    """
-
-    tokens: jax.Array
-    logits: jax.Array | None
-    cache: KVCache
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeSpec:
-    """Static description of a decoding program; equal specs share one compilation.
-
-    Attributes:
-        config: the model.
-        draft: how to draft; None is plain AR.
-        features: which sampling code is needed.
-        stop_ids: tokens that end a row (they are committed, nothing behind them is).
-        proposer: who proposes the γ tokens, `draft_pass` or something with its arguments.
-    """
-
-    config: ModelConfig
-    draft: DraftConfig | None = None
-    features: SamplingFeatures = SamplingFeatures()
-    stop_ids: tuple[int, ...] = ()
-    proposer: "Callable[..., Proposal] | None" = None
-
-    @property
-    def gamma(self) -> int:
-        """Draft tokens per iteration; 0 for AR."""
-        return 0 if self.draft is None else self.draft.gamma
 
 
 def init_state(
@@ -145,8 +76,10 @@ def init_state(
             passes=np.zeros((batch, slots), np.int32),
         )
     )
-    cache = init_cache(spec.config, batch, slots, lengths)
-    return DecodeState(cache=cache, sampling=sampling, **arrays)
+    cache, draft_cache = init_cache(spec.config, batch, slots, lengths), None
+    if isinstance(spec.draft, TwoModelConfig):
+        draft_cache = init_cache(spec.draft.model, batch, slots, lengths)
+    return DecodeState(cache=cache, sampling=sampling, draft_cache=draft_cache, **arrays)
 
 
 # --- prefill --------------------------------------------------------------------------------------
@@ -213,67 +146,7 @@ def prefill_chunk(
 # --- one iteration --------------------------------------------------------------------------------
 
 
-def _row_keys(state: DecodeState, purpose: int) -> jax.Array:
-    """Fresh keys [B], from a row's own key and position: its neighbours do not matter."""
-
-    def fold(key: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, position), purpose)
-
-    return jax.vmap(fold)(state.sampling.keys, state.cache.length)
-
-
-_DRAFT, _ACCEPT, _BONUS = range(3)  # purposes of _row_keys
-
-
-def _process(
-    spec: DecodeSpec, logits: jax.Array, state: DecodeState, draft: jax.Array | None = None
-) -> jax.Array:
-    """Logit bias and penalties on [B, T, V]; position t has seen draft[:, :t] as well."""
-    sampling = state.sampling
-    if spec.features.biased:
-        logits = logits + sampling.logit_bias[:, None, :]
-    if spec.features.penalized:
-        counts = jnp.broadcast_to(state.output_counts[:, None], logits.shape)
-        if draft is not None:
-            one_hot = jax.nn.one_hot(draft, logits.shape[-1], dtype=jnp.int32)
-            counts = counts.at[:, 1:].add(jnp.cumsum(one_hot, axis=1))
-        logits = penalize(logits, sampling, state.prompt_tokens, counts)
-    return logits
-
-
-def _last_token(state: DecodeState) -> jax.Array:
-    """x_n of each row, int32 [B, 1]."""
-    return jnp.take_along_axis(state.tokens, state.cache.length[:, None], axis=1)
-
-
-def draft_pass(
-    spec: DecodeSpec,
-    params: Params,
-    draft_params: DraftParams | None,
-    state: DecodeState,
-    visible: int | None = None,
-) -> Proposal:
-    """The model drafts for itself: x_n and γ-1 mask tokens, kept layers, one pass."""
-    assert spec.draft is not None and draft_params is not None
-    logits, cache = forward(
-        spec.config,
-        params,
-        _last_token(state),
-        state.cache,
-        skip=spec.draft.skip,
-        draft=draft_params,
-        num_masks=spec.gamma - 1,
-        bidirectional=spec.draft.block_attention == "bidirectional",
-        visible=visible,
-    )
-    assert logits is not None
-    # A broken draft may cost speed but never correctness: without this, NaN would reach the
-    # residual.
-    logits = _process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
-    if not spec.features.sampled:
-        return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None, cache)
-    logits = warp(logits, state.sampling, spec.features)
-    return Proposal(categorical(_row_keys(state, _DRAFT), logits), logits, cache)
+# --- one iteration --------------------------------------------------------------------------------
 
 
 def verify_pass(
@@ -284,10 +157,10 @@ def verify_pass(
     visible: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """The full model over x_n and the draft: logits float32 [B, γ+1, V], and cache."""
-    block = jnp.concatenate([_last_token(state), draft], axis=1)
+    block = jnp.concatenate([last_token(state), draft], axis=1)
     logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
     assert logits is not None
-    return _process(spec, logits, state, draft), cache
+    return process(spec, logits, state, draft), cache
 
 
 def accept(
@@ -301,7 +174,7 @@ def accept(
         q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
     else:
         q = jax.nn.softmax(proposal.logits, axis=-1)
-    keys = _row_keys(state, _ACCEPT), _row_keys(state, _BONUS)
+    keys = row_keys(state, ACCEPT), row_keys(state, BONUS)
     return accept_sampled(proposal.tokens, q, p, *keys)
 
 
@@ -338,7 +211,7 @@ def commit(
 def step(
     spec: DecodeSpec,
     params: Params,
-    draft_params: DraftParams | None,
+    draft_params: DrafterParams,
     state: DecodeState,
     visible: int | None = None,
 ) -> DecodeState:
@@ -354,7 +227,7 @@ def step(
         proposal = Proposal(nothing, None, state.cache)
     else:
         proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
-        state = state.replace(cache=proposal.cache)
+        state = state.replace(cache=proposal.cache, draft_cache=proposal.draft_cache)
     logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
     state = state.replace(cache=cache)
     accepted, bonus = accept(spec, state, proposal, logits)
@@ -364,7 +237,7 @@ def step(
 def decode(
     spec: DecodeSpec,
     params: Params,
-    draft_params: DraftParams | None,
+    draft_params: DrafterParams,
     state: DecodeState,
     max_iterations: jax.Array,
     visible: int | None = None,

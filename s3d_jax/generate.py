@@ -36,6 +36,7 @@ def load(
     dtype: str | None = None,
     draft: str | None = None,
     use_draft: bool = True,
+    draft_model: "str | os.PathLike[str] | LM | None" = None,
     max_length: int | None = None,
     progress: bool = False,
 ) -> "LM":
@@ -52,6 +53,8 @@ def load(
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
             only one. A checkpoint without any drafts untrained.
         use_draft: False leaves the trained drafts alone.
+        draft_model: a second, smaller model of the same vocabulary, for the method "two-model": its
+            checkpoint folder, loaded with `dtype`, or an LM.
         max_length: tokens (prompt and output) that a row may have; None takes the length the model
             was made for. Each batch allocates only what it needs of it.
         progress: show a bar on a terminal where it takes more than a second.
@@ -59,6 +62,7 @@ def load(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it.
+        ConfigError: `draft_model` has another vocabulary.
 
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
@@ -71,6 +75,8 @@ def load(
     loaded = checkpoint.load(path, dtype, progress=progress)
     _warn_if_slow(loaded.config.dtype)
     trained = None if name is None else read_draft(path, name, loaded.config)
+    if draft_model is not None and not isinstance(draft_model, LM):
+        draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
     return LM(
         loaded.config,
         loaded.params,
@@ -79,6 +85,7 @@ def load(
         tokenizer=_tokenizer_or_none(loaded.header.path),
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
+        draft_model=draft_model,
     )
 
 
@@ -115,11 +122,13 @@ class LM:
         tokenizer: a transformers tokenizer, or None (then only ids go in and come out).
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
+        draft_model: the second model of the method "two-model", or None. May be set later.
         programs: the compiled programs so far; their number is the number of compilations.
 
     Raises:
         InputError: eos_token_ids are no list of ids of the vocabulary.
-        ConfigError: max_length is below 2, or the draft is of another number of layers.
+        ConfigError: max_length is below 2, the draft is of another number of layers, or the second
+            model has another vocabulary.
     """
 
     def __init__(
@@ -132,6 +141,7 @@ class LM:
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
         max_length: int | None = None,
+        draft_model: "LM | None" = None,
     ) -> None:
         self.config = config
         self.params = params
@@ -144,7 +154,19 @@ class LM:
         if not is_integer(length) or length < 2:
             raise ConfigError(f"max_length must be an integer >= 2, got {max_length!r}")
         self.max_length: int = length
+        self.draft_model = draft_model
         self.programs: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def draft_model(self) -> "LM | None":
+        """The second model; setting one of another vocabulary raises ConfigError."""
+        return self._draft_model
+
+    @draft_model.setter
+    def draft_model(self, model: "LM | None") -> None:
+        if model is not None:
+            _check_same_vocabulary(self, model)
+        self._draft_model = model
 
     def generate(
         self,
@@ -303,6 +325,25 @@ class LM:
                 "least one new token: shorten it, or load the model with a larger max_length"
             )
         return ids.astype(np.int32)
+
+
+def _check_same_vocabulary(lm: LM, other: LM) -> None:
+    """A draft token must mean the same to both."""
+    sizes = lm.config.vocab_size, other.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"the draft model has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}: "
+            "take one that was trained with the same tokenizer"
+        )
+    if lm.tokenizer is None or other.tokenizer is None:
+        return
+    ours, theirs = lm.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if ours != theirs:
+        different = sorted(dict(ours.items() ^ theirs.items()))[:3]
+        raise ConfigError(
+            f"the draft model's tokenizer is another one (it differs in {different}): take a model "
+            "that was trained with the same tokenizer"
+        )
 
 
 class Stream(Generic[_Piece]):

@@ -25,7 +25,9 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def lm():
-    return tiny_lm(rope=ROPE)
+    model = tiny_lm(rope=ROPE)
+    model.draft_model = model
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def expected(lm):
 
 
 # A draft of the whole model, so that blocks of accepted tokens reach over the turning point.
-DRAFTS = {"ar": {}, "s3d": dict(gamma=3, skip=[False] * 4)}
+DRAFTS = {"ar": {}, "s3d": dict(gamma=3, skip=[False] * 4), "two-model": dict(gamma=3)}
 
 
 @pytest.mark.parametrize("method", DRAFTS)

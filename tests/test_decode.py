@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax import decode, model
+from s3d_jax import decode, model, proposers
 from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
 from s3d_jax.decode import DecodeSpec
 from s3d_jax.model import DraftParams, forward
@@ -306,6 +306,7 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
 
     monkeypatch.setattr(model.Block, "__call__", counted_block)
     monkeypatch.setattr(decode, "forward", counted_forward)
+    monkeypatch.setattr(proposers, "forward", counted_forward)
     skip = (False, True, True, False)
     spec, state = make_state([[1, 2]], 2)
     spec = DecodeSpec(CONFIG, DraftConfig(skip, 2), spec.features)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax import sampling
-from s3d_jax.config import DraftConfig, SamplingConfig
+from s3d_jax import proposers, sampling
+from s3d_jax.config import DraftConfig, PromptLookupConfig, SamplingConfig, TwoModelConfig
 from s3d_jax.decode import Proposal
 from s3d_jax.errors import InputError
 from s3d_jax.model import forward_logits
@@ -225,14 +225,14 @@ def exact_distribution(row: SamplingConfig) -> np.ndarray:
     return joint
 
 
-def sampled_tokens(rows: list[SamplingConfig], proposer=None, samples: int = SAMPLES) -> np.ndarray:
+def sampled_tokens(rows: list[SamplingConfig], proposer=None, draft=None, **other) -> np.ndarray:
     """int [rows, samples, 3], all in one batch."""
-    batch = [row for row in rows for _ in range(samples)]
-    draft = DraftConfig((False, True, False), gamma=3)
-    state = run(
-        CONFIG, PARAMS, [PROMPT] * len(batch), 3, draft=draft, rows=batch, seed=5, proposer=proposer
-    )
-    return np.array(outputs(state, [PROMPT] * len(batch))).reshape(len(rows), samples, 3)
+    batch = [row for row in rows for _ in range(SAMPLES)]
+    prompts = [PROMPT] * len(batch)
+    draft = draft or DraftConfig((False, True, False), gamma=3)
+    options = dict(draft=draft, rows=batch, seed=5, proposer=proposer, **other)
+    state = run(CONFIG, PARAMS, prompts, 3, **options)
+    return np.array(outputs(state, prompts)).reshape(len(rows), SAMPLES, 3)
 
 
 def check_distribution(tokens: np.ndarray, exact: np.ndarray) -> None:
@@ -296,6 +296,35 @@ def test_hostile_drafts_do_not_bend_the_distribution():
     for proposer in (constant, skewed):
         for row, tokens in zip(rows, sampled_tokens(rows, proposer), strict=True):
             check_distribution(tokens, exact_distribution(row))
+
+
+OTHER = tiny_config(
+    **dict(vocab_size=VOCAB, num_layers=1, hidden_size=6, intermediate_size=8),
+    **dict(num_heads=1, num_kv_heads=1, head_dim=4),
+)
+PROPOSERS = {
+    "self-spec": (proposers.self_draft, DraftConfig((False, True, False), gamma=3), None),
+    "prompt-lookup": (proposers.prompt_lookup, PromptLookupConfig(gamma=3), None),
+    "two-model, the same": (proposers.two_model, TwoModelConfig(CONFIG, gamma=3), PARAMS),
+    "two-model, another": (
+        proposers.two_model,
+        TwoModelConfig(OTHER, gamma=3),
+        tiny_params(OTHER, seed=1, scale=20.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_other_methods_sample_from_the_target(name):
+    """What a draft token was drawn from depends on those before it, also by penalties."""
+    proposer, draft, params = PROPOSERS[name]
+    rows = [
+        SamplingConfig(temperature=1.0, top_p=0.9),
+        SamplingConfig(temperature=1.5, presence_penalty=0.8, repetition_penalty=1.3),
+    ]
+    tokens = sampled_tokens(rows, proposer, draft, draft_params=params)
+    for row, sampled in zip(rows, tokens, strict=True):
+        check_distribution(sampled, exact_distribution(row))
 
 
 def test_the_check_itself_notices_a_small_error():

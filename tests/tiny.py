@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax import decode
-from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig
-from s3d_jax.decode import DecodeSpec, DecodeState, Proposal
+from s3d_jax.config import ModelConfig, SamplingConfig, TwoModelConfig
 from s3d_jax.generate import LM
-from s3d_jax.model import DraftParams, Params, forward_logits, init_params, untrained_draft
+from s3d_jax.model import Params, forward_logits, init_params, untrained_draft
 from s3d_jax.sampling import batch_sampling
+from s3d_jax.state import DecodeSpec, DecodeState, Draft, DrafterParams, Proposal
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -37,8 +37,8 @@ def run(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
-    draft: DraftConfig | None = None,
-    draft_params: DraftParams | None = None,
+    draft: Draft | None = None,
+    draft_params: DrafterParams = None,
     proposer: Callable | None = None,
     rows: Sequence[SamplingConfig] | None = None,
     seed: int = 0,
@@ -61,6 +61,9 @@ def run(
         block = state.tokens[:, offset : offset + chunk]
         cache = decode.prefill_jit(config, params, block, state.cache, jnp.int32(offset))
         state = state.replace(cache=cache)
+        if isinstance(draft, TwoModelConfig):
+            arguments = draft.model, draft_params, block, state.draft_cache, jnp.int32(offset)
+            state = state.replace(draft_cache=decode.prefill_jit(*arguments))
         offset += chunk
     if draft is not None and draft_params is None:
         draft_params = untrained_draft(params)

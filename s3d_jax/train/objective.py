@@ -164,7 +164,7 @@ def draft_stream(
 ) -> jax.Array:
     """The draft pass of every anchor's block, all at once: float32 [B, A·γ, V].
 
-    Row a·γ+i is q for the token at position anchors[a] + 1 + i, as `decode.draft_pass` gives it.
+    Row a·γ+i is q for the token at position anchors[a] + 1 + i, as `proposers.draft_pass` gives it.
     """
     gamma, length = draft_config.gamma, tokens.shape[1]
     bidirectional = draft_config.block_attention == "bidirectional"

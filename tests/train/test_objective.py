@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax import decode
+from s3d_jax import decode, proposers
 from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
 from s3d_jax.decode import DecodeSpec
 from s3d_jax.model import DraftParams
@@ -49,7 +49,7 @@ def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
         block = state.tokens[:, offset : offset + chunk]
         cache = decode.prefill_jit(config, params, block, state.cache, jnp.int32(offset))
         state, offset = state.replace(cache=cache), offset + chunk
-    return np.asarray(decode.draft_pass(spec, params, draft, state).logits[0])
+    return np.asarray(proposers.draft_pass(spec, params, draft, state).logits[0])
 
 
 @pytest.mark.parametrize("block_attention", ["causal", "bidirectional"])

@@ -1,0 +1,205 @@
+"""The command `s3d bench`."""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s3d_jax.config import METHODS
+from s3d_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from s3d_jax.bench.contestants import Contestant
+    from s3d_jax.generate import LM
+
+_DEFAULT_METHODS = "ar,s3d,prompt-lookup,self-spec,early-exit"
+_CALIBRATION_PROMPTS = 4
+
+_OPTIONS = ("gamma", "ngram", "skip")
+
+_DESCRIPTION = """\
+Runs prompts through several methods in one process, in turns, greedily and one at a time, and
+prints what each is worth: speed with and without prefill, time to the first token, compile time, τ
+and acceptance, improvement over plain decoding, whether the output is the same, memory."""
+
+_EPILOG = """\
+methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); and on the
+same weights HF transformers, where torch is installed: hf, hf-prompt-lookup. A method runs with the
+settings that are fastest on a few of the prompts, or with those given: s3d:gamma=4, or
+self-spec:gamma=2:skip=3-6, or prompt-lookup:gamma=4:ngram=2. Several settings are several rows.
+
+examples:
+  s3d bench --plot bench.png
+  s3d bench --methods ar,s3d:gamma=2,s3d:gamma=6 --suite stories
+  s3d bench --model models/smollm --suite mt_bench.jsonl --limit 4 --methods s3d,prompt-lookup,hf"""
+
+
+def add_command(commands: Any) -> None:
+    """Adds `bench` to the subparsers of `s3d`."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure the methods against each other",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="native checkpoint folder (default: the embedded model)"
+    )
+    parser.add_argument(
+        "--draft-model", metavar="DIR", help="of two-model: a smaller one of the same vocabulary"
+    )
+    parser.add_argument("--draft", metavar="NAME", help="which of the trained drafts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--suite",
+        action="append",
+        metavar="NAME|FILE",
+        help="stories, dialogues, code, or a .jsonl(.gz) file of MT-Bench, Spec-Bench, HumanEval, "
+        "GSM8K or your own; may be repeated (default: stories and dialogues)",
+    )
+    parser.add_argument(
+        "--methods", default=_DEFAULT_METHODS, metavar="LIST", help=f"default: {_DEFAULT_METHODS}"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts of each category at most")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="turns that count (default: 3)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a PNG (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """ "s3d:gamma=4,ar" -> [("ar", {}), ("s3d", {"gamma": 4})]; plain decoding is always first.
+
+    Raises:
+        InputError: a method or a setting that does not exist.
+    """
+    from s3d_jax.bench.contestants import EXTERNAL
+
+    known = (*METHODS, *EXTERNAL)
+    chosen: list[tuple[str, dict[str, Any]]] = [("ar", {})]
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, *settings = entry.split(":")
+        if name not in known:
+            raise InputError(f"--methods names {name!r}; known are {', '.join(known)}")
+        options = dict(_parse_setting(setting, entry) for setting in settings)
+        takes = {"ar": (), "hf": (), "hf-prompt-lookup": ("gamma",)}.get(name, _OPTIONS)
+        if foreign := sorted(set(options) - set(takes)):
+            raise InputError(f"--methods: {name} has no {', '.join(foreign)}, got {entry!r}")
+        if (name, options) not in chosen:
+            chosen.append((name, options))
+    return chosen
+
+
+def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        if name in ("gamma", "ngram") and int(value) >= 1:
+            return name, int(value)
+        if name == "skip":
+            first, _, last = value.partition("-")
+            return name, range(int(first), int(last or first) + 1)
+    except ValueError:
+        pass
+    raise InputError(
+        f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3 and skip=3-6"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from s3d_jax.batch import peak_memory_bytes
+    from s3d_jax.bench import measure, report
+    from s3d_jax.bench.suites import read_suites
+    from s3d_jax.generate import EMBEDDED, load
+
+    methods = parse_methods(arguments.methods)
+    for name in ("limit", "max_new_tokens", "repeats"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.plot:
+        report.check_plot(arguments.plot)
+    lm = load(
+        arguments.model,
+        dtype=arguments.dtype,
+        draft=arguments.draft,
+        draft_model=arguments.draft_model,
+        progress=True,
+    )
+    loaded = peak_memory_bytes()
+    suites = arguments.suite or ["stories", "dialogues"]
+    room = lm.max_length - arguments.max_new_tokens
+    prompts = read_suites(suites, lm, room, arguments.limit)
+    with contextlib.ExitStack() as stack:
+        candidates = _candidates(lm, Path(arguments.model or EMBEDDED), methods, stack)
+        sample = prompts[:: -(-len(prompts) // _CALIBRATION_PROMPTS)]
+        with tqdm(candidates, desc="calibrating", disable=None, leave=False) as bar:
+            chosen = [measure.fastest(group, sample, arguments.max_new_tokens) for group in bar]
+        contestants = [contestant for contestant, _ in chosen]
+        runs = len(contestants) * len(prompts) * (1 + arguments.repeats)
+        with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
+            records = measure.take_turns(
+                contestants,
+                prompts,
+                arguments.max_new_tokens,
+                arguments.repeats,
+                lambda: bar.update() and None,
+            )
+    found = {
+        "about": report.about(),
+        "model": Path(arguments.model or EMBEDDED).name,
+        "dtype": lm.config.dtype,
+        "suites": suites,
+        "max_new_tokens": arguments.max_new_tokens,
+        "repeats": arguments.repeats,
+        "loaded_memory_bytes": loaded,
+        "memory_is": measure.memory_kind(),
+        "rows": measure.summary(contestants, prompts, records, [t for _, t in chosen]),
+    }
+    print(json.dumps(found) if arguments.json else report.table(found))
+    if arguments.plot:
+        report.draw(found, arguments.plot)
+    return 0
+
+
+def _candidates(
+    lm: "LM",
+    folder: Path,
+    methods: list[tuple[str, dict[str, Any]]],
+    stack: contextlib.ExitStack,
+) -> list[list["Contestant"]]:
+    """For each entry of --methods those of whom the fastest will run.
+
+    Raises:
+        InputError, ConfigError: settings that the method does not have, or that are wrong; torch or
+            a second model is missing.
+    """
+    from s3d_jax.bench.contestants import EXTERNAL, HuggingFace, Ours, hf_model
+    from s3d_jax.methods import candidate_settings, drafting
+
+    groups: list[list[Contestant]] = []
+    hf = None
+    for method, given in methods:
+        if method in EXTERNAL:
+            hf = hf or stack.enter_context(hf_model(folder, lm.config.dtype))
+            lookups = [{"gamma": g} for g in (3, 10)] if method == "hf-prompt-lookup" else [{}]
+            groups.append(
+                [
+                    HuggingFace(method, s, hf, lm.eos_token_ids)
+                    for s in ([given] if given else lookups)
+                ]
+            )
+            continue
+        if "skip" in given:
+            given["skip"] = tuple(i in given["skip"] for i in range(lm.config.num_layers))
+        settings = [given] if given else candidate_settings(lm, method)
+        for options in settings:
+            drafting(lm, method, **options)
+        groups.append([Ours(method, options, lm) for options in settings])
+    return groups

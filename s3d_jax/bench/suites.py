@@ -1,0 +1,138 @@
+"""The prompts: suites that come with the package, and the files of known benchmarks."""
+
+import dataclasses
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from s3d_jax.errors import InputError
+from s3d_jax.train.data import read_jsonl
+
+if TYPE_CHECKING:
+    from s3d_jax.generate import LM
+
+BUILT_IN = ("stories", "dialogues", "code")
+_HELD_OUT = Path(__file__).parent.parent / "assets" / "held_out"
+_BEGINNING = 16  # tokens of a whole text that are its prompt
+_HEAD = 400  # characters of a Python file that are its prompt
+_MODULES = """argparse ast base64 bisect calendar configparser contextlib copy csv dataclasses
+    fractions functools heapq queue random statistics string tempfile textwrap typing"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        category: the part of the suite it belongs to.
+        tokens: int32 [T], its ids.
+    """
+
+    category: str
+    tokens: np.ndarray
+
+
+def read_suites(
+    names: Iterable[str], lm: "LM", max_tokens: int, limit: int | None = None
+) -> list[Prompt]:
+    """The prompts of some suites.
+
+    Args:
+        names: of BUILT_IN, or .jsonl files (also .gz). Each line has one of
+            "turns", "question" or "messages": a chat, or its first question (MT-Bench, Spec-Bench,
+                GSM8K); written out by the chat template, or where the model has none, as a text;
+            "prompt": a text that is continued as it is (HumanEval);
+            "prompt_tokens": ids;
+            "text": a whole text, whose beginning is continued;
+            and may have a "category", else the file's name is that.
+        lm: whose tokenizer makes ids of them.
+        max_tokens: of a prompt. Longer ones do not fit the model, and are left out.
+        limit: prompts of each category at most, evenly from all of them.
+
+    Raises:
+        InputError: an unknown name, a file that cannot be read, a line that is none of these, or no
+            prompt that fits.
+
+    Warns:
+        UserWarning: how many prompts of a category were left out.
+    """
+    prompts = [prompt for name in names for prompt in _read(name, lm)]
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    chosen = []
+    for category, rows in by_category.items():
+        fitting = [row for row in rows if len(row.tokens) <= max_tokens]
+        if len(fitting) < len(rows):
+            warnings.warn(
+                f"{category}: {len(rows) - len(fitting)} of {len(rows)} prompts have more than "
+                f"{max_tokens} tokens, which do not fit the model, and are left out",
+                stacklevel=2,
+            )
+        count = len(fitting) if limit is None else min(limit, len(fitting))
+        chosen += [fitting[int(i)] for i in np.linspace(0, len(fitting), count, endpoint=False)]
+    if not chosen:
+        raise InputError("no prompt fits the model: take fewer new tokens, or shorter prompts")
+    return chosen
+
+
+def _read(name: str, lm: "LM") -> Iterator[Prompt]:
+    if name == "code":
+        lines: Iterable[tuple[str, dict[str, Any]]] = _heads_of_modules()
+        category = name
+    else:
+        path = _HELD_OUT / f"{name}.jsonl" if name in BUILT_IN else Path(name)
+        category = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        if category == path.name.removesuffix(".gz") or not path.exists():
+            raise InputError(
+                f"{name!r} is no suite: give one of {', '.join(BUILT_IN)}, or a .jsonl or .jsonl.gz"
+                " file"
+            )
+        lines = read_jsonl(path)
+    rows = [
+        Prompt(str(fields.get("category", category)), _ids(fields, lm, where))
+        for where, fields in lines
+    ]
+    if not rows:
+        raise InputError(f"{name} holds no prompt")
+    yield from rows
+
+
+def _heads_of_modules() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Beginnings of modules of the Python that runs this: code that is on every machine."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for name in _MODULES.split():
+        path = folder / f"{name}.py"
+        if path.exists():
+            head = path.read_text(encoding="utf-8")[:_HEAD]
+            yield str(path), {"prompt": head[: head.rfind("\n") + 1]}
+
+
+def _ids(fields: Mapping[str, Any], lm: "LM", where: str) -> np.ndarray:
+    if "prompt_tokens" in fields:
+        return np.asarray(fields["prompt_tokens"], np.int32)
+    if lm.tokenizer is None:
+        raise InputError(
+            f'{where}: this model has no tokenizer for texts: give ids as "prompt_tokens"'
+        )
+    turns, text = fields.get("turns"), fields.get("prompt")
+    question = turns[0] if isinstance(turns, list) and turns else fields.get("question")
+    messages = fields.get("messages")
+    if isinstance(question, str):
+        messages = [{"role": "user", "content": question}]
+    if messages:
+        if getattr(lm.tokenizer, "chat_template", None):
+            return np.asarray(lm.chat_prompt(messages), np.int32)
+        text = messages[-1]["content"]
+    whole = fields.get("text")
+    if not isinstance(text, str) and not isinstance(whole, str):
+        raise InputError(
+            f'{where} has none of "turns", "question", "messages", "prompt", "prompt_tokens" and '
+            f'"text"; it has {sorted(fields)}'
+        )
+    ids = np.asarray(lm.tokenizer.encode(whole if text is None else text, verbose=False), np.int32)
+    return ids[:_BEGINNING] if text is None else ids

@@ -1,0 +1,119 @@
+"""The methods by name: who drafts, what each may be told, and what it does where it is not."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from s3d_jax import proposers
+from s3d_jax.config import (
+    METHODS,
+    DraftConfig,
+    PromptLookupConfig,
+    TwoModelConfig,
+    symmetric_skip,
+)
+from s3d_jax.errors import ConfigError
+from s3d_jax.state import Draft, Proposal
+
+if TYPE_CHECKING:
+    from s3d_jax.generate import LM
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "s3d": ("gamma", "skip"),
+    "ar": ("gamma", "skip", "ngram"),  # unused: the same call, with and without speculation
+    "prompt-lookup": ("gamma", "ngram"),
+    "self-spec": ("gamma", "skip"),
+    "early-exit": ("gamma", "skip"),
+    "two-model": ("gamma",),
+}
+_PROPOSERS: dict[str, Callable[..., Proposal]] = {
+    "s3d": proposers.draft_pass,
+    "prompt-lookup": proposers.prompt_lookup,
+    "self-spec": proposers.self_draft,
+    "early-exit": proposers.self_draft,
+    "two-model": proposers.two_model,
+}
+
+
+def default_settings(lm: "LM", method: str) -> Draft | None:
+    """What a method does where nobody says otherwise; None for "ar".
+
+    Raises:
+        ConfigError: two models are asked for, and there is one.
+    """
+    layers = lm.config.num_layers
+    match method:
+        case "s3d":
+            return lm.draft_config
+        case "prompt-lookup":
+            return PromptLookupConfig()
+        case "self-spec":  # as S3D's untrained draft
+            return DraftConfig(symmetric_skip(layers, layers // 2))
+        case "early-exit":
+            kept = (layers + 1) // 2
+            return DraftConfig(tuple(i >= kept for i in range(layers)))
+        case "two-model":
+            if lm.draft_model is None:
+                raise ConfigError(
+                    "method 'two-model' needs a second model: load(..., draft_model=...), "
+                    "lm.draft_model = ..., or --draft-model DIR"
+                )
+            return TwoModelConfig(lm.draft_model.config)
+    return None
+
+
+def drafting(
+    lm: "LM", method: str, **options: Any
+) -> tuple[Draft | None, Callable[..., Proposal] | None]:
+    """How `DecodeSpec` drafts and who does.
+
+    Args:
+        lm: the model.
+        method: one of METHODS.
+        **options: gamma, skip and ngram, None where they are not given.
+
+    Raises:
+        ConfigError: an unknown method, an option that it does not take, or a wrong value. For "ar"
+            too, which uses none.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
+    given = {name: value for name, value in options.items() if value is not None}
+    if foreign := sorted(set(given) - set(OPTIONS[method])):
+        raise ConfigError(
+            f"method {method!r} has no {', '.join(foreign)}; it has {', '.join(OPTIONS[method])}"
+        )
+    if method == "ar":
+        for other in ("s3d", "prompt-lookup"):
+            drafting(lm, other, **{k: v for k, v in given.items() if k in OPTIONS[other]})
+        return None, None
+    draft = default_settings(lm, method)
+    assert draft is not None
+    draft = draft.replace(**given)
+    if isinstance(draft, DraftConfig):
+        draft.validate_for(lm.config)
+        if method == "early-exit" and list(draft.skip) != sorted(draft.skip):
+            raise ConfigError(
+                "method 'early-exit' skips the last layers and no others, got skip "
+                f"{[int(s) for s in draft.skip]}: use method 'self-spec'"
+            )
+    return draft, _PROPOSERS[method]
+
+
+def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:
+    """The options among which `s3d bench` looks for a method's best, where none are given."""
+    layers = lm.config.num_layers
+    half, quarter = layers // 2, layers // 4
+    match method:
+        case "s3d":
+            return [{"gamma": g} for g in sorted({2, 4, 6, lm.draft_config.gamma})]
+        case "prompt-lookup":
+            return [{"gamma": g} for g in (2, 4, 8)]
+        case "self-spec":
+            skips = [symmetric_skip(layers, skipped) for skipped in sorted({quarter, half})]
+        case "early-exit":
+            skips = [tuple(i >= layers - n for i in range(layers)) for n in sorted({quarter, half})]
+        case "two-model":
+            return [{"gamma": g} for g in (2, 4, 6)]
+        case _:
+            return [{}]
+    return [{"gamma": g, "skip": skip} for skip in skips for g in (2, 4)]
