@@ -145,7 +145,8 @@ def init_state(
             passes=np.zeros((batch, slots), np.int32),
         )
     )
-    cache = init_cache(spec.config, batch, slots, lengths)
+    largest_block = max(PREFILL_BUCKETS[-1], spec.gamma + 1)
+    cache = init_cache(spec.config, batch, slots, lengths, largest_block)
     return DecodeState(cache=cache, sampling=sampling, **arrays)
 
 
@@ -194,8 +195,9 @@ def prefill_chunk(
 ) -> KVCache:
     """Puts keys and values of positions offset … offset+T-1 of every row into the cache.
 
-    Rows whose prompt ends before write scratch there. The last token of a prompt stays out of the
-    cache: it is x_n, the input of the first step.
+    Rows whose prompt ends before write scratch, behind their prompt and not there: in a ring it
+    would come round to what they still look at. The last token of a prompt stays out of the cache:
+    it is x_n, the input of the first step.
 
     Args:
         config: the model (static).
@@ -205,7 +207,7 @@ def prefill_chunk(
         offset: int scalar, the same for all rows.
         visible: static, slots to read, at least offset + T; None reads all.
     """
-    here = cache.replace(length=jnp.full_like(cache.length, offset))
+    here = cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
     _, here = forward(config, params, tokens, here, compute_logits=False, visible=visible)
     return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
 
