@@ -9,6 +9,7 @@ length + block - 1 at any time; then q - R is at most length - window - 1, which
 `length` on looks back to.
 """
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.config import ModelConfig
+from s3d_jax.rope import same_keys
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -76,10 +78,60 @@ def init_cache(
     return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32), slots)
 
 
+def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | None) -> KVCache:
+    """The same cache with room for `slots` positions, no fewer than it has; see `init_cache`.
+
+    Arrays that have the right size already are not copied.
+    """
+    assert slots >= cache.slots
+
+    def resize(array: jax.Array, size: int) -> jax.Array:
+        if array.shape[2] == size:
+            return array
+        # As long as there were slots for all positions, nothing has come round.
+        assert array.shape[2] == cache.slots, "a ring cannot grow"
+        return jnp.pad(array, ((0, 0), (0, 0), (0, size - cache.slots), (0, 0)))
+
+    sizes = layer_slots(config, slots, largest_block)
+    keys, values = (tuple(map(resize, arrays, sizes)) for arrays in (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values, slots=slots)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch for all; a buffer for each
 def _zeros(config: ModelConfig, batch: int, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ...]]:
     shapes = [(batch, config.num_kv_heads, slots, config.head_dim) for slots in sizes]
     return [tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(2)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What one row left in its cache, for a prompt with the same beginning.
+
+    Attributes:
+        ids: int32 [n], the tokens whose keys and values are there.
+        cache: the cache. The batch that takes it over gives it away when it runs.
+        written: positions below it may have been written, scratch included.
+    """
+
+    ids: np.ndarray
+    cache: KVCache
+    written: int
+
+    def common(self, config: ModelConfig, prompt: np.ndarray) -> int:
+        """How many of the prompt's tokens need not be prefilled; never its last one."""
+        n = min(len(self.ids), len(prompt) - 1)
+        (different,) = np.nonzero(self.ids[:n] != prompt[:n])
+        n = int(different[0]) if len(different) else n
+        before, after = int(self.cache.prompt_length[0]), len(prompt)
+        ropes = {config.layer_rope(i) for i in range(config.num_layers)}
+        if not all(same_keys(rope, before, after) for rope in ropes if rope is not None):
+            return 0
+        for i, keys in enumerate(self.cache.keys):
+            slots, window = keys.shape[2], config.window(i)
+            # Scratch must not have come round, in a ring, to what the next token looks back to.
+            if slots < self.cache.slots and n + slots - (window or 0) < self.written:
+                return 0
+        return n
 
 
 def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False) -> jax.Array:

@@ -225,10 +225,7 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    lm = _load(arguments)
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    # A model that cannot chat and a wrong option should be said now, not after the first question.
-    lm.stream(lm.chat_prompt([*messages, {"role": "user", "content": "?"}]), **_options(arguments))
+    conversation = _load(arguments).conversation(arguments.system or None, **_options(arguments))
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -237,37 +234,15 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         if not question:
             return 0
-        answer = ""
-        turns = [*messages, {"role": "user", "content": question}]
         try:
-            turns, ids = _fitting(lm, turns, arguments.max_new_tokens)
-            for piece in lm.stream(ids, **_options(arguments)):
+            for piece in conversation.stream(question):
                 print(piece, end="", flush=True)
-                answer += piece
         except InputError as error:  # the question is refused, and the conversation goes on
             print(f"error: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
             print(" ...", end="")
         print()
-        messages = [*turns, {"role": "assistant", "content": answer}]
-
-
-def _fitting(
-    lm: "LM", messages: list[dict[str, str]], max_new_tokens: int
-) -> tuple[list[dict[str, str]], list[int]]:
-    """The conversation without the oldest turns that leave no room for an answer, and its ids.
-
-    Half of the context at most is kept free, so that a generous limit does not forget everything.
-    """
-    room = max(1, min(max_new_tokens, lm.max_length // 2))
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
-    ids = lm.chat_prompt(messages)
-    while len(ids) + room > lm.max_length and len(turns) > 1:
-        turns = turns[2:]  # a question and its answer
-        ids = lm.chat_prompt([*system, *turns])
-    return [*system, *turns], ids
 
 
 def _info(arguments: argparse.Namespace) -> int:

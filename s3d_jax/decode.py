@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.cache import KVCache, init_cache
+from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.model import DraftParams, Params, forward
 from s3d_jax.sampling import (
@@ -107,6 +107,7 @@ def init_state(
     slots: int,
     limit: np.ndarray,
     sampling: SamplingParams,
+    cache: KVCache | None = None,
 ) -> DecodeState:
     """The state before prefill.
 
@@ -118,6 +119,8 @@ def init_state(
             prompt is within `turning_point` has to end one token behind it, and to be prefilled
             anew if it goes on: from there on its keys are others.
         sampling: from `batch_sampling`.
+        cache: one that holds the beginnings of the prompts, `cache.length` tokens of each; may have
+            fewer slots. None makes an empty one.
 
     Raises:
         ValueError: S is too small; a write near the end would be clamped onto committed slots.
@@ -129,6 +132,8 @@ def init_state(
         )
     tokens = np.zeros((batch, slots), np.int32)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    known = np.zeros(batch, int) if cache is None else np.asarray(cache.length)
+    padded = map(padded_length, lengths.tolist(), known.tolist())
     seen = np.zeros((batch, vocab if spec.features.penalized else 0), bool)
     for b, prompt in enumerate(prompts):
         tokens[b, : len(prompt)] = prompt
@@ -139,14 +144,18 @@ def init_state(
             tokens=tokens,
             done=lengths >= limit,
             limit=np.asarray(limit, np.int32),
-            padding=np.asarray([padded_length(n) for n in lengths.tolist()], np.int32) - lengths,
+            padding=np.asarray([*padded], np.int32) - lengths,
             prompt_tokens=seen,
             output_counts=np.zeros(seen.shape, np.int32),
             passes=np.zeros((batch, slots), np.int32),
         )
     )
     largest_block = max(PREFILL_BUCKETS[-1], spec.gamma + 1)
-    cache = init_cache(spec.config, batch, slots, lengths, largest_block)
+    if cache is None:
+        cache = init_cache(spec.config, batch, slots, lengths, largest_block)
+    else:
+        cache = grown(cache, spec.config, slots, largest_block)
+        cache = cache.replace(prompt_length=jnp.asarray(lengths))
     return DecodeState(cache=cache, sampling=sampling, **arrays)
 
 
@@ -164,13 +173,14 @@ def prefill_chunks(length: int) -> list[int]:
     return [largest] * full + tail
 
 
-def padded_length(length: int) -> int:
+def padded_length(length: int, known: int = 0) -> int:
     """Tokens of the longest prompt that runs the same prefill programs as one of `length`.
 
-    Caches are sized, and `visible` is chosen, by this and not by the prompt itself, so that those
-    who share a prefill share all programs. The last token is not prefilled.
+    The first `known` tokens are in the cache already, and the last one is not prefilled. Caches are
+    sized, and `visible` is chosen, by this and not by the prompt itself, so that those who share a
+    prefill share all programs.
     """
-    return sum(prefill_chunks(length - 1)) + 1
+    return known + sum(prefill_chunks(length - 1 - known)) + 1
 
 
 def visible_slots(needed: int, slots: int) -> int:

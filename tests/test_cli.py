@@ -11,7 +11,6 @@ import pytest
 
 import convert
 import s3d_jax
-from s3d_jax import cli
 from s3d_jax.cli import main
 
 STATS = {
@@ -136,15 +135,15 @@ def test_chat_refuses_wrong_options_before_the_first_question(
 
 def test_ctrl_c_before_an_answer_keeps_the_question(chatty, capsys, monkeypatch):
     """While a conversation is cut to the context, at the first question and at a later one."""
-    fitting, seen = cli._fitting, []
+    chat_prompt, seen = s3d_jax.LM.chat_prompt, []
 
-    def interrupted(lm, messages, room):
+    def interrupted(lm, messages):
         seen.append([m["content"] for m in messages])
-        if len(seen) in (1, 3):
+        if len(seen) in (2, 4):  # the first one is before the first question
             raise KeyboardInterrupt
-        return fitting(lm, messages, room)
+        return chat_prompt(lm, messages)
 
-    monkeypatch.setattr(cli, "_fitting", interrupted)
+    monkeypatch.setattr(s3d_jax.LM, "chat_prompt", interrupted)
     monkeypatch.setattr("sys.stdin", io.StringIO("Tom\nLily\nA cat\nA dog\n"))
     assert main(["chat", "--model", chatty, "--max-new-tokens", "5"]) == 0
     answer = capsys.readouterr().out.splitlines()[1]
