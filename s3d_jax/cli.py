@@ -249,6 +249,8 @@ def _info(arguments: argparse.Namespace) -> int:
     import jax
 
     from s3d_jax import checkpoint, model
+    from s3d_jax.cache import layer_slots
+    from s3d_jax.decode import PREFILL_BUCKETS
     from s3d_jax.drafts import draft_names, read_draft
     from s3d_jax.generate import EMBEDDED, default_draft
 
@@ -260,12 +262,16 @@ def _info(arguments: argparse.Namespace) -> int:
     }
     parameters = model.num_params(config)
     size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    per_slot = 2 * config.num_kv_heads * config.head_dim * size
+    cache = per_slot * config.num_layers
+    context = config.max_position_embeddings
+    full_cache = per_slot * sum(layer_slots(config, context, PREFILL_BUCKETS[-1]))
     facts = {
         "model": str(header.path),
         "parameters": parameters,
         "weight_bytes": parameters * size,
         "cache_bytes_per_token": cache,
+        "cache_bytes_of_full_row": full_cache,
         "config": config.to_dict(),
         "drafts": drafts,
         "tokenizer": header.has_tokenizer,
@@ -286,7 +292,11 @@ def _info(arguments: argparse.Namespace) -> int:
             f"key-value heads of {config.head_dim}, vocabulary {config.vocab_size}",
         ),
         ("context", f"{config.max_position_embeddings} tokens, rope {config.rope.type}"),
-        ("cache", f"{cache / 1024:,.1f} KiB per token and row"),
+        (
+            "cache",
+            f"{cache / 1024:,.1f} KiB per token and row; {full_cache / 2**20:,.1f} MiB for a row "
+            f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
+        ),
         *_draft_rows(drafts, default_draft(config)),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),

@@ -100,6 +100,25 @@ def test_info(native, capsys):
     assert facts["eos_token_ids"] == [2]
 
 
+def test_info_knows_what_windows_save(native, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(native, model)
+    header = json.loads((model / "config.json").read_text())
+    config = header["model"]
+    sizes = {}
+    for windows in (None, [None, 88, 88, 88, 88]):
+        config |= {"sliding_window": windows, "max_position_embeddings": 10_000}
+        (model / "config.json").write_text(json.dumps(header))
+        assert main(["info", "--model", str(model), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        per_token = 2 * config["num_layers"] * config["num_kv_heads"] * config["head_dim"] * 4
+        assert facts["cache_bytes_per_token"] == per_token
+        sizes[windows is None] = facts["cache_bytes_of_full_row"] / (per_token / 5)
+    assert sizes == {True: 5 * 10_000, False: 10_000 + 4 * (88 + 512)}
+    assert main(["info", "--model", str(model)]) == 0
+    assert "for a row of 10000 tokens, with windows" in capsys.readouterr().out
+
+
 def test_chat_without_a_template_says_so_before_the_first_question(native, capsys):
     assert main(["chat", "--model", native]) == 2
     assert "no chat template" in capsys.readouterr().err
