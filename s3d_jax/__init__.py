@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SamplingConfig,
         symmetric_skip,
     )
+    from s3d_jax.conversation import Conversation
     from s3d_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 _HOME = {
     "batch": ("GenerateOptions", "Result", "Stats"),
     "config": ("DraftConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "symmetric_skip"),
+    "conversation": ("Conversation",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -49,6 +51,7 @@ __all__ = [
     "LM",
     "CheckpointError",
     "ConfigError",
+    "Conversation",
     "ConversionError",
     "DraftConfig",
     "GenerateOptions",

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax import decode
-from s3d_jax.config import Method, SamplingConfig, is_integer, is_list, plain
+from s3d_jax.cache import Kept
+from s3d_jax.config import Method, SamplingConfig, TwoModelConfig, is_integer, is_list, plain
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.methods import drafting
 from s3d_jax.sampling import SamplingParams, batch_sampling
@@ -80,6 +81,8 @@ class Stats:
             times.
         prefill_seconds, decode_seconds: without compilation.
         compile_seconds: spent on programs that did not exist yet.
+        cached_tokens: prompt tokens that were in the cache already, from a conversation's turn
+            before; they are not prefilled.
         peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
             the peak resident set of this process.
     """
@@ -94,6 +97,7 @@ class Stats:
     decode_seconds: float
     compile_seconds: float
     peak_memory_bytes: int
+    cached_tokens: int = 0
 
     @property
     def tokens_per_iteration(self) -> float:
@@ -143,8 +147,13 @@ class Batch:
         texts: the rows' texts, or None without a tokenizer.
     """
 
-    def __init__(self, lm: "LM", prompts: list[np.ndarray], **options: Any) -> None:
+    def __init__(
+        self, lm: "LM", prompts: list[np.ndarray], kept: Kept | None = None, **options: Any
+    ) -> None:
+        """With what was `kept` of an earlier batch of one row, a single prompt."""
         request = _checked(lm, len(prompts), **options)
+        if isinstance(request.spec.draft, TwoModelConfig):
+            kept = None  # of the draft model's cache nothing is kept
         self._lm = lm
         self._prompts = prompts
         self._spec = request.spec
@@ -158,16 +167,24 @@ class Batch:
         self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 
         lengths = np.array([len(prompt) for prompt in prompts])
+        self._known = 0 if kept is None else kept.common(lm.config, prompts[0])
         self._ends = np.minimum(lengths + np.array(request.max_new_tokens), lm.max_length)
         pauses = _pauses(lengths, self._ends, lm.config.rope.turning_point)
         pausing = pauses < self._ends
         self._slots = _slots(
-            [*lengths.tolist(), *pauses[pausing].tolist()],
+            [*_padded(lengths, self._known), *_padded(pauses[pausing])],
             [*request.max_new_tokens, *(self._ends - pauses)[pausing].tolist()],
             lm.max_length,
             self._spec.gamma,
         )
-        self._state = decode.init_state(self._spec, prompts, self._slots, pauses, request.sampling)
+        cache, self._written = None, 0
+        if kept is not None:
+            cache = kept.cache.replace(length=jnp.full((1,), self._known, jnp.int32))
+            self._slots = max(self._slots, cache.slots)
+            self._written = kept.written if self._known else 0
+        self._state = decode.init_state(
+            self._spec, prompts, self._slots, pauses, request.sampling, cache
+        )
         # Whatever drafts, the caches that a prompt goes into, and whose they are.
         self._models = {"cache": (lm.config, lm.params)}
         self._draft_params: DrafterParams = lm.draft_params
@@ -184,7 +201,8 @@ class Batch:
             # The device knows no texts. Iterations behind a stop string are in vain, but a few of
             # those at a row's end cost less than to look at the text after each iteration.
             iterations_per_call = min(iterations_per_call, _STEPS_PER_LOOK)
-        yield from self._run(self._prompts, np.ones(len(self._prompts), bool), iterations_per_call)
+        everyone = np.ones(len(self._prompts), bool)
+        yield from self._run(self._prompts, everyone, iterations_per_call, self._known)
         if (paused := self._paused()).any():  # they waited for the others: one prefill for all
             rows = zip(self._prompts, self.tokens, strict=True)
             sequences = [np.concatenate([p, new]).astype(np.int32) for p, new in rows]
@@ -194,21 +212,28 @@ class Batch:
                 cache=cache,
                 done=jnp.asarray(~paused),
                 limit=jnp.asarray(self._ends, jnp.int32),
-                padding=jnp.asarray(_padding(lengths), jnp.int32),
+                padding=jnp.asarray(_padded(lengths) - lengths, jnp.int32),
             )
             yield from self._run(sequences, paused, iterations_per_call)
         for text in self.texts or ():
             text.finish()
 
     def _run(
-        self, sequences: list[np.ndarray], running: np.ndarray, iterations_per_call: int
+        self,
+        sequences: list[np.ndarray],
+        running: np.ndarray,
+        iterations_per_call: int,
+        known: int = 0,
     ) -> Iterator[list[list[int]]]:
-        """Prefills the running rows (bool [B]) with their sequences, and decodes to the limits."""
+        """Prefills the running rows (bool [B]) with their sequences, and decodes to the limits.
+
+        The first `known` tokens are in the cache already.
+        """
         lengths = np.array([len(sequence) for sequence in sequences])
-        padding = _padding(lengths)
+        padding = _padded(lengths, known) - lengths
         longest = int(lengths[running].max())
-        used = decode.padded_length(longest) - 1
-        self._prefill(sequences, decode.prefill_chunks(longest - 1))
+        used = decode.padded_length(longest, known) - 1
+        self._prefill(sequences, decode.prefill_chunks(longest - 1 - known), known)
         finished = False
         while not finished:
             tokens, lengths, done = self._decode(used, iterations_per_call)
@@ -248,14 +273,29 @@ class Batch:
                 decode_seconds=self._decode_seconds,
                 compile_seconds=self._compile_seconds,
                 peak_memory_bytes=memory,
+                cached_tokens=self._known,
             )
             text = self.texts[b].text if self.texts else None
             reason: Literal["stop", "length"] = "length" if stopped_by is None else "stop"
             results.append(Result(tokens, text, reason, stopped_by, stats))
         return results
 
-    def _prefill(self, sequences: list[np.ndarray], chunks: list[int]) -> None:
-        offset = 0
+    def kept(self) -> Kept | None:
+        """The cache of the only row, which may have been left in the middle of its text.
+
+        None after an interruption in the middle of a program, which has taken the cache with it.
+        """
+        cache, tokens = self._state.cache, self._state.tokens
+        if any(x.is_deleted() for x in (*cache.keys, *cache.values, tokens)):
+            return None
+        length = int(cache.length[0])
+        return Kept(
+            np.asarray(tokens)[0, :length],
+            cache,
+            max(self._written, length + self._spec.gamma + 1),
+        )
+
+    def _prefill(self, sequences: list[np.ndarray], chunks: list[int], offset: int) -> None:
         for chunk in chunks:
             block = np.zeros((len(sequences), chunk), np.int32)
             for b, sequence in enumerate(sequences):
@@ -273,6 +313,7 @@ class Batch:
                 self._state = self._state.replace(**{name: cache})
                 self._prefill_seconds += time.perf_counter() - start
             offset += chunk
+            self._written = max(self._written, offset)
 
     def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Goes on in the program that reads `used` slots and what a step writes behind them.
@@ -396,19 +437,18 @@ def _pauses(lengths: np.ndarray, ends: np.ndarray, turning_point: int | None) ->
     return np.where(lengths <= turning_point, np.minimum(turning_point + 1, ends), ends)
 
 
-def _padding(lengths: np.ndarray) -> np.ndarray:
-    """Tokens by which prompts are shorter than the longest that run the same prefill programs."""
-    return np.array([decode.padded_length(n) for n in lengths.tolist()]) - lengths
+def _padded(lengths: np.ndarray, known: int = 0) -> np.ndarray:
+    """Tokens of the longest prompts that run the same prefill programs as these."""
+    return np.array([decode.padded_length(n, known) for n in lengths.tolist()], int)
 
 
-def _slots(lengths: list[int], new_tokens: list[int], max_length: int, gamma: int) -> int:
+def _slots(padded: list[int], new_tokens: list[int], max_length: int, gamma: int) -> int:
     """Cache slots for these rows: of few different sizes, so that nearby lengths share programs.
 
     From the padded prompts, so that prompts within one bucket get equal caches; with slack for any
     usual γ, so that plain decoding and S3D do as well.
     """
     slack = max(_USUAL_SLACK, gamma + 1)
-    padded = [decode.padded_length(length) for length in lengths]
     longest = max(*padded, max_length)
     most = max(n + new for n, new in zip(padded, new_tokens, strict=True))
     size, power_of_two = 64, True  # 64, 96, 128, 192, 256, ...

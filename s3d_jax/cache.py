@@ -1,5 +1,15 @@
-"""The key/value cache: preallocated, one length per row, rolled back by setting the length."""
+"""The key/value cache: preallocated, one length per row, rolled back by setting the length.
 
+A layer that sees its whole past has a slot for every position. One with a sliding window has a ring
+of slots, `window + largest block` of them: position p is in slot p mod R, where R is their number.
+
+What is rolled back stays in the slots behind. In a ring such a stale key of position q lies where
+position q - R was. It does no harm: a pass writes at most `largest block` tokens, so q is at most
+length + block - 1 at any time; then q - R is at most length - window - 1, which no token from
+`length` on looks back to.
+"""
+
+import dataclasses
 import functools
 
 import flax.struct
@@ -8,69 +18,140 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.config import ModelConfig
+from s3d_jax.rope import same_keys
 
 
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the committed tokens, and scratch behind them.
 
-    Rows are left-aligned: slot s holds position s. Slots below `length` are committed; what lies
-    behind is scratch, never read by a mask and overwritten by the next pass. The layers are a tuple
-    of arrays and not one stacked array, because XLA copies a stacked cache at every layer of a
-    loop.
+    Rows are left-aligned: in a layer with all slots, slot s holds position s. Positions below
+    `length` are committed; what lies behind is scratch, never read by a mask and overwritten by the
+    next pass. The layers are a tuple of arrays and not one stacked array, because XLA copies a
+    stacked cache at every layer of a loop.
 
     Attributes:
-        keys, values: L arrays [B, K, S, H]; heads first, so that attention is a batched matrix
-            product.
+        keys, values: L arrays [B, K, S, H], or [B, K, R, H] in layers that keep a ring; heads
+            first, so that attention is a batched matrix product.
         length: int32 [B], committed tokens per row.
         prompt_length: int32 [B], tokens of each row's prompt (rotary tables may depend on it).
+        slots: static, S: the positions that a row has room for.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length: jax.Array
     prompt_length: jax.Array
+    slots: int = flax.struct.field(pytree_node=False)
 
-    @property
-    def slots(self) -> int:
-        """S, the slots allocated per row."""
-        return self.keys[0].shape[2]
+
+def layer_slots(config: ModelConfig, slots: int, largest_block: int | None) -> tuple[int, ...]:
+    """Slots of each layer, where a row has `slots` positions; see `init_cache`."""
+    windows = map(config.window, range(config.num_layers))
+    return tuple(
+        slots if w is None or largest_block is None else min(slots, w + largest_block)
+        for w in windows
+    )
 
 
 def init_cache(
-    config: ModelConfig, batch: int, slots: int, prompt_length: jax.Array | np.ndarray
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    prompt_length: jax.Array | np.ndarray,
+    largest_block: int | None = None,
 ) -> KVCache:
-    """An empty cache for `batch` rows of `slots` slots.
+    """An empty cache for `batch` rows of `slots` positions.
 
     A pass over T tokens writes T slots from each row's length on, and XLA clamps a write that does
     not fit onto committed slots. So callers keep γ+1 slots of slack behind the last token a row may
     commit.
+
+    Args:
+        config, batch, slots: the model, B and S.
+        prompt_length: int [B].
+        largest_block: tokens of the largest pass to come; layers with a window then keep rings.
+            None gives every layer all slots, as training needs, whose blocks lie anywhere.
     """
-    keys, values = _zeros(config, batch, slots)
+    sizes = layer_slots(config, slots, largest_block)
+    keys, values = _zeros(config, batch, sizes)
     length = jnp.zeros((batch,), jnp.int32)
-    return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32))
+    return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32), slots)
+
+
+def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | None) -> KVCache:
+    """The same cache with room for `slots` positions, no fewer than it has; see `init_cache`.
+
+    Arrays that have the right size already are not copied.
+    """
+    assert slots >= cache.slots
+
+    def resize(array: jax.Array, size: int) -> jax.Array:
+        if array.shape[2] == size:
+            return array
+        # As long as there were slots for all positions, nothing has come round.
+        assert array.shape[2] == cache.slots, "a ring cannot grow"
+        return jnp.pad(array, ((0, 0), (0, 0), (0, size - cache.slots), (0, 0)))
+
+    sizes = layer_slots(config, slots, largest_block)
+    keys, values = (tuple(map(resize, arrays, sizes)) for arrays in (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values, slots=slots)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch for all; a buffer for each
-def _zeros(config: ModelConfig, batch: int, slots: int) -> list[tuple[jax.Array, ...]]:
-    shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    return [
-        tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)
-    ]
+def _zeros(config: ModelConfig, batch: int, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ...]]:
+    shapes = [(batch, config.num_kv_heads, slots, config.head_dim) for slots in sizes]
+    return [tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(2)]
 
 
-def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes T slots per row.
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What one row left in its cache, for a prompt with the same beginning.
+
+    Attributes:
+        ids: int32 [n], the tokens whose keys and values are there.
+        cache: the cache. The batch that takes it over gives it away when it runs.
+        written: positions below it may have been written, scratch included.
+    """
+
+    ids: np.ndarray
+    cache: KVCache
+    written: int
+
+    def common(self, config: ModelConfig, prompt: np.ndarray) -> int:
+        """How many of the prompt's tokens need not be prefilled; never its last one."""
+        n = min(len(self.ids), len(prompt) - 1)
+        (different,) = np.nonzero(self.ids[:n] != prompt[:n])
+        n = int(different[0]) if len(different) else n
+        before, after = int(self.cache.prompt_length[0]), len(prompt)
+        ropes = {config.layer_rope(i) for i in range(config.num_layers)}
+        if not all(same_keys(rope, before, after) for rope in ropes if rope is not None):
+            return 0
+        for i, keys in enumerate(self.cache.keys):
+            slots, window = keys.shape[2], config.window(i)
+            # Scratch must not have come round, in a ring, to what the next token looks back to.
+            if slots < self.cache.slots and n + slots - (window or 0) < self.written:
+                return 0
+        return n
+
+
+def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False) -> jax.Array:
+    """Writes T positions per row.
 
     Args:
         cache: [B, K, S, H].
         new: [B, K, T, H].
-        start: int [B], first slot of each row; start + T must not exceed S (XLA would clamp
-            silently).
+        start: int [B], first position of each row; start + T must not exceed S (XLA would clamp
+            silently), but in a ring.
+        ring: static; position p goes to slot p mod S.
 
     Returns:
-        The cache with slots start … start+T-1 of each row replaced.
+        The cache with positions start … start+T-1 of each row replaced.
     """
     new = new.astype(cache.dtype)
+    if ring:
+        at = (start[:, None] + jnp.arange(new.shape[2])) % cache.shape[2]
+        put = jax.vmap(lambda row, block, at: row.at[:, at].set(block, unique_indices=True))
+        return put(cache, new, at)
     if cache.shape[0] == 1:  # one row needs no scatter
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
     update = jax.vmap(lambda row, block, at: jax.lax.dynamic_update_slice(row, block, (0, at, 0)))

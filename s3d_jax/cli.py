@@ -244,10 +244,7 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    lm = _load(arguments)
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    # A model that cannot chat and a wrong option should be said now, not after the first question.
-    lm.stream(lm.chat_prompt([*messages, {"role": "user", "content": "?"}]), **_options(arguments))
+    conversation = _load(arguments).conversation(arguments.system or None, **_options(arguments))
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -256,43 +253,23 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         if not question:
             return 0
-        answer = ""
-        turns = [*messages, {"role": "user", "content": question}]
         try:
-            turns, ids = _fitting(lm, turns, arguments.max_new_tokens)
-            for piece in lm.stream(ids, **_options(arguments)):
+            for piece in conversation.stream(question):
                 print(piece, end="", flush=True)
-                answer += piece
         except InputError as error:  # the question is refused, and the conversation goes on
             print(f"error: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
             print(" ...", end="")
         print()
-        messages = [*turns, {"role": "assistant", "content": answer}]
-
-
-def _fitting(
-    lm: "LM", messages: list[dict[str, str]], max_new_tokens: int
-) -> tuple[list[dict[str, str]], list[int]]:
-    """The conversation without the oldest turns that leave no room for an answer, and its ids.
-
-    Half of the context at most is kept free, so that a generous limit does not forget everything.
-    """
-    room = max(1, min(max_new_tokens, lm.max_length // 2))
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
-    ids = lm.chat_prompt(messages)
-    while len(ids) + room > lm.max_length and len(turns) > 1:
-        turns = turns[2:]  # a question and its answer
-        ids = lm.chat_prompt([*system, *turns])
-    return [*system, *turns], ids
 
 
 def _info(arguments: argparse.Namespace) -> int:
     import jax
 
     from s3d_jax import checkpoint, model
+    from s3d_jax.cache import layer_slots
+    from s3d_jax.decode import PREFILL_BUCKETS
     from s3d_jax.drafts import draft_names, read_draft
     from s3d_jax.generate import EMBEDDED, default_draft
 
@@ -304,12 +281,16 @@ def _info(arguments: argparse.Namespace) -> int:
     }
     parameters = model.num_params(config)
     size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    per_slot = 2 * config.num_kv_heads * config.head_dim * size
+    cache = per_slot * config.num_layers
+    context = config.max_position_embeddings
+    full_cache = per_slot * sum(layer_slots(config, context, PREFILL_BUCKETS[-1]))
     facts = {
         "model": str(header.path),
         "parameters": parameters,
         "weight_bytes": parameters * size,
         "cache_bytes_per_token": cache,
+        "cache_bytes_of_full_row": full_cache,
         "config": config.to_dict(),
         "drafts": drafts,
         "tokenizer": header.has_tokenizer,
@@ -330,7 +311,11 @@ def _info(arguments: argparse.Namespace) -> int:
             f"key-value heads of {config.head_dim}, vocabulary {config.vocab_size}",
         ),
         ("context", f"{config.max_position_embeddings} tokens, rope {config.rope.type}"),
-        ("cache", f"{cache / 1024:,.1f} KiB per token and row"),
+        (
+            "cache",
+            f"{cache / 1024:,.1f} KiB per token and row; {full_cache / 2**20:,.1f} MiB for a row "
+            f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
+        ),
         *_draft_rows(drafts, default_draft(config)),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.cache import KVCache, init_cache
+from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import ModelConfig, TwoModelConfig
 from s3d_jax.model import Params, forward
 from s3d_jax.proposers import draft_pass
@@ -38,6 +38,7 @@ def init_state(
     slots: int,
     limit: np.ndarray,
     sampling: SamplingParams,
+    cache: KVCache | None = None,
 ) -> DecodeState:
     """The state before prefill.
 
@@ -49,6 +50,8 @@ def init_state(
             prompt is within `turning_point` has to end one token behind it, and to be prefilled
             anew if it goes on: from there on its keys are others.
         sampling: from `batch_sampling`.
+        cache: one that holds the beginnings of the prompts, `cache.length` tokens of each; may have
+            fewer slots. None makes an empty one.
 
     Raises:
         ValueError: S is too small; a write near the end would be clamped onto committed slots.
@@ -60,6 +63,8 @@ def init_state(
         )
     tokens = np.zeros((batch, slots), np.int32)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    known = np.zeros(batch, int) if cache is None else np.asarray(cache.length)
+    padded = map(padded_length, lengths.tolist(), known.tolist())
     seen = np.zeros((batch, vocab if spec.features.penalized else 0), bool)
     for b, prompt in enumerate(prompts):
         tokens[b, : len(prompt)] = prompt
@@ -70,15 +75,20 @@ def init_state(
             tokens=tokens,
             done=lengths >= limit,
             limit=np.asarray(limit, np.int32),
-            padding=np.asarray([padded_length(n) for n in lengths.tolist()], np.int32) - lengths,
+            padding=np.asarray([*padded], np.int32) - lengths,
             prompt_tokens=seen,
             output_counts=np.zeros(seen.shape, np.int32),
             passes=np.zeros((batch, slots), np.int32),
         )
     )
-    cache, draft_cache = init_cache(spec.config, batch, slots, lengths), None
+    largest_block, draft_cache = max(PREFILL_BUCKETS[-1], spec.gamma + 1), None
+    if cache is None:
+        cache = init_cache(spec.config, batch, slots, lengths, largest_block)
+    else:
+        cache = grown(cache, spec.config, slots, largest_block)
+        cache = cache.replace(prompt_length=jnp.asarray(lengths))
     if isinstance(spec.draft, TwoModelConfig):
-        draft_cache = init_cache(spec.draft.model, batch, slots, lengths)
+        draft_cache = init_cache(spec.draft.model, batch, slots, lengths, largest_block)
     return DecodeState(cache=cache, sampling=sampling, draft_cache=draft_cache, **arrays)
 
 
@@ -96,13 +106,14 @@ def prefill_chunks(length: int) -> list[int]:
     return [largest] * full + tail
 
 
-def padded_length(length: int) -> int:
+def padded_length(length: int, known: int = 0) -> int:
     """Tokens of the longest prompt that runs the same prefill programs as one of `length`.
 
-    Caches are sized, and `visible` is chosen, by this and not by the prompt itself, so that those
-    who share a prefill share all programs. The last token is not prefilled.
+    The first `known` tokens are in the cache already, and the last one is not prefilled. Caches are
+    sized, and `visible` is chosen, by this and not by the prompt itself, so that those who share a
+    prefill share all programs.
     """
-    return sum(prefill_chunks(length - 1)) + 1
+    return known + sum(prefill_chunks(length - 1 - known)) + 1
 
 
 def visible_slots(needed: int, slots: int) -> int:
@@ -127,8 +138,9 @@ def prefill_chunk(
 ) -> KVCache:
     """Puts keys and values of positions offset … offset+T-1 of every row into the cache.
 
-    Rows whose prompt ends before write scratch there. The last token of a prompt stays out of the
-    cache: it is x_n, the input of the first step.
+    Rows whose prompt ends before write scratch, behind their prompt and not there: in a ring it
+    would come round to what they still look at. The last token of a prompt stays out of the cache:
+    it is x_n, the input of the first step.
 
     Args:
         config: the model (static).
@@ -138,7 +150,7 @@ def prefill_chunk(
         offset: int scalar, the same for all rows.
         visible: static, slots to read, at least offset + T; None reads all.
     """
-    here = cache.replace(length=jnp.full_like(cache.length, offset))
+    here = cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
     _, here = forward(config, params, tokens, here, compute_logits=False, visible=visible)
     return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
 

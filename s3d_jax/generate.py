@@ -3,9 +3,9 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar, Unpack
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -13,16 +13,17 @@ import numpy as np
 from s3d_jax import checkpoint
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
 from s3d_jax.config import DraftConfig, ModelConfig, is_integer, plain, symmetric_skip
+from s3d_jax.conversation import Conversation
 from s3d_jax.drafts import choose_draft, read_draft
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.model import DraftParams, Params, untrained_draft
-from s3d_jax.tokenizer import has_vocabulary, read_tokenizer
+from s3d_jax.stream import Stream, text_pieces
+from s3d_jax.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets" / "stories_and_dialogues"
 
 Prompt = str | Sequence[int] | np.ndarray
 Message = Mapping[str, str]
-_Piece = TypeVar("_Piece")
 
 
 def default_draft(config: ModelConfig) -> DraftConfig:
@@ -193,7 +194,7 @@ class LM:
             InputError: a prompt that is empty, too long, or holds ids outside the vocabulary, ...
             ConfigError: an option that is unknown or out of range.
         """
-        batch = Batch(self, self._token_ids(prompts), **options)
+        batch = Batch(self, self.token_ids(prompts), **options)
         for _ in batch.run(UNLIMITED if progress is None else 16):
             if progress:
                 progress(sum(len(tokens) for tokens in batch.tokens))
@@ -213,19 +214,7 @@ class LM:
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: use stream_tokens, which yields ids")
         batch = self._single(prompt, options)
-        assert batch.texts is not None
-        row = batch.texts[0]
-
-        def pieces() -> Iterator[str]:
-            shown = 0
-            for _ in batch.run(1):
-                if len(row.text) > shown:
-                    yield row.text[shown:]
-                    shown = len(row.text)
-            if len(row.text) > shown:
-                yield row.text[shown:]
-
-        return Stream(pieces(), batch)
+        return Stream(text_pieces(batch), batch)
 
     def stream_tokens(
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
@@ -239,9 +228,29 @@ class LM:
 
         Args:
             messages: {"role": ..., "content": ...} each, the last one the user's.
-            **options: as in `generate`.
+            **options: as in `generate`; eos_token_ids are `chat_eos_token_ids` by default.
         """
-        return self.generate([self.chat_prompt(messages)], **options)[0]
+        prompt = self.chat_prompt(messages)
+        if options.get("eos_token_ids") is None:
+            options["eos_token_ids"] = self.chat_eos_token_ids
+        return self.generate([prompt], **options)[0]
+
+    def conversation(
+        self, system: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Conversation:
+        """Begins a conversation, whose cache stays from turn to turn.
+
+        Args:
+            system: a message to begin with.
+            **options: as in `chat`, for all answers.
+        """
+        return Conversation(self, system, **options)
+
+    @property
+    def chat_eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those that end a text, and the template's end of a turn."""
+        end = None if self.tokenizer is None else end_of_turn(self.tokenizer)
+        return tuple(dict.fromkeys([*self.eos_token_ids, *([] if end is None else [end])]))
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, written out by the tokenizer's template up to the answer.
@@ -265,14 +274,19 @@ class LM:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _single(self, prompt: Prompt, options: GenerateOptions) -> Batch:
-        rows = self._token_ids(prompt)
+        rows = self.token_ids(prompt)
         if len(rows) != 1:
             raise InputError(
                 f"a stream takes one prompt, got {len(rows)}: use generate for a batch"
             )
         return Batch(self, rows, **options)
 
-    def _token_ids(self, prompts: Any) -> list[np.ndarray]:
+    def token_ids(self, prompts: Any) -> list[np.ndarray]:
+        """One or many prompts as checked arrays of ids, int32 [n] each.
+
+        Raises:
+            InputError: see `generate`.
+        """
         if isinstance(prompts, str):
             prompts = [prompts]
         elif hasattr(prompts, "tolist"):  # arrays
@@ -344,34 +358,3 @@ def _check_same_vocabulary(lm: LM, other: LM) -> None:
             f"the draft model's tokenizer is another one (it differs in {different}): take a model "
             "that was trained with the same tokenizer"
         )
-
-
-class Stream(Generic[_Piece]):
-    """An iterator over the pieces of one continuation; `result` is there when it has ended."""
-
-    def __init__(self, pieces: Iterator[_Piece], batch: Batch) -> None:
-        self._pieces = pieces
-        self._batch = batch
-        self._result: Result | None = None
-
-    def __iter__(self) -> Iterator[_Piece]:
-        return self
-
-    def __next__(self) -> _Piece:
-        try:
-            return next(self._pieces)
-        except StopIteration:
-            if self._result is None:
-                self._result = self._batch.results()[0]
-            raise
-
-    @property
-    def result(self) -> Result:
-        """The whole output with its statistics.
-
-        Raises:
-            RuntimeError: the stream has not ended yet.
-        """
-        if self._result is None:
-            raise RuntimeError("the stream has not ended: iterate over it first")
-        return self._result

@@ -4,7 +4,7 @@ Transformer > Block > Attention, MLP, RMSNorm. The model families differ in Mode
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -63,23 +63,47 @@ class Layout(flax.struct.PyTreeNode):
         start: int [B], the slot that each row's first token is written to; the others follow.
         positions: int32 [B, T], of the tokens in the text.
         slot_positions: int32 [B, S] or [1, S], of what each slot holds.
-        seen: bool [B, T, S], True where a token may look (sliding windows come on top).
+        seen: bool [B, T, S], True where a token may look.
+        ring: static; the slots are a ring (see cache.py).
     """
 
     start: jax.Array
     positions: jax.Array
     slot_positions: jax.Array
     seen: jax.Array
+    ring: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def within(self, window: int | None) -> "Layout":
+        """Without the slots that lie `window` or more positions back."""
+        if window is None:
+            return self
+        recent = self.slot_positions[:, None, :] > self.positions[:, :, None] - window
+        return self.replace(seen=self.seen & recent)
 
 
-def behind_committed(cache: KVCache, length: int, bidirectional: bool, slots: int) -> Layout:
-    """The layout of decoding: `length` tokens behind each row's committed ones."""
+def behind_committed(
+    cache: KVCache, length: int, bidirectional: bool, slots: int, visible: int | None = None
+) -> Layout:
+    """The layout of decoding: `length` tokens behind each row's committed ones.
+
+    Args:
+        cache: how far the rows are.
+        length: T.
+        bidirectional: a token sees those behind it, too.
+        slots: of the layer, all of them or a ring.
+        visible: only so many slots are read; None reads all.
+    """
     positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
+    slot_positions = jnp.arange(min(visible or slots, slots), dtype=jnp.int32)[None]
+    ring = slots < cache.slots
+    if ring:  # the last position written to each slot; below 0 where there was none
+        newest = positions[:, -1:]
+        slot_positions = newest - (newest - slot_positions) % slots
     last = positions[:, -1:] if bidirectional else positions
-    slot_positions = jnp.arange(slots, dtype=jnp.int32)[None]
-    return Layout(
-        cache.length, positions, slot_positions, slot_positions[:, None] <= last[:, :, None]
-    )
+    seen = slot_positions[:, None] <= last[:, :, None]
+    if ring:
+        seen &= slot_positions[:, None] >= 0
+    return Layout(cache.length, positions, slot_positions, seen, ring)
 
 
 def behind_anchors(anchors: jax.Array, width: int, context: int, bidirectional: bool) -> Layout:
@@ -131,10 +155,13 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention over all slots of a cache, softmax in float32.
 
+    Where the scores would take more than `_WHOLE_BYTES`, it goes through the slots block by block,
+    so that memory does not grow with the product of both lengths.
+
     Args:
         q: [B, T, N, H].
         k, v: [B, K, S, H].
-        mask: bool [B, T, S], True where a query may look.
+        mask: bool [B, T, S], True where a query may look; at one slot at least.
         scale: multiplies the scores.
         softcap: c of c · tanh(scores / c), or None.
 
@@ -145,14 +172,73 @@ def attend(
     kv, s = k.shape[1], k.shape[2]
     # The G queries that share a key head become rows of one matrix product per (row, key head).
     rows = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, n // kv * t, h)
-    scores = attention_product("bkqh,bksh->bkqs", rows, k, t == 1)
-    scores = scores.reshape(b, kv, n // kv, t, s) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, n // kv * t, s)
-    out = attention_product("bkqs,bksh->bkqh", weights, v, t == 1).astype(q.dtype)
-    return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, K, G, T, slots]"""
+        x = attention_product("bkqh,bksh->bkqs", rows, keys, t == 1)
+        x = x.reshape(b, kv, n // kv, t, -1) * scale
+        if softcap is not None:
+            x = softcap * jnp.tanh(x / softcap)
+        return jnp.where(mask[:, None, None], x, jnp.finfo(jnp.float32).min)
+
+    def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
+        """[B, K, G, T, H]"""
+        weights = weights.astype(values.dtype).reshape(b, kv, n // kv * t, -1)
+        out = attention_product("bkqs,bksh->bkqh", weights, values, t == 1)
+        return out.reshape(b, kv, n // kv, t, h)
+
+    bytes_per_slot = 4 * b * n * t
+    if s * bytes_per_slot <= _WHOLE_BYTES:
+        out = mix(jax.nn.softmax(scores(k, mask), axis=-1), v)
+    else:
+        block = min(s, max(_FEWEST_SLOTS, _BLOCK_BYTES // bytes_per_slot))
+        out = _block_by_block(scores, mix, k, v, mask, block, (b, kv, n // kv, t, h))
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+_WHOLE_BYTES = 64 * 2**20  # of scores that are computed all at once
+_BLOCK_BYTES = 16 * 2**20  # of those of a block, otherwise: what a CPU's caches hold
+_FEWEST_SLOTS = 128  # in a block; fewer are not worth a product's overhead
+
+
+def _block_by_block(
+    scores: Callable[[jax.Array, jax.Array], jax.Array],
+    mix: Callable[[jax.Array, jax.Array], jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    block: int,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Softmax attention with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867).
+
+    Blocks that no token looks at cost nothing. A gradient computes the scores of each block anew.
+    """
+    slots = k.shape[2]
+
+    def step(carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        first = jnp.minimum(start, slots - block)  # the last block overlaps the one before
+        fresh = first + jnp.arange(block) >= start
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k, v))
+        here = jax.lax.dynamic_slice_in_dim(mask, first, block, axis=2) & fresh
+
+        def add(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            out, total, largest = carry
+            x = scores(keys, here)
+            new = jnp.maximum(largest, jnp.max(x, axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(x - new), jnp.exp(largest - new)
+            total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            return out * shrink + mix(weights, values), total, new
+
+        return jax.lax.cond(jnp.any(here), add, lambda carry: carry, carry), None
+
+    one = jnp.zeros((*shape[:-1], 1), jnp.float32)
+    # A token that sees nothing of a block takes all of it in with equal weights, until the first
+    # score that counts shrinks them to 0.
+    begin = (jnp.zeros(shape, jnp.float32), one, one + jnp.finfo(jnp.float32).min)
+    starts = jnp.arange(0, slots, block)
+    (out, total, _), _ = jax.lax.scan(jax.checkpoint(step), begin, starts)
+    return out / total
 
 
 def _norm_heads(cfg: ModelConfig, name: str, heads: jax.Array) -> jax.Array:
@@ -172,8 +258,7 @@ class Attention(nn.Module):
         x: jax.Array,
         keys: jax.Array,
         values: jax.Array,
-        start: jax.Array,
-        mask: jax.Array,
+        layout: Layout,
         rotary: tuple[jax.Array, jax.Array] | None,
         deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -186,12 +271,12 @@ class Attention(nn.Module):
             q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        keys = write(keys, k.swapaxes(1, 2), start)
-        values = write(values, v.swapaxes(1, 2), start)
+        keys = write(keys, k.swapaxes(1, 2), layout.start, layout.ring)
+        values = write(values, v.swapaxes(1, 2), layout.start, layout.ring)
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-        visible = mask.shape[-1]
+        visible = layout.seen.shape[-1]
         k, v = keys[:, :, :visible], values[:, :, :visible]
-        out = attend(q, k, v, mask, scale, cfg.attention_softcap).reshape(b, t, n * h)
+        out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap).reshape(b, t, n * h)
         linear = Linear(cfg.hidden_size, cfg.attention_out_bias, cfg.dtype, name="out")
         return linear(out, deltas.get("out")), keys, values
 
@@ -231,17 +316,14 @@ class Block(nn.Module):
         x: jax.Array,
         keys: jax.Array,
         values: jax.Array,
-        start: jax.Array,
-        mask: jax.Array,
+        layout: Layout,
         rotary: tuple[jax.Array, jax.Array] | None,
         deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
         y = RMSNorm(cfg, name="attention_norm")(x) if cfg.pre_norms else x
         attention = Attention(cfg, name="attention")
-        y, keys, values = attention(
-            y, keys, values, start, mask, rotary, deltas.get("attention", {})
-        )
+        y, keys, values = attention(y, keys, values, layout, rotary, deltas.get("attention", {}))
         x = x + _residual(cfg, "post_attention_norm", y)
         y = RMSNorm(cfg, name="mlp_norm")(x) if cfg.pre_norms else x
         y = MLP(cfg, name="mlp")(y, deltas.get("mlp", {}))
@@ -301,13 +383,22 @@ class Transformer(nn.Module):
         if cfg.embedding_scale != 1.0:
             x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
 
-        if layout is None:
-            layout = behind_committed(cache, x.shape[1], bidirectional, visible or cache.slots)
-        # Equal windows and equal rotary settings share one mask and one table.
+        # Layers of equal window and slots share one layout, those of equal rotary settings one
+        # table.
         layers = range(cfg.num_layers)
-        windows = {w: _in_window(layout, w) for w in dict.fromkeys(map(cfg.window, layers))}
+        kinds = [(cfg.window(i), keys.shape[2]) for i, keys in enumerate(cache.keys)]
+        layouts = {}
+        for window, slots in dict.fromkeys(kinds):
+            whole = layout or behind_committed(cache, x.shape[1], bidirectional, slots, visible)
+            if whole.ring and slots < (window or slots) + x.shape[1] - 1:
+                raise ValueError(
+                    f"a block of {x.shape[1]} tokens does not fit a ring of {slots} slots and a "
+                    f"window of {window}: init_cache with largest_block={x.shape[1]} or more"
+                )
+            layouts[window, slots] = whole.within(window)
+        positions = whole.positions
         rotary: dict[RopeConfig | None, tuple[jax.Array, jax.Array]] = {
-            rope: rotary_table(rope, cfg.head_dim, layout.positions, cache.prompt_length)
+            rope: rotary_table(rope, cfg.head_dim, positions, cache.prompt_length)
             for rope in dict.fromkeys(map(cfg.layer_rope, layers))
             if rope is not None
         }
@@ -322,8 +413,8 @@ class Transformer(nn.Module):
             if skip is not None and i > 0 and skip[i - 1]:
                 x = _bridge(x, bridges.get(name), cfg.norm_eps)
             x, keys[i], values[i] = block(cfg, name=name)(
-                *(x, keys[i], values[i], layout.start),
-                *(windows[cfg.window(i)], rotary.get(cfg.layer_rope(i)), deltas.get(name, {})),
+                *(x, keys[i], values[i], layouts[kinds[i]]),
+                *(rotary.get(cfg.layer_rope(i)), deltas.get(name, {})),
             )
         cache = cache.replace(keys=tuple(keys), values=tuple(values))
         if not compute_logits:
@@ -384,14 +475,6 @@ def _bridge(x: jax.Array, bridge: Mapping[str, jax.Array] | None, eps: float) ->
     y = x.astype(jnp.float32)
     y = (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
     return x + low_rank(y, bridge, jax.nn.silu)
-
-
-def _in_window(layout: Layout, window: int | None) -> jax.Array:
-    """Takes away the slots that lie `window` or more positions back."""
-    if window is None:
-        return layout.seen
-    recent = layout.slot_positions[:, None, :] > layout.positions[:, :, None] - window
-    return layout.seen & recent
 
 
 def forward(

@@ -104,6 +104,19 @@ def rotary_table(
     return cos, sin
 
 
+def same_keys(rope: RopeConfig, before: int, after: int) -> bool:
+    """Whether the beginning of a prompt has the keys that it had in a prompt of another length.
+
+    Args:
+        rope: the settings.
+        before, after: tokens of the two prompts; see `rotary_table`.
+    """
+    original = rope.original_max_position_embeddings
+    if rope.type == "dynamic":
+        return max(before, after) <= original  # type: ignore[operator]  # RopeConfig checks it
+    return rope.turning_point is None or (before > original) == (after > original)  # type: ignore[operator]
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the leading R entries of each head, first half against second half (the HF layout).
 

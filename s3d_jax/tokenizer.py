@@ -26,6 +26,28 @@ def has_vocabulary(folder: str | os.PathLike[str]) -> bool:
     return any((Path(folder) / name).is_file() for name in VOCABULARIES)
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that are no text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)]
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an answer; None if there is none.
+
+    Chat models end their answers with it, whether or not generation_config.json says so.
+    """
+    answer = "yes"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # the template is a program of its own; it will say so when it is used
+        return None
+    ids = tokenizer.encode(text[text.rfind(answer) + len(answer) :], add_special_tokens=False)
+    special = set(special_ids(tokenizer))
+    return next((i for i in ids if i in special), None)
+
+
 def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The transformers tokenizer in a native or HF folder, read offline.
 

@@ -11,7 +11,6 @@ import pytest
 
 import convert
 import s3d_jax
-from s3d_jax import cli
 from s3d_jax.cli import main
 
 STATS = {
@@ -101,6 +100,25 @@ def test_info(native, capsys):
     assert facts["eos_token_ids"] == [2]
 
 
+def test_info_knows_what_windows_save(native, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(native, model)
+    header = json.loads((model / "config.json").read_text())
+    config = header["model"]
+    sizes = {}
+    for windows in (None, [None, 88, 88, 88, 88]):
+        config |= {"sliding_window": windows, "max_position_embeddings": 10_000}
+        (model / "config.json").write_text(json.dumps(header))
+        assert main(["info", "--model", str(model), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        per_token = 2 * config["num_layers"] * config["num_kv_heads"] * config["head_dim"] * 4
+        assert facts["cache_bytes_per_token"] == per_token
+        sizes[windows is None] = facts["cache_bytes_of_full_row"] / (per_token / 5)
+    assert sizes == {True: 5 * 10_000, False: 10_000 + 4 * (88 + 512)}
+    assert main(["info", "--model", str(model)]) == 0
+    assert "for a row of 10000 tokens, with windows" in capsys.readouterr().out
+
+
 def test_chat_without_a_template_says_so_before_the_first_question(native, capsys):
     assert main(["chat", "--model", native]) == 2
     assert "no chat template" in capsys.readouterr().err
@@ -136,15 +154,15 @@ def test_chat_refuses_wrong_options_before_the_first_question(
 
 def test_ctrl_c_before_an_answer_keeps_the_question(chatty, capsys, monkeypatch):
     """While a conversation is cut to the context, at the first question and at a later one."""
-    fitting, seen = cli._fitting, []
+    chat_prompt, seen = s3d_jax.LM.chat_prompt, []
 
-    def interrupted(lm, messages, room):
+    def interrupted(lm, messages):
         seen.append([m["content"] for m in messages])
-        if len(seen) in (1, 3):
+        if len(seen) in (2, 4):  # the first one is before the first question
             raise KeyboardInterrupt
-        return fitting(lm, messages, room)
+        return chat_prompt(lm, messages)
 
-    monkeypatch.setattr(cli, "_fitting", interrupted)
+    monkeypatch.setattr(s3d_jax.LM, "chat_prompt", interrupted)
     monkeypatch.setattr("sys.stdin", io.StringIO("Tom\nLily\nA cat\nA dog\n"))
     assert main(["chat", "--model", chatty, "--max-new-tokens", "5"]) == 0
     answer = capsys.readouterr().out.splitlines()[1]

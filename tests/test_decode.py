@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from s3d_jax import decode, model, proposers
 from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
 from s3d_jax.decode import DecodeSpec
+from s3d_jax.generate import LM
 from s3d_jax.model import DraftParams, forward
 from s3d_jax.sampling import batch_sampling
 from tests.tiny import (
@@ -107,7 +108,9 @@ def test_dynamic_rope_does_not_depend_on_the_block():
         assert outputs(state, PROMPTS) == ar
 
 
-def test_sliding_window_and_soft_caps_stay_exact():
+def test_sliding_window_and_soft_caps_stay_exact(monkeypatch):
+    """Layers with a window keep rings of 5 + 8 slots, through which all prompts and outputs go."""
+    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))
     config = tiny_config(
         sliding_window=(5, None, 5, None),
         local_rope=RopeConfig(theta=500.0),
@@ -123,8 +126,14 @@ def test_sliding_window_and_soft_caps_stay_exact():
     params = tiny_params(config)
     truth = [greedy_reference(config, params, prompt, NEW) for prompt in PROMPTS]
     draft = DraftConfig(symmetric_skip(4, 2), 4)
-    assert outputs(run(config, params, PROMPTS, NEW), PROMPTS) == truth
+    ar = run(config, params, PROMPTS, NEW)
+    assert {keys.shape[2] for keys in ar.cache.keys} == {13, ar.cache.slots}
+    assert outputs(ar, PROMPTS) == truth
     assert outputs(run(config, params, PROMPTS, NEW, draft=draft), PROMPTS) == truth
+    lm = LM(config, params, draft_config=draft)
+    assert [r.tokens for r in lm.generate(PROMPTS, max_new_tokens=NEW)] == truth
+    for prompt, output in zip(PROMPTS, truth, strict=True):
+        assert sum(lm.stream_tokens(prompt, max_new_tokens=NEW), []) == output
 
 
 def test_cache_equals_that_of_a_fresh_prefill():

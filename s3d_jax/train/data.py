@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from s3d_jax.errors import InputError
+from s3d_jax.tokenizer import special_ids
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 _OPEN_ROWS = 64
@@ -228,7 +229,7 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = np.asarray(encoded["input_ids"], np.int32)
     starts, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
-    special = np.isin(tokens, _special_ids(tokenizer))
+    special = np.isin(tokens, special_ids(tokenizer))
     learn = np.zeros(len(tokens), bool)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -258,11 +259,6 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
 def _common_length(a: str, b: str) -> int:
     differences = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differences, min(len(a), len(b)))
-
-
-def _special_ids(tokenizer: Any) -> list[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return [*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)]
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""Long contexts: bytes of the cache, time of a decoding step, and the memory of a long prefill.
+
+    python benchmarks/long_context.py [cache] [steps] [prefill] [--lengths N ...]
+
+Random weights. "All slots" and "scores at once" are what would be without the rings that layers
+with a window keep, and without attention that goes through the cache block by block.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax import decode, model
+from s3d_jax.batch import peak_memory_bytes
+from s3d_jax.cache import init_cache
+from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig, symmetric_skip
+from s3d_jax.sampling import batch_sampling
+
+LARGEST_BLOCK = decode.PREFILL_BUCKETS[-1]
+GEMMA_3 = ((*(512,) * 5, None) * 5)[:26]
+# The attention of the real models; width and vocabulary are small in the steps that are timed.
+SIZES = dict(vocab_size=1000, hidden_size=256, intermediate_size=512, dtype="float32")
+MODELS = {
+    "Mistral-7B (window 4096, 32 layers)": dict(
+        num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, sliding_window=(4096,) * 32
+    ),
+    "Gemma-3-1B (window 512, 22 of 26 layers)": dict(
+        num_layers=26, num_heads=4, num_kv_heads=1, head_dim=256, sliding_window=GEMMA_3
+    ),
+}
+PROMPT = dict(num_layers=4, num_heads=32, num_kv_heads=32, head_dim=16)
+
+
+def cache_sizes() -> None:
+    print("| cache of one row, 16 bits, MB | 8k: all slots | rings | 32k: all slots | rings |")
+    print("|---|---|---|---|---|")
+    for name, fields in MODELS.items():
+        config = ModelConfig(**(SIZES | fields | {"dtype": "bfloat16"}))
+        cells = []
+        for slots in (8192, 32768):
+            for block in (None, LARGEST_BLOCK):
+                cache = jax.eval_shape(
+                    lambda c=config, s=slots, b=block: init_cache(c, 1, s, np.ones(1), b)
+                )
+                size = sum(2 * x.size for x in (*cache.keys, *cache.values))
+                cells.append(f"{size / 1e6:.0f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def step_times(layers: int, turns: int) -> None:
+    """Steps behind 8,000 tokens, with both kinds of cache in turns; medians."""
+    print(f"\n| ms per step of {layers} layers at 8k, float32 | all slots | rings | ratio |")
+    print("|---|---|---|---|")
+    slots, length = 8192, 8000
+    for name, fields in MODELS.items():
+        windows = fields["sliding_window"][:layers]
+        fields = fields | {"num_layers": layers, "sliding_window": windows}
+        config = ModelConfig(**(SIZES | fields))
+        params = model.init_params(config, jax.random.key(0))
+        for gamma in (0, 4):
+            draft = DraftConfig(symmetric_skip(layers, layers // 2), gamma) if gamma else None
+            prompt = np.ones(length, np.int32)
+            states = []
+            for block in (None, LARGEST_BLOCK):
+                sampling, features = batch_sampling(
+                    [SamplingConfig()], jax.random.split(jax.random.key(0), 1), config.vocab_size
+                )
+                spec = decode.DecodeSpec(config, draft, features)
+                state = decode.init_state(spec, [prompt], slots, np.array([8180]), sampling)
+                cache = init_cache(config, 1, slots, np.array([length]), block)
+                cache = cache.replace(length=cache.prompt_length - 1)
+                states.append(state.replace(cache=cache))
+            seconds: list[list[float]] = [[], []]
+            for turn in range(turns + 1):
+                for i, state in enumerate(states):
+                    start = time.perf_counter()
+                    states[i] = jax.block_until_ready(
+                        decode.decode_jit(
+                            *(spec, params, model.untrained_draft(params), state, jnp.int32(4))
+                        )
+                    )
+                    if turn:  # the first one compiles
+                        seconds[i].append((time.perf_counter() - start) / 4)
+            whole, rings = (1e3 * statistics.median(s) for s in seconds)
+            kind = "S3D, γ = 4" if gamma else "AR"
+            print(f"| {name}, {kind} | {whole:.2f} | {rings:.2f} | {rings / whole:.2f} |")
+
+
+def prefill(length: int, at_once: bool) -> dict[str, float]:
+    """In this process: peak memory of a prefill beside weights and cache, and its time."""
+    if at_once:
+        model._WHOLE_BYTES = 1 << 62
+    config = ModelConfig(**(SIZES | PROMPT), max_position_embeddings=length)
+    jax.block_until_ready(jnp.zeros(1) + 1)
+    before = peak_memory_bytes()
+    params = model.init_params(config, jax.random.key(0))
+    cache = init_cache(config, 1, length, np.array([length]))
+    held = sum(x.nbytes for x in jax.tree.leaves((params, cache)))
+    tokens = np.random.default_rng(0).integers(0, 1000, (1, length)).astype(np.int32)
+    start = time.perf_counter()
+    for offset in range(0, length, LARGEST_BLOCK):
+        block = tokens[:, offset : offset + LARGEST_BLOCK]
+        visible = decode.visible_slots(offset + LARGEST_BLOCK, length)
+        cache = decode.prefill_jit(config, params, block, cache, jnp.int32(offset), visible)
+    jax.block_until_ready(cache)
+    seconds = time.perf_counter() - start
+    beside = peak_memory_bytes() - before - held
+    logits, _ = jax.jit(model.forward, static_argnums=0)(config, params, tokens[:, -1:], cache)
+    assert logits is not None
+    return {"beside": beside, "seconds": seconds, "logits": np.asarray(logits)[0, 0].tolist()}
+
+
+def prefills(lengths: list[int]) -> None:
+    print(
+        "\n| prompt | peak beside weights and cache, MB: scores at once | block by block |", end=""
+    )
+    print("| block by block | seconds: at once | block by block | largest logit | difference |")
+    print("|---|---|---|---|---|---|---|")
+    for length in lengths:
+        runs = []
+        for at_once in ("1", ""):
+            command = [sys.executable, __file__, "one", "--lengths", str(length)]
+            command += ["--at-once"] if at_once else []
+            runs.append(json.loads(subprocess.run(command, stdout=-1, check=True).stdout))
+        a, b = (np.array(run["logits"]) for run in runs)
+        cells = [f"{run['beside'] / 1e6:.0f}" for run in runs]
+        cells += [f"{run['seconds']:.1f}" for run in runs]
+        print(f"| {length} | {' | '.join(cells)} | {abs(a).max():.2f} | {abs(a - b).max():.1e} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ["cache", "steps", "prefill"]
+    parser.add_argument("parts", nargs="*", default=parts, help=f"of {parts} (default: all)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--layers", type=int, default=6, help="of the models whose steps are timed")
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--at-once", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.parts == ["one"]:  # of `prefills`, in a process of its own
+        print(json.dumps(prefill(arguments.lengths[0], arguments.at_once)))
+        return
+    if "cache" in arguments.parts:
+        cache_sizes()
+    if "steps" in arguments.parts:
+        step_times(arguments.layers, arguments.turns)
+    if "prefill" in arguments.parts:
+        prefills(arguments.lengths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A conversation: its messages, and a cache that stays from turn to turn."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Unpack
+
+from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
+from s3d_jax.errors import InputError
+from s3d_jax.stream import Stream, text_pieces
+
+if TYPE_CHECKING:
+    from s3d_jax.generate import LM
+
+
+class Conversation:
+    """Questions and answers in turns; begin one with `LM.conversation`.
+
+    Each answer is the one that `LM.chat` would give to all the messages. But what is in the cache
+    already, the beginning that this turn's prompt shares with the tokens of the turn before, is not
+    prefilled again; `stats.cached_tokens` of a result counts it.
+
+    When the context has no room left for an answer, the oldest turns are forgotten. Half of the
+    context at most is kept free, so that a generous limit does not forget everything.
+
+    Attributes:
+        messages: {"role": ..., "content": ...} each, in order. They may be changed between turns:
+            what no longer fits the cache is prefilled anew.
+
+    Raises:
+        InputError: the model cannot chat (see `LM.chat_prompt`), or the system message is too long.
+        ConfigError: an option that is unknown or out of range.
+    """
+
+    def __init__(
+        self, lm: "LM", system: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> None:
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._lm = lm
+        self._options = options
+        if options.get("eos_token_ids") is None:
+            options["eos_token_ids"] = lm.chat_eos_token_ids
+        self._batch: Batch | None = None
+        # What cannot work should be said now, not after the first question.
+        prompt = lm.chat_prompt([*self.messages, {"role": "user", "content": "?"}])
+        Batch(lm, lm.token_ids(prompt), **options)
+
+    def send(self, text: str) -> Result:
+        """Says something to the model; returns its answer.
+
+        Raises:
+            InputError: the text is too long, or the template refuses it; it is not said then.
+        """
+        batch = self._begin(text)
+        for _ in batch.run(UNLIMITED):
+            pass
+        result = batch.results()[0]
+        self.messages[-1]["content"] = result.text or ""
+        return result
+
+    def stream(self, text: str) -> Stream[str]:
+        """As `send`, but yields pieces of the answer as soon as they are certain.
+
+        An answer that is not read to its end stays as far as it was read.
+        """
+        batch = self._begin(text)
+        answer = self.messages[-1]
+
+        def pieces() -> Iterator[str]:
+            source = text_pieces(batch)
+            while self._batch is batch:  # or another turn has begun, and has the cache
+                if (piece := next(source, None)) is None:
+                    return
+                answer["content"] += piece
+                yield piece
+
+        return Stream(pieces(), batch)
+
+    def _begin(self, text: str) -> Batch:
+        """A batch for the answer; question and empty answer are among the messages."""
+        before = self.messages
+        question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
+        self.messages = [*before, question, answer]
+        try:
+            turns, ids = self._fitting([*before, question])
+            kept = None if self._batch is None else self._batch.kept()
+            batch = Batch(self._lm, self._lm.token_ids(ids), kept, **self._options)
+        except InputError:
+            self.messages = before
+            raise
+        self.messages = [*turns, answer]
+        self._batch = batch
+        return batch
+
+    def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """The messages without the oldest turns that leave no room for an answer, and their ids."""
+        max_length, wanted = self._lm.max_length, self._options.get("max_new_tokens", 128)
+        assert isinstance(wanted, int)
+        room = max(1, min(wanted, max_length // 2))
+        first = 1 if messages[0]["role"] == "system" else 0
+        ids = self._lm.chat_prompt(messages)
+        while len(ids) + room > max_length and len(messages) > first + 1:
+            messages = messages[:first] + messages[first + 2 :]  # without a question and its answer
+            ids = self._lm.chat_prompt(messages)
+        return messages, ids

@@ -1,0 +1,51 @@
+"""One text while it is being made."""
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from s3d_jax.batch import Batch, Result
+
+_Piece = TypeVar("_Piece")
+
+
+def text_pieces(batch: Batch) -> Iterator[str]:
+    """Decodes a batch of one row; yields its text piece by piece."""
+    assert batch.texts is not None
+    row, shown = batch.texts[0], 0
+    for _ in batch.run(1):
+        if len(row.text) > shown:
+            yield row.text[shown:]
+            shown = len(row.text)
+    if len(row.text) > shown:
+        yield row.text[shown:]
+
+
+class Stream(Generic[_Piece]):
+    """An iterator over the pieces of one continuation; `result` is there when it has ended."""
+
+    def __init__(self, pieces: Iterator[_Piece], batch: Batch) -> None:
+        self._pieces = pieces
+        self._batch = batch
+        self._result: Result | None = None
+
+    def __iter__(self) -> Iterator[_Piece]:
+        return self
+
+    def __next__(self) -> _Piece:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            if self._result is None:
+                self._result = self._batch.results()[0]
+            raise
+
+    @property
+    def result(self) -> Result:
+        """The whole output with its statistics.
+
+        Raises:
+            RuntimeError: the stream has not ended yet.
+        """
+        if self._result is None:
+            raise RuntimeError("the stream has not ended: iterate over it first")
+        return self._result

@@ -1,0 +1,201 @@
+"""Turns that go on in the cache of the turn before give what a fresh generation gives."""
+
+import numpy as np
+import pytest
+
+import s3d_jax
+from s3d_jax import decode
+from s3d_jax.batch import UNLIMITED, Batch
+from s3d_jax.config import RopeConfig
+from s3d_jax.errors import InputError
+from s3d_jax.tokenizer import end_of_turn, read_tokenizer
+from tests.test_batch import ROPE, TURN
+from tests.tiny import tiny_lm
+
+WINDOW = 5
+MODELS = {
+    "plain": {},
+    "rings": dict(sliding_window=(WINDOW, None, WINDOW, None)),
+    "longrope": dict(rope=ROPE),
+    "dynamic": dict(rope=RopeConfig("dynamic", factor=4.0, original_max_position_embeddings=TURN)),
+}
+RNG = np.random.default_rng(0)
+
+
+def new(n: int) -> list[int]:
+    return RNG.integers(0, 31, n).tolist()
+
+
+@pytest.fixture(params=MODELS)
+def talk(request, monkeypatch):
+    """A function of (prompt, new tokens): the tokens, and how many were cached and prefilled.
+
+    Each answer is compared with that of a fresh generation.
+    """
+    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))  # rings of 5 + 8 slots
+    lm, kept = tiny_lm(**MODELS[request.param]), []
+    chunks = []
+    prefill = Batch._prefill
+
+    def counted(self, sequences, sizes, offset):
+        chunks.extend(sizes)
+        prefill(self, sequences, sizes, offset)
+
+    def talk(prompt, tokens):
+        # With a penalty, or some of these models would say one token again and again.
+        options = dict(max_new_tokens=tokens, gamma=2, skip=[False] * 4, frequency_penalty=1.5)
+        fresh = lm.generate([prompt], **options)[0].tokens
+        assert len(set(fresh)) > 3
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, "_prefill", counted)
+            batch = Batch(
+                lm, [np.asarray(prompt, np.int32)], kept.pop() if kept else None, **options
+            )
+            chunks.clear()
+            list(batch.run(UNLIMITED))
+        result = batch.results()[0]
+        assert result.tokens == fresh
+        kept.append(batch.kept())
+        return fresh, result.stats.cached_tokens, list(chunks)
+
+    talk.model = request.param
+    return talk
+
+
+def test_turns_equal_fresh_generations(talk):
+    first = new(9)
+    answer, cached, chunks = talk(first, 10)
+    assert (cached, chunks) == (0, [8])
+    second = first + answer + new(4)  # 23 tokens; the last of the answer is not in the cache
+    answer, cached, chunks = talk(second, 12)
+    turned = talk.model in ("longrope", "dynamic")  # all keys are others past 20 tokens
+    assert (cached, chunks) == ((0, [8, 8, 8]) if turned else (18, [4]))
+    third = second + answer + new(40)  # a larger cache
+    answer, cached, chunks = talk(third, 12)
+    assert (cached, sum(chunks)) == ((0, 76) if talk.model == "dynamic" else (34, 40))
+
+    # Back by 4 tokens, which the slack of a ring allows; and by 60, which it does not.
+    fourth = [*(third + answer)[:-5], 0 if answer[-5] else 1, *new(3)]
+    answer, cached, _ = talk(fourth, 6)
+    assert cached == (0 if talk.model == "dynamic" else len(fourth) - 4)
+    answer, cached, _ = talk(fourth[:30], 6)
+    assert cached == (29 if talk.model in ("plain", "longrope") else 0)
+    if talk.model in ("longrope", "dynamic"):
+        assert talk(fourth[:12], 4)[1] == 0  # short again
+        assert talk(fourth[:10] + new(3), 4)[1] == 10
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm() -> s3d_jax.LM:
+    return s3d_jax.load(max_length=200)
+
+
+QUESTIONS = ("I want to book a table for two.", "Tomorrow at 6 pm.", "Yes, please.")
+
+
+def test_a_conversation_gives_what_fresh_chats_give(lm):
+    options = dict(max_new_tokens=30)
+    conversation = lm.conversation(**options)
+    messages, known = [], []
+    for i, question in enumerate(QUESTIONS):
+        messages.append({"role": "user", "content": question})
+        prompt = lm.chat_prompt(messages)
+        fresh = lm.chat(messages, **options)
+        if i == 1:
+            stream = conversation.stream(question)
+            assert "".join(stream) == fresh.text
+            result = stream.result
+        else:
+            result = conversation.send(question)
+        assert (result.tokens, result.text) == (fresh.tokens, fresh.text)
+        messages.append({"role": "assistant", "content": fresh.text})
+        assert conversation.messages == messages
+        # All that was said before, but the last token, which is in no cache: the end of the turn.
+        assert result.stats.cached_tokens == max(0, len(known) - 1)
+        assert prompt[: len(known)] == known and result.finish_reason == "stop"
+        known = prompt + result.tokens
+    assert len(known) < 200
+
+
+def test_an_answer_left_in_the_middle_stays_as_far_as_it_was_read(lm):
+    conversation = lm.conversation(max_new_tokens=30)
+    stream = conversation.stream(QUESTIONS[0])
+    unread = conversation.stream(QUESTIONS[0])
+    part = next(unread) + next(unread)
+    assert conversation.messages[-1] == {"role": "assistant", "content": part}
+    asked = [*conversation.messages, {"role": "user", "content": QUESTIONS[1]}]
+    result = conversation.send(QUESTIONS[1])
+    assert result.tokens == lm.chat(asked, max_new_tokens=30).tokens
+    assert result.stats.cached_tokens > 10
+    assert list(stream) == list(unread) == []  # they are over
+
+
+def test_what_is_refused_is_not_said(lm):
+    conversation = lm.conversation("Be brief.", max_new_tokens=4)
+    first = conversation.send("Hello")
+    said = list(conversation.messages)
+    with pytest.raises(InputError, match="shorten it"):
+        conversation.send("x" * 2000)
+    assert conversation.messages == said and said[-1]["content"] == first.text
+    assert conversation.send("Hello").stats.cached_tokens > 0
+
+
+def test_a_conversation_says_at_once_what_cannot_work(lm):
+    with pytest.raises(InputError, match="shorten it"):
+        lm.conversation("x" * 2000)
+    with pytest.raises(s3d_jax.ConfigError, match="gamma"):
+        lm.conversation(gamma=0)
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        tiny_lm().conversation()
+
+
+# --- ends of turns --------------------------------------------------------------------------------
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [(LLAMA3, "<|eot_id|>"), (GEMMA, "<end_of_turn>"), (PLAIN, None), ("{{ 1 / 0 }}", None)],
+)
+def test_the_end_of_a_turn_is_what_the_template_says(template, end):
+    tokenizer = read_tokenizer(s3d_jax.generate.EMBEDDED)
+    tokenizer.chat_template = template
+    turns = ("<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|eot_id|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [*turns, "<end_of_turn>"]})
+    expected = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    assert end_of_turn(tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "name, end, text", [("phi-3-mini", 32007, "<|end|>"), ("qwen2.5", 151645, "<|im_end|>")]
+)
+def test_the_end_of_a_turn_of_real_tokenizers(data_dir, name, end, text):
+    tokenizer = read_tokenizer(data_dir / "tokenizers" / name)
+    assert end_of_turn(tokenizer) == end == tokenizer.convert_tokens_to_ids(text)
+
+
+def test_chats_end_with_the_turn_though_nothing_else_says_so(lm):
+    """As if generation_config.json named no end of a turn."""
+    question = [{"role": "user", "content": QUESTIONS[0]}]
+    expected = lm.chat(question, max_new_tokens=60)
+    bare = s3d_jax.LM(lm.config, lm.params, tokenizer=lm.tokenizer, max_length=200)
+    assert bare.eos_token_ids == () and len(expected.tokens) < 60
+    assert bare.chat_eos_token_ids == (expected.stopped_by,)
+    for result in (
+        bare.chat(question, max_new_tokens=60),
+        bare.conversation(max_new_tokens=60).send(QUESTIONS[0]),
+    ):
+        assert result.tokens == expected.tokens
