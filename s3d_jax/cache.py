@@ -140,12 +140,12 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False
     Args:
         cache: [B, K, S, H].
         new: [B, K, T, H].
-        start: int [B], first position of each row; start + T must not exceed S (XLA would clamp
-            silently), but in a ring.
+        start: int [B], first position of each row; start + T, and start + 2, must not exceed S
+            (XLA would clamp silently), but in a ring.
         ring: static; position p goes to slot p mod S.
 
     Returns:
-        The cache with positions start … start+T-1 of each row replaced.
+        The cache with positions start … start+T-1 of each row replaced; the next may be as well.
     """
     new = new.astype(cache.dtype)
     if ring:
@@ -153,6 +153,10 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False
         put = jax.vmap(lambda row, block, at: row.at[:, at].set(block, unique_indices=True))
         return put(cache, new, at)
     if cache.shape[0] == 1:  # one row needs no scatter
+        if new.shape[2] == 1 < cache.shape[2]:
+            # XLA repeats the write of a single slot in each of its readers, and copies the cache
+            # for each: a quarter of a small model's step. The second slot is scratch.
+            new = jnp.pad(new, ((0, 0), (0, 0), (0, 1), (0, 0)))
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
     update = jax.vmap(lambda row, block, at: jax.lax.dynamic_update_slice(row, block, (0, at, 0)))
     return update(cache, new, start)

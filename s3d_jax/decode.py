@@ -15,7 +15,7 @@ from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import ModelConfig, TwoModelConfig
 from s3d_jax.model import Params, forward
 from s3d_jax.proposers import draft_pass
-from s3d_jax.sampling import SamplingParams, accept_greedy, accept_sampled, warp
+from s3d_jax.sampling import SamplingParams, accept_greedy, accept_sampled, argmax, warp
 from s3d_jax.state import (
     ACCEPT,
     BONUS,
@@ -180,7 +180,7 @@ def accept(
 ) -> tuple[jax.Array, jax.Array]:
     """How many draft tokens stand, and the bonus token: int32 [B] each."""
     if not spec.features.sampled:
-        return accept_greedy(proposal.tokens, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        return accept_greedy(proposal.tokens, argmax(logits))
     p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
     if proposal.logits is None:
         q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)

@@ -1,5 +1,7 @@
 """Decoding is exact whatever the draft is; nothing is compiled or copied twice."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,6 +301,18 @@ def test_programs_copy_no_cache_inside(program, prompts):
         assert memory.alias_size_in_bytes >= cache  # all of it is written in place
         sizes.append(memory.temp_size_in_bytes)
     assert sizes[1] - sizes[0] < cache / 100
+
+
+def test_a_single_token_s_write_copies_no_cache():
+    """One row, one key head, all slots read: XLA would repeat the write in each of its readers."""
+    config, slots = CONFIG.replace(num_kv_heads=1, num_heads=3, head_dim=64), 256
+    spec = DecodeSpec(config)
+    sampling, _ = batch_sampling([SamplingConfig()], jax.random.split(jax.random.key(0), 1), 31)
+    state = decode.init_state(spec, [np.arange(9)], slots, np.array([90]), sampling)
+    params = model.init_params(config, jax.random.key(0))
+    text = decode.decode_jit.lower(spec, params, None, state, jnp.int32(5)).compile().as_text()
+    copies = re.findall(rf"= f32\[(?:1,1,)?{slots},64\]\S* copy\(", text)
+    assert len(copies) < config.num_layers  # each layer had eight
 
 
 def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monkeypatch):
