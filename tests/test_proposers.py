@@ -10,6 +10,7 @@ import pytest
 import convert
 import s3d_jax
 from s3d_jax import cli, decode, proposers
+from s3d_jax.batch import Batch
 from s3d_jax.config import DraftConfig, PromptLookupConfig, TwoModelConfig
 from s3d_jax.decode import DecodeSpec
 from s3d_jax.errors import ConfigError
@@ -209,3 +210,31 @@ def test_models_of_other_tokenizers_are_refused(stories):
     other.tokenizer.add_tokens(["<new>"])
     with pytest.raises(ConfigError, match=r"tokenizer is another one.*<new>"):
         lm.draft_model = other
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_and_rings(method, monkeypatch):
+    """Layers with a window keep a ring of slots; what drafts write there must do no harm."""
+    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))
+    windows = dict(sliding_window=(5, None, 5, None))
+    lm = tiny_lm(**windows)
+    lm.draft_model = tiny_lm(seed=1, **windows)
+    prompts = [[1, 2, 3], list(range(20))]
+    options = dict(max_new_tokens=[40, 25], frequency_penalty=1.5)
+    expected = [r.tokens for r in lm.generate(prompts, method="ar", **options)]
+    assert [r.tokens for r in lm.generate(prompts, method=method, gamma=3, **options)] == expected
+
+
+def test_two_models_take_no_cache_over(lm):
+    """What is kept of a turn is the target's cache alone; the draft model's must be whole."""
+    options = dict(max_new_tokens=12, frequency_penalty=1.5)
+    before = Batch(lm, [np.arange(9, dtype=np.int32)], **options)
+    list(before.run())
+    prompt = np.asarray([*range(9), *before.tokens[0], 3], np.int32)
+    batch = Batch(lm, [prompt], before.kept(), method="two-model", gamma=3, **options)
+    list(batch.run())
+    (result,) = batch.results()
+    (fresh,) = lm.generate([prompt], method="two-model", gamma=3, **options)
+    assert result.tokens == fresh.tokens
+    assert result.stats.accepted == fresh.stats.accepted
+    assert result.stats.cached_tokens == 0
