@@ -118,9 +118,7 @@ def prefill(length: int, at_once: bool) -> dict[str, float]:
 
 
 def prefills(lengths: list[int]) -> None:
-    print(
-        "\n| prompt | peak beside weights and cache, MB: scores at once | block by block |", end=""
-    )
+    print("\n| prompt | peak beside weights and cache, MB: scores at once ", end="")
     print("| block by block | seconds: at once | block by block | largest logit | difference |")
     print("|---|---|---|---|---|---|---|")
     for length in lengths:
