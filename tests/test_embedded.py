@@ -45,7 +45,7 @@ def test_held_out_texts_take_few_passes_and_are_those_of_plain_decoding(
     file = tmp_path / "held_out.jsonl"
     file.write_text("".join(json.dumps(text) + "\n" for text in texts))
     documents = read_documents([file], lm.tokenizer, lm.eos_token_ids[0], prompts=True)
-    prompts = held_out_prompts(documents, 64, 16)
+    prompts = held_out_prompts(documents, 64, 16, lm.max_length)
     options = {"max_new_tokens": 96}
     ours = lm.generate(prompts, method="s3d", gamma=4, **options)
     reference = lm.generate(prompts, method="ar", **options)
