@@ -141,7 +141,8 @@ def target_stream(
     batch, length = tokens.shape
     # Keys and values are of the weights' type, which in pretraining is not the config's.
     config = config.replace(dtype=params["embed"]["embedding"].dtype.name)
-    cache = init_cache(config, batch, slots, np.zeros(batch, np.int32))
+    # One slot more: a write of a single token takes two (`cache.write`).
+    cache = init_cache(config, batch, slots + 1, np.zeros(batch, np.int32))
     logits, cache = forward(
         *(config, params, tokens, cache),
         compute_logits=compute_logits,
