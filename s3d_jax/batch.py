@@ -192,7 +192,8 @@ class Batch:
             assert lm.draft_model is not None
             self._draft_params = lm.draft_model.params
             self._models["draft_cache"] = (lm.draft_model.config, lm.draft_model.params)
-        self._signature = _signature((lm.params, self._draft_params))
+        caches = (self._state.cache, self._state.draft_cache)
+        self._signature = _signature((lm.params, self._draft_params, caches))
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
@@ -207,12 +208,15 @@ class Batch:
             rows = zip(self._prompts, self.tokens, strict=True)
             sequences = [np.concatenate([p, new]).astype(np.int32) for p, new in rows]
             lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-            cache = self._state.cache.replace(prompt_length=jnp.asarray(lengths))
+            caches = {  # an array for each: they are donated
+                name: getattr(self._state, name).replace(prompt_length=jnp.array(lengths))
+                for name in self._models
+            }
             self._state = self._state.replace(
-                cache=cache,
                 done=jnp.asarray(~paused),
                 limit=jnp.asarray(self._ends, jnp.int32),
                 padding=jnp.asarray(_padded(lengths) - lengths, jnp.int32),
+                **caches,
             )
             yield from self._run(sequences, paused, iterations_per_call)
         for text in self.texts or ():
@@ -301,6 +305,7 @@ class Batch:
             for b, sequence in enumerate(sequences):
                 part = sequence[offset : offset + chunk]
                 block[b, : len(part)] = part
+            self._written = max(self._written, offset + chunk)
             # The first chunk sees itself alone.
             visible = decode.visible_slots(offset + chunk, self._slots) if offset else chunk
             for name, (config, params) in self._models.items():
@@ -313,7 +318,6 @@ class Batch:
                 self._state = self._state.replace(**{name: cache})
                 self._prefill_seconds += time.perf_counter() - start
             offset += chunk
-            self._written = max(self._written, offset)
 
     def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Goes on in the program that reads `used` slots and what a step writes behind them.
@@ -336,7 +340,7 @@ class Batch:
     def _program(self, function: Any, key: tuple[Any, ...], *args: Any) -> Callable[..., Any]:
         """The compiled program, from the model's store or made now; its time is kept apart."""
         programs = self._lm.programs
-        key = (function, *key, len(self._prompts), self._slots, self._signature)
+        key = (function, *key, self._signature)
         if key not in programs:
             start = time.perf_counter()
             programs[key] = function.lower(*args).compile()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Unpack
 
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
-from s3d_jax.errors import InputError
+from s3d_jax.config import is_list, plain
 from s3d_jax.stream import Stream, text_pieces
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Conversation:
         # What cannot work should be said now, not after the first question.
         prompt = lm.chat_prompt([*self.messages, {"role": "user", "content": "?"}])
         Batch(lm, lm.token_ids(prompt), **options)
+        wanted = plain(options.get("max_new_tokens", 128))
+        self._wanted: int = wanted[0] if is_list(wanted) else wanted
 
     def send(self, text: str) -> Result:
         """Says something to the model; returns its answer.
@@ -49,9 +51,14 @@ class Conversation:
         Raises:
             InputError: the text is too long, or the template refuses it; it is not said then.
         """
+        before = self.messages
         batch = self._begin(text)
-        for _ in batch.run(UNLIMITED):
-            pass
+        try:
+            for _ in batch.run(UNLIMITED):
+                pass
+        except BaseException:  # without an answer the question counts as not said
+            self.messages = before
+            raise
         result = batch.results()[0]
         self.messages[-1]["content"] = result.text or ""
         return result
@@ -83,7 +90,7 @@ class Conversation:
             turns, ids = self._fitting([*before, question])
             kept = None if self._batch is None else self._batch.kept()
             batch = Batch(self._lm, self._lm.token_ids(ids), kept, **self._options)
-        except InputError:
+        except BaseException:  # an interruption as well: nothing was said
             self.messages = before
             raise
         self.messages = [*turns, answer]
@@ -92,9 +99,8 @@ class Conversation:
 
     def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """The messages without the oldest turns that leave no room for an answer, and their ids."""
-        max_length, wanted = self._lm.max_length, self._options.get("max_new_tokens", 128)
-        assert isinstance(wanted, int)
-        room = max(1, min(wanted, max_length // 2))
+        max_length = self._lm.max_length
+        room = max(1, min(self._wanted, max_length // 2))
         first = 1 if messages[0]["role"] == "system" else 0
         ids = self._lm.chat_prompt(messages)
         while len(ids) + room > max_length and len(messages) > first + 1:

@@ -15,7 +15,7 @@ from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import ModelConfig, TwoModelConfig
 from s3d_jax.model import Params, forward
 from s3d_jax.proposers import draft_pass
-from s3d_jax.sampling import SamplingParams, accept_greedy, accept_sampled, argmax, warp
+from s3d_jax.sampling import SamplingParams, accept_greedy, accept_sampled, warp
 from s3d_jax.state import (
     ACCEPT,
     BONUS,
@@ -158,9 +158,6 @@ def prefill_chunk(
 # --- one iteration --------------------------------------------------------------------------------
 
 
-# --- one iteration --------------------------------------------------------------------------------
-
-
 def verify_pass(
     spec: DecodeSpec,
     params: Params,
@@ -180,7 +177,7 @@ def accept(
 ) -> tuple[jax.Array, jax.Array]:
     """How many draft tokens stand, and the bonus token: int32 [B] each."""
     if not spec.features.sampled:
-        return accept_greedy(proposal.tokens, argmax(logits))
+        return accept_greedy(proposal.tokens, jnp.argmax(logits, axis=-1).astype(jnp.int32))
     p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
     if proposal.logits is None:
         q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
@@ -216,7 +213,11 @@ def commit(
         cache=state.cache.replace(length=new_length),
         done=state.done | stopped | (new_length + 1 >= state.limit),
         output_counts=counts,
-        passes=put(state.passes, 1 + accepted[:, None], length + 1),  # scratch where a row is done
+        passes=jnp.where(
+            state.done[:, None],
+            state.passes,
+            put(state.passes, 1 + accepted[:, None], length + 1),
+        ),
     )
 
 

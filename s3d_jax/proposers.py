@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from s3d_jax.cache import KVCache
 from s3d_jax.config import DraftConfig, PromptLookupConfig, TwoModelConfig
 from s3d_jax.model import DraftParams, Params, forward
-from s3d_jax.sampling import argmax, categorical, warp
+from s3d_jax.sampling import categorical, warp
 from s3d_jax.state import (
     DRAFT,
     DecodeSpec,
@@ -151,7 +151,7 @@ def _chosen(
     # residual.
     logits = process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
     if not spec.features.sampled:
-        return argmax(logits), None
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
     logits = warp(logits, state.sampling, spec.features)
     return categorical(row_keys(state, DRAFT), logits), logits
 

@@ -43,7 +43,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # the template is a program of its own; it will say so when it is used
         return None
-    ids = tokenizer.encode(text[text.rfind(answer) + len(answer) :], add_special_tokens=False)
+    _, found, end = text.rpartition(answer)
+    if not found:  # the template leaves answers out, or changes them
+        return None
+    ids = tokenizer.encode(end, add_special_tokens=False)
     special = set(special_ids(tokenizer))
     return next((i for i in ids if i in special), None)
 

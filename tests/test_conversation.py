@@ -143,6 +143,23 @@ def test_what_is_refused_is_not_said(lm):
     assert conversation.send("Hello").stats.cached_tokens > 0
 
 
+def test_an_interrupted_answer_leaves_the_question_unsaid(lm, monkeypatch):
+    conversation = lm.conversation(max_new_tokens=np.int64(4))  # any integer will do
+    conversation.send("Hello")
+    said = list(conversation.messages)
+
+    def interrupted(self, *args):
+        raise KeyboardInterrupt
+
+    for place in ("_decode", "kept"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Batch, place, interrupted)
+            conversation.send("And?")
+        assert conversation.messages == said
+    asked = [*said, {"role": "user", "content": "And?"}]
+    assert conversation.send("And?").tokens == lm.chat(asked, max_new_tokens=4).tokens
+
+
 def test_a_conversation_says_at_once_what_cannot_work(lm):
     with pytest.raises(InputError, match="shorten it"):
         lm.conversation("x" * 2000)
@@ -163,12 +180,19 @@ GEMMA = (
     "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
     "{% endfor %}"
 )
+DEAF = "{% for m in messages if m.role == 'user' %}user: {{ m.content }}<|eot_id|>{% endfor %}"
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.mark.parametrize(
     "template, end",
-    [(LLAMA3, "<|eot_id|>"), (GEMMA, "<end_of_turn>"), (PLAIN, None), ("{{ 1 / 0 }}", None)],
+    [
+        (LLAMA3, "<|eot_id|>"),
+        (GEMMA, "<end_of_turn>"),
+        (PLAIN, None),
+        (DEAF, None),
+        ("{{ 1 / 0 }}", None),
+    ],
 )
 def test_the_end_of_a_turn_is_what_the_template_says(template, end):
     tokenizer = read_tokenizer(s3d_jax.generate.EMBEDDED)
