@@ -48,6 +48,8 @@ class Conversation:
     def send(self, text: str) -> Result:
         """Says something to the model; returns its answer.
 
+        After an error it is not said. After an interruption (Ctrl-C) it is, with an empty answer.
+
         Raises:
             InputError: the text is too long, or the template refuses it; it is not said then.
         """
@@ -56,7 +58,7 @@ class Conversation:
         try:
             for _ in batch.run(UNLIMITED):
                 pass
-        except BaseException:  # without an answer the question counts as not said
+        except Exception:  # without an answer the question counts as not said
             self.messages = before
             raise
         result = batch.results()[0]
@@ -90,7 +92,7 @@ class Conversation:
             turns, ids = self._fitting([*before, question])
             kept = None if self._batch is None else self._batch.kept()
             batch = Batch(self._lm, self._lm.token_ids(ids), kept, **self._options)
-        except BaseException:  # an interruption as well: nothing was said
+        except Exception:
             self.messages = before
             raise
         self.messages = [*turns, answer]
