@@ -9,7 +9,7 @@ What they need is imported when they are called, so that `import convert` costs 
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert.to_native import Report
@@ -23,6 +23,8 @@ def convert(
     out: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    quantization: str | None = None,
+    text: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -37,18 +39,27 @@ def convert(
     that. Nothing is written before all names, shapes and settings have been checked, and `out`
     appears when it is complete or not at all.
 
+    A native checkpoint is taken, too, to be written in another dtype or quantised; its trained
+    drafts come along.
+
     Where the tokenizer is a SentencePiece model alone (tokenizer.model), and sentencepiece is
     installed, a tokenizer.json is made of it. A tokenizer that cannot be read is no error: the
     report's `tokenizer_problem` says what to do.
 
     Args:
-        source: a HF folder, the id of a model on the HF hub, or a llama2.c `.bin` file.
+        source: a HF folder, the id of a model on the HF hub, a llama2.c `.bin` file, or a native
+            checkpoint.
         out: the folder to write.
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored.
+        quantization: "int8" for linear layers, embeddings and head in int8, with one scale per
+            output; the rest, and what is computed between them, is of the dtype.
+        text: a .txt or .jsonl file, to measure on what quantisation costs; None takes stories and
+            dialogues of the package.
         tokenizer: a folder to take the tokenizer from, where `source` has none.
         revision: branch, tag or commit on the hub.
         overwrite: replace an existing checkpoint folder, and all that it holds.
-        parity: compare with HF transformers at the end, where torch is there and memory allows.
+        parity: compare with HF transformers at the end, where torch is there and memory allows;
+            and quantised weights with those they were made from.
         progress: show a bar on a terminal.
 
     Returns:
@@ -58,19 +69,34 @@ def convert(
         ConfigError: config.json has settings that are wrong, unknown, or not supported.
         ConversionError: the weights are damaged or do not fit; lists all faults at once.
         CheckpointError: `out` exists or cannot be written.
+        InputError: `text` cannot be read.
     """
-    from convert.to_native import convert as run
+    from convert import to_native
+    from convert.quantization import read_text
+    from convert.recast import recast
+    from s3d_jax.checkpoint import is_native
+    from s3d_jax.config import DTYPES, QUANTIZATIONS
+    from s3d_jax.errors import ConfigError
 
-    return run(
-        source,
-        out,
+    # All that can be said at once, before anything is downloaded.
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; known are {DTYPES}")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantization {quantization!r} is unknown; known is {QUANTIZATIONS}")
+    if text is not None and quantization is None:
+        raise ConfigError("a text is to measure on what quantization costs, and none is asked for")
+    options: Any = dict(
         dtype=dtype,
+        quantization=quantization,
+        words=read_text(text),
         tokenizer=tokenizer,
-        revision=revision,
         overwrite=overwrite,
         parity=parity,
         progress=progress,
     )
+    if is_native(source):
+        return recast(source, out, **options)
+    return to_native.convert(source, out, revision=revision, **options)
 
 
 def export(

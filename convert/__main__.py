@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from s3d_jax import __version__
+from s3d_jax.config import QUANTIZATIONS
 from s3d_jax.errors import S3DError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
 
   s3d-convert HF_DIR_OR_ID OUT_DIR         from Hugging Face (or a llama2.c .bin file)
+  s3d-convert NATIVE_DIR OUT_DIR --quantize int8      what is native already, in other precision
   s3d-convert inspect HF_DIR_OR_ID         its tensors, and what each becomes
   s3d-convert verify NATIVE_DIR HF_DIR     how far the two differ
   s3d-convert export NATIVE_DIR OUT_DIR    back to a Hugging Face folder
@@ -31,6 +33,7 @@ examples:
   s3d-convert HuggingFaceTB/SmolLM-135M models/smollm
   s3d-convert ~/Llama-2-7b-chat-hf models/llama2 --dtype bfloat16
   s3d-convert --dry-run microsoft/Phi-3-mini-4k-instruct models/phi3
+  s3d-convert ~/Llama-2-7b-chat-hf models/llama2-int8 --quantize int8
   s3d-convert stories260K.bin models/stories --tokenizer path/to/tokenizer_folder
   s3d-convert export models/smollm smollm-hf --max-shard-size 500MB"""
 
@@ -97,13 +100,25 @@ def _convert(words: list[str]) -> int:
     parser.add_argument(
         "source",
         metavar="HF_DIR_OR_ID",
-        help="a folder, an id on the hub such as HuggingFaceTB/SmolLM-135M, or a llama2.c .bin",
+        help="a folder, an id on the hub such as HuggingFaceTB/SmolLM-135M, or a llama2.c .bin; "
+        "or a native checkpoint",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="the native checkpoint folder to write")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="cast the weights (default: as stored)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="linear layers, embeddings and head in int8 with one scale per output; prints "
+        "perplexity and KL divergence against the weights as they were",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="a .txt or .jsonl file for that (default: stories and dialogues of the package)",
     )
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="take the tokenizer from there (default: the source)"
@@ -118,18 +133,21 @@ def _convert(words: list[str]) -> int:
     parser.add_argument(
         "--no-parity",
         action="store_true",
-        help="do not compare with HF transformers at the end (done where torch is installed)",
+        help="do not compare at the end: with HF transformers (done where torch is installed), and "
+        "int8 with the weights it was made from",
     )
     _add_common(parser)
     arguments = parser.parse_args(words)
     if arguments.dry_run:
         return _dry_run(arguments)
-    from convert.to_native import convert
+    from convert import convert
 
     report = convert(
         arguments.source,
         arguments.out,
         dtype=arguments.dtype,
+        quantization=arguments.quantize,
+        text=arguments.text,
         tokenizer=arguments.tokenizer,
         revision=arguments.revision,
         overwrite=arguments.overwrite,
@@ -154,6 +172,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.out,
         dtype=arguments.dtype,
+        quantization=arguments.quantize,
         tokenizer=arguments.tokenizer,
         revision=arguments.revision,
         overwrite=arguments.overwrite,
@@ -166,7 +185,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 def _print_plan(plan: "Plan", out: str) -> None:
     print(
         f"{plan.name}: {plan.model_type}, {plan.num_params:,} parameters, to be written in "
-        f"{plan.config.dtype}"
+        f"{plan.config.precision}"
     )
     where = dict.fromkeys(plan.remote, ", to be downloaded") | dict.fromkeys(
         plan.absent, ", not here: what it holds is taken from config.json and the index"
@@ -297,9 +316,13 @@ def _print_verification(verification: "Verification", arguments: argparse.Namesp
 def _print_report(report: "Report") -> None:
     tokenizer = "" if report.tokenizer else "; no tokenizer, so it works with token ids only"
     print(
-        f"{report.out}: {report.num_params:,} parameters in {report.config.dtype}, "
+        f"{report.out}: {report.num_params:,} parameters in {report.config.precision}, "
         f"{report.num_bytes / 2**20:,.1f} MiB{tokenizer}"
     )
+    if report.drafts:
+        print(f"trained drafts that came along: {', '.join(report.drafts)}")
+    if report.config.quantization:
+        _print_loss(report)
     if report.parity is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
     else:
@@ -311,13 +334,28 @@ def _print_report(report: "Report") -> None:
         if report.is_rounded:
             stored = " and ".join(report.stored_dtypes)
             print(
-                f"  these differences include the cast of the weights from {stored} to "
-                f"{report.config.dtype}; convert with --dtype float32 to see them without it"
+                f"  these differences include the rounding of the weights from {stored} to "
+                f"{report.config.precision}; convert with --dtype float32 to see them without it"
             )
     if report.tokenizer:
         print(f'next: s3d generate "Once upon a time" --model {report.out}')
     else:
         print(f"next: s3d info --model {report.out}")
+
+
+def _print_loss(report: "Report") -> None:
+    loss, precision = report.loss, report.config.precision
+    if loss is None:
+        print(f"what {precision} costs: not measured, {report.loss_skipped}")
+        return
+    tokens = f"{loss.num_tokens:,} random tokens"
+    if loss.perplexity is not None:
+        before, after = loss.perplexity
+        tokens = f"{loss.num_tokens:,} tokens of text, perplexity {before:.3f} -> {after:.3f}"
+    print(
+        f"{precision} against {report.config.dtype}: {tokens}, KL divergence {loss.kl:.1e} nats, "
+        f"same greedy token at {loss.greedy_agreement:.1%} of the positions"
+    )
 
 
 def _export(words: list[str]) -> int:

@@ -68,11 +68,22 @@ def obstacle(num_params: int, vocab_size: int, dtype: str, num_tokens: int) -> s
     """
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed (pip install 's3d-jax[torch]')"
-    needed = DTYPES[dtype].itemsize * num_params + 3 * 4 * num_tokens * vocab_size + _BESIDE
-    if needed > (free := _available_memory()):
-        half = "; s3d-convert verify --dtype bfloat16 needs half" if dtype == "float32" else ""
-        return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free{half}"
-    return ""
+    weights = DTYPES[dtype].itemsize * num_params
+    reason = lacking_memory(weights + logits_bytes(num_tokens, vocab_size))
+    half = "; s3d-convert verify --dtype bfloat16 needs half" if dtype == "float32" else ""
+    return reason and reason + half
+
+
+def logits_bytes(num_tokens: int, vocab_size: int) -> int:
+    """Bytes that a comparison needs beside the weights: logits of both models, and what is made."""
+    return 3 * 4 * num_tokens * vocab_size + _BESIDE
+
+
+def lacking_memory(needed: int) -> str:
+    """That so many bytes of memory are not free, in words; or ""."""
+    if needed <= (free := _available_memory()):
+        return ""
+    return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
 def compare(

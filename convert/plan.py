@@ -65,6 +65,7 @@ def plan(
     out: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    quantization: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -83,7 +84,7 @@ def plan(
     tensors = origin.source.tensors
     files = sorted({tensor.file for tensor in tensors.values()})
     check_apart(out, origin.path, origin.tokenizer, *files)
-    model = Model.of(origin, dtype)
+    model = Model.of(origin, dtype, quantization)
     raise_problems(tensor_problems(model, origin.source), model)
     check_space(out, model.num_bytes)
     away = [file for file in files if not hf.is_file(file)]

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from convert.families import Family, Part, Table, family_for_export, family_of, pieces
 from convert.hf import DTYPES, SafetensorsWriter
 from s3d_jax.checkpoint import Header, flatten, read_group, read_header, write_json
+from s3d_jax.config import ModelConfig
 from s3d_jax.errors import ConfigError
+from s3d_jax.int8 import dequantize_tree
 from s3d_jax.staging import check_apart, staged_folder
 from s3d_jax.tokenizer import tokenizer_files
 
@@ -32,8 +34,9 @@ def export(
     limit = parse_size(max_shard_size)
     check_apart(out, native)
     header = read_header(native)
-    family, fields = _hf_config(header)
-    table = family.table(header.config)
+    config = header.config.replace(quantization=None)  # HF's folder holds float weights
+    family, fields = _hf_config(header, config)
+    table = family.table(config)
     tensors = {part.name: part.shape for parts in table.values() for part in parts}
     itemsize = DTYPES[header.config.dtype].itemsize
     sizes = {name: math.prod(shape) * itemsize for name, shape in tensors.items()}
@@ -69,9 +72,8 @@ def export(
     return Path(out)
 
 
-def _hf_config(header: Header) -> tuple[Family, dict[str, Any]]:
+def _hf_config(header: Header, config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The family and config.json: the original one where it still describes the model."""
-    config = header.config
     original = header.source.get("config")
     if isinstance(original, dict):
         try:
@@ -104,7 +106,8 @@ def _tensors(header: Header, table: Table) -> Iterator[tuple[Part, np.ndarray]]:
         if (here := path.partition("/")[0]) != group:
             group = here
             arrays.clear()  # before the next one is read
-            arrays.update(flatten(read_group(header, group), group))
+            tree = dequantize_tree(read_group(header, group), DTYPES[header.config.dtype])
+            arrays.update(flatten(tree, group))
         yield from pieces(parts, arrays[path])
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,23 @@ from convert import hf, hub, llama2c
 from convert.families import Family, Table, family_of, native_shape, pieces
 from convert.outline import named_dtype, open_outline
 from convert.parity import Parity, measure_parity
+from convert.quantization import Loss, measure_loss
 from convert.tokenizer import write_tokenizer
 from s3d_jax.checkpoint import (
     FORMAT,
+    CheckpointWriter,
     bullets,
     checkpoint_writer,
     unflatten,
 )
 from s3d_jax.config import DTYPES, ModelConfig
 from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.int8 import quantize_tree
+from s3d_jax.model import weight_bytes
 from s3d_jax.staging import check_apart
 from s3d_jax.tokenizer import has_vocabulary
 
+NOT_ASKED = "not asked for"
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
 HEAD = "lm_head.weight"  # of no use where the embeddings are tied, but then they must be equal
 _MAX_LINES = 1000  # of a list of faulty tensors
@@ -66,7 +71,7 @@ class Model:
     Attributes:
         family: its kind.
         config: the model, with the dtype to be written.
-        table: its native arrays, and the tensors that make them up.
+        table: its arrays in a float type, and the tensors that make them up.
     """
 
     family: Family
@@ -74,15 +79,15 @@ class Model:
     table: Table
 
     @classmethod
-    def of(cls, origin: Origin, dtype: str | None) -> "Model":
-        """The model in `dtype`, or in the one that it is stored in.
+    def of(cls, origin: Origin, dtype: str | None, quantization: str | None = None) -> "Model":
+        """The model in `dtype`, or in the one that it is stored in; quantised, if asked for.
 
         Raises:
-            ConfigError: a setting, or `dtype`, is wrong or not supported.
+            ConfigError: a setting, `dtype` or `quantization` is wrong or not supported.
         """
         family = family_of(origin.fields)
         config = family.config(origin.fields)
-        config = config.replace(dtype=dtype or _stored_dtype(origin))
+        config = config.replace(dtype=dtype or _stored_dtype(origin), quantization=quantization)
         _check_eos(origin.generation_config, config)
         return cls(family, config, family.table(config))
 
@@ -96,9 +101,14 @@ class Model:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
+    def num_float_bytes(self) -> int:
+        """Bytes of its weights before they are quantised, if they are."""
+        return self.num_params * hf.DTYPES[self.config.dtype].itemsize
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of its weights."""
-        return self.num_params * hf.DTYPES[self.config.dtype].itemsize
+        return weight_bytes(self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +126,9 @@ class Report:
         tokenizer_problem: why it cannot be read and what to do about it, or "".
         parity: agreement with HF transformers, or None.
         parity_skipped: why `parity` is None, or "".
+        loss: what quantisation cost, or None.
+        loss_skipped: why `loss` is None, or "".
+        drafts: names of trained drafts that came along.
     """
 
     out: Path
@@ -127,11 +140,14 @@ class Report:
     tokenizer_problem: str
     parity: Parity | None
     parity_skipped: str
+    loss: Loss | None = None
+    loss_skipped: str = ""
+    drafts: tuple[str, ...] = ()
 
     @property
     def is_rounded(self) -> bool:
-        """Whether casting the weights lost bits."""
-        return is_rounded(self.stored_dtypes, self.config.dtype)
+        """Whether casting or quantising the weights lost bits."""
+        return is_rounded(self.stored_dtypes, self.config)
 
 
 def convert(
@@ -139,24 +155,27 @@ def convert(
     out: str | os.PathLike[str],
     *,
     dtype: str | None,
+    quantization: str | None,
+    words: str,
     tokenizer: str | os.PathLike[str] | None,
     revision: str | None,
     overwrite: bool,
     parity: bool,
     progress: bool,
 ) -> Report:
-    if dtype is not None and dtype not in DTYPES:  # said before anything is downloaded
-        raise ConfigError(f"dtype {dtype!r} is unknown; known are {DTYPES}")
     origin = open_origin(source, revision, tokenizer)
     weight_files = {tensor.file for tensor in origin.source.tensors.values()}
     check_apart(out, origin.path, origin.tokenizer, *weight_files)  # files: they may be links
-    model = Model.of(origin, dtype)
+    model = Model.of(origin, dtype, quantization)
     check_tensors(model, origin.source)
     problem = _write(origin, model, out, overwrite=overwrite, progress=progress)
 
-    measured, skipped = None, "not asked for"
+    measured, skipped, loss, loss_skipped = None, NOT_ASKED, None, NOT_ASKED
     if parity:
         measured, skipped = _measure(origin, Path(out), model, progress=progress)
+        if quantization:
+            groups = _float_groups(model, origin.source)
+            loss, loss_skipped = measure_loss(groups, model.config, Path(out), words)
     return Report(
         out=Path(out),
         config=model.config,
@@ -167,6 +186,8 @@ def convert(
         tokenizer_problem=problem,
         parity=measured,
         parity_skipped=skipped,
+        loss=loss,
+        loss_skipped=loss_skipped,
     )
 
 
@@ -187,7 +208,7 @@ def open_origin(
         ConversionError: there is no such thing, or it is damaged.
         ConfigError: an outline's config.json is wrong or not supported.
     """
-    own = None if tokenizer is None else _tokenizer_folder(tokenizer)
+    own = None if tokenizer is None else tokenizer_folder(tokenizer)
     path = Path(source)
     if path.is_file():
         if path.suffix != ".bin" or _is_torch_file(path):
@@ -220,11 +241,11 @@ def open_origin(
 def _read_fields(folder: Path) -> dict[str, Any]:
     fields = hf.read_json(folder / "config.json")
     if fields.get("format") == FORMAT:
-        raise ConversionError(f"{folder} is a native checkpoint already: load it as it is")
+        raise ConversionError(f"{folder} is a native checkpoint already, and not a HF one")
     return fields
 
 
-def _tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
+def tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
     if not has_vocabulary(folder):
         raise ConversionError(
             f"{folder} holds no tokenizer files (tokenizer.json, tokenizer.model or vocab.json)"
@@ -274,9 +295,10 @@ def stored_dtypes(model: Model, source: hf.Source) -> tuple[str, ...]:
     return tuple(sorted({source.tensors[name].dtype for name in model.shapes}))
 
 
-def is_rounded(stored: tuple[str, ...], dtype: str) -> bool:
-    """Whether a cast to `dtype` loses bits."""
-    return dtype != "float32" and set(stored) != {dtype}
+def is_rounded(stored: tuple[str, ...], config: ModelConfig) -> bool:
+    """Whether casting to the model's type, or quantising, loses bits."""
+    dtype = config.dtype
+    return config.quantization is not None or (dtype != "float32" and set(stored) != {dtype})
 
 
 def check_tensors(model: Model, source: hf.Source) -> None:
@@ -359,24 +381,35 @@ def _write(
             overwrite=overwrite,
             needs=model.num_bytes,
         ) as writer,
-        tqdm(
-            total=model.num_bytes,
-            desc="converting",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,  # None: only on a terminal
-            leave=False,
+        progress_bar(
+            "converting", model.num_params * hf.DTYPES[model.config.dtype].itemsize, progress
         ) as bar,
-        ThreadPoolExecutor(1) as background,  # writes a group while the next one is read
     ):
-        scratch = np.empty(max_transposed(model.table), hf.DTYPES[model.config.dtype])
-        written = background.submit(lambda: None)
-        for group, table in by_group(model.table).items():
-            tree = _read_group(group, table, origin.source, scratch, bar)
-            written.result()
-            written = background.submit(writer.write_group, group, tree)
-        written.result()
+        write_groups(writer, _float_groups(model, origin.source, bar))
         return write_tokenizer(origin.tokenizer, writer) if origin.tokenizer else ""
+
+
+def progress_bar(what: str, total: int, progress: bool) -> Any:
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,  # None: only on a terminal
+        leave=False,
+    )
+
+
+def write_groups(writer: CheckpointWriter, groups: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Writes the groups of a float model, quantised if the writer's model is."""
+    with ThreadPoolExecutor(1) as background:  # writes a group while the next one is read
+        written = background.submit(lambda: None)
+        for name, tree in groups:
+            if writer.config.quantization:
+                tree = quantize_tree(tree)
+            written.result()
+            written = background.submit(writer.write_group, name, tree)
+        written.result()
 
 
 def _measure(
@@ -405,6 +438,15 @@ def by_group(table: Table) -> dict[str, Table]:
     return groups
 
 
+def _float_groups(
+    model: Model, source: hf.Source, bar: Any = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The groups of the parameter tree in the model's float type, read one by one."""
+    scratch = np.empty(max_transposed(model.table), hf.DTYPES[model.config.dtype])
+    for group, table in by_group(model.table).items():
+        yield group, _read_group(group, table, source, scratch, bar)
+
+
 def _read_group(
     group: str, table: Table, source: hf.Source, scratch: np.ndarray, bar: Any
 ) -> dict[str, Any]:
@@ -424,7 +466,8 @@ def _read_group(
                 for start in range(0, len(tensor), _BLOCK):
                     block = slice(start, start + _BLOCK)
                     piece[block] = tensor[block]
-            bar.update(piece.nbytes)
+            if bar is not None:
+                bar.update(piece.nbytes)
         arrays[path] = array
     return unflatten(arrays)[group]
 

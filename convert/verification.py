@@ -65,6 +65,6 @@ def verify(
         raise ConversionError(f"{native} and {source} cannot be compared: {reason}")
     parity = compare(origin.path, Path(native), dtype=dtype, num_tokens=num_tokens)
     stored = stored_dtypes(model, origin.source)
-    rounds = dtype != "float32" or is_rounded(stored, header.config.dtype)
+    rounds = dtype != "float32" or is_rounded(stored, header.config)
     limit = (_ROUNDED if rounds else _EXACT) if max_kl is None else max_kl
-    return Verification(parity, dtype, stored, header.config.dtype, limit)
+    return Verification(parity, dtype, stored, header.config.precision, limit)

@@ -12,11 +12,13 @@ Each group can be written, and read, without the others in memory.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -112,21 +114,23 @@ class CheckpointWriter:
 
         self.folder = folder
         self.config = config
-        self._expected = {k: v.shape for k, v in flatten(abstract_params(config)).items()}
+        self._expected = flatten(abstract_params(config))
         self._index: dict[str, dict[str, Any]] = {}
 
     def write_group(self, name: str, tree: Mapping[str, Any]) -> None:
-        """Writes the subtree under the top-level key `name`: arrays of the config's dtype.
+        """Writes the subtree under the top-level key `name`: arrays as in `abstract_params`.
 
         Raises:
             CheckpointError: the arrays are not those of the model, or were written before.
         """
         arrays = {path: np.asarray(x) for path, x in flatten(tree, name).items()}
         expected = {k: v for k, v in self._expected.items() if _group(k) == name}
-        problems = shape_problems({k: v.shape for k, v in arrays.items()}, expected)
+        problems = shape_problems(
+            *({k: v.shape for k, v in tree.items()} for tree in (arrays, expected))
+        )
         for path, array in arrays.items():
-            if array.dtype.name != self.config.dtype:
-                problems.append(f"{path}: {array.dtype}, the model is {self.config.dtype}")
+            if path in expected and array.dtype != expected[path].dtype:
+                problems.append(f"{path}: {array.dtype}, the model has {expected[path].dtype}")
             if path in self._index:
                 problems.append(f"{path}: written twice")
         if problems:
@@ -205,7 +209,7 @@ def save(
 
     Args:
         out, config, source, generation_config, overwrite: as in `checkpoint_writer`.
-        params: the parameter tree, arrays of the config's dtype.
+        params: the parameter tree, arrays as in `abstract_params`.
         tokenizer: a folder whose tokenizer files are copied.
 
     Returns:
@@ -243,10 +247,10 @@ def load(
 
     header = read_header(path)
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
-    target = jax.numpy.dtype(config.dtype)
+    target = array_dtypes(config)
     params: dict[str, Any] = {}
     with tqdm(
-        total=sum(math.prod(shape) for shape in header.arrays.values()) * target.itemsize,
+        total=sum(math.prod(shape) * target[k].itemsize for k, shape in header.arrays.items()),
         desc="loading",
         unit="B",
         unit_scale=True,
@@ -257,10 +261,19 @@ def load(
         for name in header.groups:
             arrays = {}
             for array, x in flatten(read_group(header, name), name).items():
-                arrays[array] = jax.device_put(cast(x, target, array))
+                arrays[array] = jax.device_put(cast(x, target[array], array))
                 bar.update(arrays[array].nbytes)
             params |= unflatten(arrays)
     return Checkpoint(header, config, params)
+
+
+def is_native(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder says that it is a native checkpoint."""
+    file = Path(path) / "config.json"
+    try:
+        return read_json(file).get("format") == FORMAT
+    except CheckpointError:
+        return False
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -308,6 +321,7 @@ def read_group(header: Header, name: str) -> dict[str, Any]:
         CheckpointError: an array is damaged.
     """
     paths = [path for path in header.arrays if _group(path) == name]
+    dtypes = array_dtypes(header.config)
     folder = header.path / "weights" / name
     tree = restore_tree(folder, unflatten(dict.fromkeys(paths))[name])
     arrays = flatten(tree, name)
@@ -316,7 +330,7 @@ def read_group(header: Header, name: str) -> dict[str, Any]:
         for path in paths
         if path not in arrays
         or arrays[path].shape != header.arrays[path]
-        or arrays[path].dtype.name != header.config.dtype
+        or arrays[path].dtype != dtypes[path]
         or crc32(arrays[path]) != header.checksums[path]
     ]
     if damaged:
@@ -333,7 +347,7 @@ def save_tree(folder: Path, tree: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     try:
-        with _orbax_silenced():
+        with _orbax_silenced:
             _orbax_checkpointer().save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tree)))
         # Names the folder it was written in; a native checkpoint is staged, and may be passed on.
         (folder / "commit_success.txt").unlink(missing_ok=True)
@@ -359,7 +373,7 @@ def restore_tree(folder: Path, structure: Mapping[str, Any]) -> dict[str, Any]:
     numpy_array = ocp.RestoreArgs(restore_type=np.ndarray)
     wanted = jax.tree.map(lambda _: numpy_array, structure, is_leaf=lambda x: x is None)
     try:
-        with _orbax_silenced():
+        with _orbax_silenced:
             return _orbax_checkpointer().restore(
                 folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted)
             )
@@ -384,6 +398,14 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
             f"{name} holds values too large for {dtype.name}: use --dtype float32"
         )
     return result
+
+
+@functools.cache
+def array_dtypes(config: ModelConfig) -> dict[str, np.dtype]:
+    """The type of each array of the parameter tree, by its path."""
+    from s3d_jax.model import abstract_params
+
+    return {path: leaf.dtype for path, leaf in flatten(abstract_params(config)).items()}
 
 
 _AGAIN = "convert the model again, or restore the folder from a copy"
@@ -512,13 +534,27 @@ def _orbax_checkpointer() -> Any:
     return ocp.Checkpointer(handler)
 
 
-@contextlib.contextmanager
-def _orbax_silenced() -> Iterator[None]:
-    """Orbax logs the traceback of each failure from its threads; we raise the failure, once."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+class _OrbaxSilenced:
+    """Orbax logs the traceback of each failure from its threads; we raise the failure, once.
+
+    One for all threads: a group may be read while another one is written.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._level = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._level = logging.getLogger("absl").level
+                logging.getLogger("absl").setLevel(logging.CRITICAL)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                logging.getLogger("absl").setLevel(self._level)
+
+
+_orbax_silenced = _OrbaxSilenced()

@@ -280,6 +280,7 @@ def _info(arguments: argparse.Namespace) -> int:
         for name in draft_names(header.path)
     }
     parameters = model.num_params(config)
+    weights = model.weight_bytes(config)
     size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
     per_slot = 2 * config.num_kv_heads * config.head_dim * size
     cache = per_slot * config.num_layers
@@ -288,7 +289,7 @@ def _info(arguments: argparse.Namespace) -> int:
     facts = {
         "model": str(header.path),
         "parameters": parameters,
-        "weight_bytes": parameters * size,
+        "weight_bytes": weights,
         "cache_bytes_per_token": cache,
         "cache_bytes_of_full_row": full_cache,
         "config": config.to_dict(),
@@ -303,7 +304,7 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     rows = [
         ("model", arguments.model or "the embedded one"),
-        ("parameters", f"{parameters:,} in {config.dtype}, {parameters * size / 2**20:,.1f} MiB"),
+        ("parameters", f"{parameters:,} in {config.precision}, {weights / 2**20:,.1f} MiB"),
         (
             "shape",
             f"{config.num_layers} layers, width {config.hidden_size}, feed-forward "

@@ -16,6 +16,7 @@ from s3d_jax.errors import ConfigError
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
 Method = Literal["s3d", "ar", "prompt-lookup", "self-spec", "early-exit", "two-model"]
 METHODS: tuple[Method, ...] = get_args(Method)
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16  # so that damage costs no hours
@@ -209,6 +210,8 @@ class ModelConfig(_Record):
             None means that every layer rotates.
         local_rope: rotary settings of the layers with a window, where they differ (Gemma 3).
         dtype: of weights, activations and cache. Norms, rotations, softmax and logits are float32.
+        quantization: "int8" for linear layers, embeddings and head in int8, one scale per output;
+            None means that they are of the dtype.
     """
 
     vocab_size: int
@@ -241,6 +244,7 @@ class ModelConfig(_Record):
     rope_layers: tuple[bool, ...] | None = None
     local_rope: RopeConfig | None = None
     dtype: str = "float32"
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,6 +277,10 @@ class ModelConfig(_Record):
         _check(
             isinstance(self.dtype, str) and self.dtype in DTYPES,
             f"dtype {self.dtype!r} is unknown; known are {DTYPES}",
+        )
+        _check(
+            self.quantization in (None, *QUANTIZATIONS),
+            f"quantization must be None or one of {QUANTIZATIONS}, got {self.quantization!r:.80}",
         )
         for name in (
             *("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias"),
@@ -345,6 +353,11 @@ class ModelConfig(_Record):
                 f"{name} has {factors[0]} short_factors and {factors[1]} long_factors; rope type "
                 f"'longrope' needs {rotary_dim // 2} of each here, and no other type has any",
             )
+
+    @property
+    def precision(self) -> str:
+        """What the weights are: the dtype, or "int8"."""
+        return self.quantization or self.dtype
 
     @property
     def qkv_features(self) -> int:

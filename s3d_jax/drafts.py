@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import checkpoint
+from s3d_jax import checkpoint, int8
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.model import DraftParams
+from s3d_jax.model import DraftParams, Params
 from s3d_jax.staging import staged_folder
 
 FORMAT, VERSION = "s3d_jax draft", 1
@@ -193,6 +194,41 @@ def read_draft(
         cast = {k: jnp.asarray(checkpoint.cast(x, dtype, k)) for k, x in arrays.items()}
         params = DraftParams(**checkpoint.unflatten(cast))
     return Draft(name, draft, params, fields.get("training") or {}, count)
+
+
+def merged_bytes(params: Params, draft: DraftParams) -> int:
+    """Bytes of the copies of layers that `merge` would make."""
+    return sum(x.nbytes for name in draft.deltas for x in jax.tree.leaves(params[name]))
+
+
+def merge(params: Params, draft: DraftParams) -> DraftParams:
+    """A draft whose deltas are added to copies of the layers that have them.
+
+    Its passes do without the two small products beside each linear layer, which cost a small model
+    more than the layer itself; in return the kept layers are in memory twice.
+
+    Args:
+        params: the target's parameters. Where they are int8, so are the copies.
+        draft: with deltas.
+
+    Returns:
+        The draft with `layers`, and without deltas.
+    """
+    layers: dict[str, Any] = {}
+    for name, deltas in draft.deltas.items():
+        layer = {part: dict(linears) for part, linears in params[name].items()}
+        for part, factors in deltas.items():
+            for linear, delta in factors.items():
+                arrays = layer[part][linear]
+                whole = int8.dequantize_tree(arrays, jnp.float32)
+                whole["weight"] += delta["down"].astype(jnp.float32) @ delta["up"]
+                if "scale" in arrays:
+                    layer[part][linear] = jax.device_put(int8.quantize_tree(jax.device_get(whole)))
+                else:
+                    whole["weight"] = whole["weight"].astype(arrays["weight"].dtype)
+                    layer[part][linear] = whole
+        layers[name] = layer
+    return draft.replace(deltas={}, layers=layers)
 
 
 def _tree(params: DraftParams) -> dict[str, Any]:

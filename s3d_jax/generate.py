@@ -14,12 +14,15 @@ from s3d_jax import checkpoint
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
 from s3d_jax.config import DraftConfig, ModelConfig, is_integer, plain, symmetric_skip
 from s3d_jax.conversation import Conversation
-from s3d_jax.drafts import choose_draft, read_draft
+from s3d_jax.drafts import choose_draft, merge, merged_bytes, read_draft
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.model import DraftParams, Params, untrained_draft
 from s3d_jax.stream import Stream, text_pieces
 from s3d_jax.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
 
+# Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger the
+# small products of the deltas hardly count.
+_MOST_MERGED = 64 * 2**20
 EMBEDDED = Path(__file__).parent / "assets" / "stories_and_dialogues"
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -52,7 +55,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
             The embedded model, stored in bfloat16, is computed in float32.
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
-            only one. A checkpoint without any drafts untrained.
+            only one. A checkpoint without any drafts untrained. Where the layers that it changes
+            have at most 64 MiB, they are copied and changed once (`drafts.merge`).
         use_draft: False leaves the trained drafts alone.
         draft_model: a second, smaller model of the same vocabulary, for the method "two-model": its
             checkpoint folder, loaded with `dtype`, or an LM.
@@ -76,13 +80,16 @@ def load(
     loaded = checkpoint.load(path, dtype, progress=progress)
     _warn_if_slow(loaded.config.dtype)
     trained = None if name is None else read_draft(path, name, loaded.config)
+    draft_params = trained.params if trained else None
+    if draft_params and merged_bytes(loaded.params, draft_params) <= _MOST_MERGED:
+        draft_params = merge(loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
     return LM(
         loaded.config,
         loaded.params,
         draft_config=trained.config if trained else None,
-        draft_params=trained.params if trained else None,
+        draft_params=draft_params,
         tokenizer=_tokenizer_or_none(loaded.header.path),
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,

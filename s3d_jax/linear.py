@@ -1,6 +1,7 @@
 """The one linear layer: storage layout, arithmetic, and all choices by backend.
 
-Weights are stored `[in, out]`. docs/performance.md has the measurements behind the choices.
+Weights are stored `[in, out]`; those in int8 as int8.py says. docs/performance.md has the
+measurements behind the choices.
 """
 
 import functools
@@ -10,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from s3d_jax import int8
+
+INIT_DEVIATION = 0.02  # of random weights
 # Attention of more query heads than this is not unrolled: each product is compiled on its own.
 _MAX_UNROLLED = 16
 
@@ -117,12 +121,16 @@ class Linear(nn.Module):
     features: int
     use_bias: bool
     dtype: str
+    quantized: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
-        init = nn.initializers.normal(stddev=0.02)
-        weight = self.param("weight", init, (x.shape[-1], self.features), jnp.dtype(self.dtype))
-        y = project(x, weight, x.dtype)
+        if self.quantized:
+            shape = (self.features, x.shape[-1])
+            y = int8.project(x, *int8.declare(self, "weight", shape, INIT_DEVIATION), x.dtype)
+        else:
+            init, shape = nn.initializers.normal(INIT_DEVIATION), (x.shape[-1], self.features)
+            y = project(x, self.param("weight", init, shape, jnp.dtype(self.dtype)), x.dtype)
         if self.use_bias:
             y = y + self.param(
                 "bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.dtype)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax import int8
 from s3d_jax.cache import KVCache, init_cache, write
 from s3d_jax.config import ModelConfig, RopeConfig
-from s3d_jax.linear import Linear, attention_product, low_rank, project
+from s3d_jax.linear import INIT_DEVIATION, Linear, attention_product, low_rank, project
 from s3d_jax.rope import rotary_table, rotate
 
 Params = Mapping[str, Any]
@@ -37,11 +38,14 @@ class DraftParams(flax.struct.PyTreeNode):
             where there are none.
         bridges: what stands in for a gap of skipped layers, by the name of the module behind the
             gap (layers_j, or final_norm): {down [D, r], up [r, D]}. Empty where there are none.
+        layers: kept layers with the deltas already in their weights (`drafts.merge`), used in place
+            of the target's, under its names; {} where there are none. Never stored.
     """
 
     mask_embeddings: jax.Array
     deltas: Mapping[str, Any] = flax.struct.field(default_factory=dict)
     bridges: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    layers: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
     def masks(self, count: int) -> jax.Array:
         """The first `count` mask embeddings, [count, D]."""
@@ -51,9 +55,18 @@ class DraftParams(flax.struct.PyTreeNode):
 
 def untrained_draft(params: Params) -> DraftParams:
     """The draft before any training: one mask embedding, the mean of the token embeddings."""
-    embedding = params["embed"]["embedding"]
-    mean = jnp.mean(embedding, axis=0, keepdims=True, dtype=jnp.float32)
-    return DraftParams(mask_embeddings=mean.astype(embedding.dtype))
+    mean = jnp.mean(token_embeddings(params), axis=0, keepdims=True, dtype=jnp.float32)
+    return DraftParams(mask_embeddings=mean.astype(float_dtype(params)))
+
+
+def token_embeddings(params: Params) -> jax.Array:
+    """The table of token embeddings [V, D], in the model's float type."""
+    return int8.dequantize_tree(params["embed"], float_dtype(params))["embedding"]
+
+
+def float_dtype(params: Params) -> jnp.dtype:
+    """The type of the arrays that are not quantised, such as norms."""
+    return params["final_norm"]["scale"].dtype
 
 
 class Layout(flax.struct.PyTreeNode):
@@ -241,6 +254,10 @@ def _block_by_block(
     return out / total
 
 
+def _linear(cfg: ModelConfig, name: str, features: int, use_bias: bool) -> Linear:
+    return Linear(features, use_bias, cfg.dtype, cfg.quantization is not None, name=name)
+
+
 def _norm_heads(cfg: ModelConfig, name: str, heads: jax.Array) -> jax.Array:
     """RMS norm of [B, T, heads, H], over each head or over all together."""
     x = heads.reshape(*heads.shape[:2], -1) if cfg.qk_norm_joint else heads
@@ -265,7 +282,7 @@ class Attention(nn.Module):
         cfg = self.config
         b, t, _ = x.shape
         n, kv, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        qkv = Linear(cfg.qkv_features, cfg.qkv_bias, cfg.dtype, name="qkv")(x, deltas.get("qkv"))
+        qkv = _linear(cfg, "qkv", cfg.qkv_features, cfg.qkv_bias)(x, deltas.get("qkv"))
         q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
         if cfg.qk_norm:
             q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
@@ -277,7 +294,7 @@ class Attention(nn.Module):
         visible = layout.seen.shape[-1]
         k, v = keys[:, :, :visible], values[:, :, :visible]
         out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap).reshape(b, t, n * h)
-        linear = Linear(cfg.hidden_size, cfg.attention_out_bias, cfg.dtype, name="out")
+        linear = _linear(cfg, "out", cfg.hidden_size, cfg.attention_out_bias)
         return linear(out, deltas.get("out")), keys, values
 
 
@@ -289,10 +306,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Mapping[str, Any]) -> jax.Array:
         cfg = self.config
-        linear = Linear(2 * cfg.intermediate_size, cfg.mlp_bias, cfg.dtype, name="gate_up")
+        linear = _linear(cfg, "gate_up", 2 * cfg.intermediate_size, cfg.mlp_bias)
         gate, up = jnp.split(linear(x, deltas.get("gate_up")), 2, axis=-1)
         hidden = _ACTIVATIONS[cfg.activation](gate) * up
-        linear = Linear(cfg.hidden_size, cfg.mlp_bias, cfg.dtype, name="down")
+        linear = _linear(cfg, "down", cfg.hidden_size, cfg.mlp_bias)
         return linear(hidden, deltas.get("down"))
 
 
@@ -375,8 +392,8 @@ class Transformer(nn.Module):
             values written behind `length`, which is unchanged: committing is the caller's decision.
         """
         cfg = self.config
-        embedding = Embedding(cfg, name="embed")()
-        x = embedding[tokens]
+        embed = Embedding(cfg, name="embed")
+        x = embed(tokens)
         if num_masks:
             assert draft is not None
             x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
@@ -423,10 +440,7 @@ class Transformer(nn.Module):
         if skip is not None and skip[-1]:
             x = _bridge(x, bridges.get("final_norm"), cfg.norm_eps)
         x = RMSNorm(cfg, name="final_norm")(x)
-        if cfg.tie_embeddings:
-            logits = project(x, embedding, jnp.float32, transposed=True)
-        else:
-            logits = project(x, Head(cfg, name="lm_head")(), jnp.float32)
+        logits = embed.logits(x) if cfg.tie_embeddings else Head(cfg, name="lm_head")(x)
         if cfg.logit_divisor != 1.0:
             logits = logits / cfg.logit_divisor
         if cfg.logit_softcap is not None:
@@ -435,27 +449,47 @@ class Transformer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The table of token embeddings, [V, D]."""
+    """The table of token embeddings, [V, D]; in int8 with a scale per token, [V]."""
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self) -> jax.Array:
+    def setup(self) -> None:
         cfg = self.config
-        init, shape = nn.initializers.normal(stddev=0.02), (cfg.vocab_size, cfg.hidden_size)
-        return self.param("embedding", init, shape, jnp.dtype(cfg.dtype))
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        if cfg.quantization:
+            self.embedding, self.scale = int8.declare(self, "embedding", shape, INIT_DEVIATION)
+        else:
+            init = nn.initializers.normal(INIT_DEVIATION)
+            self.embedding = self.param("embedding", init, shape, jnp.dtype(cfg.dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """The embeddings of tokens [B, T]: [B, T, D]."""
+        x = self.embedding[tokens]
+        if self.config.quantization:
+            x = (x * self.scale[tokens][..., None]).astype(self.config.dtype)
+        return x
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """What a head that is tied to the table makes of [B, T, D]: float32 [B, T, V]."""
+        if self.config.quantization:
+            return int8.project(x, self.embedding, self.scale, jnp.float32)
+        return project(x, self.embedding, jnp.float32, transposed=True)
 
 
 class Head(nn.Module):
-    """The output head's weight, [D, V]."""
+    """The output head, weight [D, V]: from [B, T, D] to float32 [B, T, V]."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
-        init, shape = nn.initializers.normal(stddev=0.02), (cfg.hidden_size, cfg.vocab_size)
-        return self.param("weight", init, shape, jnp.dtype(cfg.dtype))
+        if cfg.quantization:
+            shape = (cfg.vocab_size, cfg.hidden_size)
+            weight, scale = int8.declare(self, "weight", shape, INIT_DEVIATION)
+            return int8.project(x, weight, scale, jnp.float32)
+        init, shape = nn.initializers.normal(INIT_DEVIATION), (cfg.hidden_size, cfg.vocab_size)
+        return project(x, self.param("weight", init, shape, jnp.dtype(cfg.dtype)), jnp.float32)
 
 
 def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:
@@ -481,6 +515,9 @@ def forward(
     config: ModelConfig, params: Params, tokens: jax.Array, cache: KVCache, **options: Any
 ) -> tuple[jax.Array | None, KVCache]:
     """`Transformer.__call__` as a pure function of the parameters; see there."""
+    draft: DraftParams | None = options.get("draft")
+    if draft is not None:
+        params = {**params, **draft.layers}
     output: Any = Transformer(config).apply({"params": params}, tokens, cache, **options)
     return output
 
@@ -517,5 +554,11 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def num_params(config: ModelConfig) -> int:
-    """Parameters of the model; tied embeddings count once."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    """Parameters of the model; tied embeddings count once, and scales of int8 weights not."""
+    unquantized = config.replace(quantization=None)
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(unquantized)))
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the model's arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_params(config)))

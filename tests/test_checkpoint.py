@@ -197,7 +197,7 @@ def test_parameters_that_do_not_fit(tmp_path):
     more = {**PARAMS, "layers_2": PARAMS["layers_1"]}
     for params, message in (
         (wrong, r"final_norm/scale: shape \(25,\), expected \(24,\)"),
-        (half, "lm_head/weight: bfloat16, the model is float32"),
+        (half, "lm_head/weight: bfloat16, the model has float32"),
         (less, r"missing:\n  layers_1/"),
         (more, "layers_2/.*: unknown"),
     ):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from s3d_jax.generate import LM
 
 BUILT_IN = ("stories", "dialogues", "code")
-_HELD_OUT = Path(__file__).parent.parent / "assets" / "held_out"
+HELD_OUT = Path(__file__).parent.parent / "assets" / "held_out"
 _BEGINNING = 16  # tokens of a whole text that are its prompt
 _HEAD = 400  # characters of a Python file that are its prompt
 _MODULES = """argparse ast base64 bisect calendar configparser contextlib copy csv dataclasses
@@ -85,7 +85,7 @@ def _read(name: str, lm: "LM") -> Iterator[Prompt]:
         lines: Iterable[tuple[str, dict[str, Any]]] = _heads_of_modules()
         category = name
     else:
-        path = _HELD_OUT / f"{name}.jsonl" if name in BUILT_IN else Path(name)
+        path = HELD_OUT / f"{name}.jsonl" if name in BUILT_IN else Path(name)
         category = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if category == path.name.removesuffix(".gz") or not path.exists():
             raise InputError(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.model import DraftParams, Params, untrained_draft
+from s3d_jax.int8 import features
+from s3d_jax.model import DraftParams, Params, float_dtype, token_embeddings, untrained_draft
 from s3d_jax.train.objective import (
     Mean,
     ObjectiveConfig,
@@ -65,7 +66,7 @@ def init_draft(
     masks_key, key = jax.random.split(key)
     mean = untrained_draft(params).mask_embeddings.astype(jnp.float32)
     # Compiled, so that no copy of the table in float32 is made.
-    deviation = jax.jit(lambda x: jnp.std(x, dtype=jnp.float32))(params["embed"]["embedding"])
+    deviation = jax.jit(lambda x: jnp.std(x, dtype=jnp.float32))(token_embeddings(params))
     shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
     masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
 
@@ -82,9 +83,7 @@ def init_draft(
         for i in kept:
             layer = params[f"layers_{i}"]
             deltas[f"layers_{i}"] = {
-                part: {
-                    name: factors(layer[part][name]["weight"].shape, adapter.rank) for name in names
-                }
+                part: {name: factors(features(layer[part][name]), adapter.rank) for name in names}
                 for part, names in (("attention", ("qkv", "out")), ("mlp", ("gate_up", "down")))
             }
     bridges: dict[str, Any] = {}
@@ -135,6 +134,11 @@ class DraftTask:
         draft_config.validate_for(config)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
+        if mode == "full" and config.quantization:
+            raise ConfigError(
+                f"mode 'full' changes the target's weights, and these are {config.quantization}: "
+                "train the checkpoint that they were made from, and quantize the result"
+            )
         self.config = config
         self.frozen = params
         self.draft_config = draft_config
@@ -166,7 +170,7 @@ class DraftTask:
 
     def merged(self, tree: Mapping[str, Any], frozen: Params) -> tuple[Params, DraftParams]:
         """(target, draft): the target with its trained layers, if any, in its own dtype."""
-        dtype = frozen["embed"]["embedding"].dtype
+        dtype = float_dtype(frozen)
         layers = jax.tree.map(lambda x: x.astype(dtype), tree.get("layers", {}))
         return {**frozen, **layers}, tree["draft"]
 

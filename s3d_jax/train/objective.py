@@ -18,7 +18,7 @@ import numpy as np
 from s3d_jax.cache import KVCache, init_cache
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.model import DraftParams, Params, behind_anchors, forward
+from s3d_jax.model import DraftParams, Params, behind_anchors, float_dtype, forward
 
 OBJECTIVES = ("ce", "kl", "tv")
 
@@ -140,7 +140,7 @@ def target_stream(
     """
     batch, length = tokens.shape
     # Keys and values are of the weights' type, which in pretraining is not the config's.
-    config = config.replace(dtype=params["embed"]["embedding"].dtype.name)
+    config = config.replace(dtype=float_dtype(params).name)
     # One slot more: a write of a single token takes two (`cache.write`).
     cache = init_cache(config, batch, slots + 1, np.zeros(batch, np.int32))
     logits, cache = forward(

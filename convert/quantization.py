@@ -1,0 +1,119 @@
+"""What int8 weights cost: perplexity and logits against the float weights they are made from."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.hf import DTYPES
+from convert.parity import lacking_memory, logits_bytes
+from s3d_jax.bench.suites import HELD_OUT
+from s3d_jax.config import ModelConfig
+from s3d_jax.tokenizer import has_vocabulary, read_tokenizer
+from s3d_jax.train.data import read_jsonl, read_words
+
+_ROW = 256  # tokens that see each other
+_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """How far quantised weights are from the float ones, on the same tokens.
+
+    Attributes:
+        num_tokens: how many.
+        perplexity: of the float and of the quantised model; None where the tokens are random, as
+            they are without a tokenizer.
+        kl: KL divergence of the next token's distribution from the float model's, in nats, mean
+            over the positions.
+        greedy_agreement: share of the positions with the same most likely token.
+    """
+
+    num_tokens: int
+    perplexity: tuple[float, float] | None
+    kl: float
+    greedy_agreement: float
+
+
+def measure_loss(
+    groups: Iterable[tuple[str, Mapping[str, Any]]],
+    config: ModelConfig,
+    native: Path,
+    words: str,
+) -> tuple[Loss | None, str]:
+    """Compares a quantised checkpoint with the float weights.
+
+    Args:
+        groups: the float model's parameter tree, group by group.
+        config: of the quantised model.
+        native: the quantised checkpoint.
+        words: a text to run both on.
+
+    Returns:
+        The loss; or None, and the reason why it was not measured.
+    """
+    import jax
+
+    from s3d_jax import checkpoint
+    from s3d_jax.model import forward_logits, num_params
+
+    ids = _tokens(native, config.vocab_size, words)
+    if ids.shape[1] < 2:
+        return None, "the text is too short"
+    unquantized = config.replace(quantization=None)
+    weights = DTYPES[config.dtype].itemsize * num_params(unquantized)
+    if reason := lacking_memory(weights + logits_bytes(ids.size, config.vocab_size)):
+        return None, reason
+
+    def log_probabilities(config: ModelConfig, params: Any) -> list[np.ndarray]:
+        logits = (np.asarray(forward_logits(config, params, row[None]))[0] for row in ids)
+        return [x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in logits]
+
+    params = {name: jax.device_put(dict(tree)) for name, tree in groups}
+    p = log_probabilities(unquantized, params)
+    del params
+    q = log_probabilities(config, checkpoint.load(native).params)
+    return _loss(p, q, ids, has_vocabulary(native)), ""
+
+
+def _loss(p: list[np.ndarray], q: list[np.ndarray], ids: np.ndarray, is_text: bool) -> Loss:
+    """From the log probabilities of both models, [T, V] per row of ids [R, T]."""
+    kl = np.mean([np.mean(np.sum(np.exp(a) * (a - b), axis=-1)) for a, b in zip(p, q, strict=True)])
+    same = np.mean([np.mean(a.argmax(-1) == b.argmax(-1)) for a, b in zip(p, q, strict=True)])
+
+    def perplexity(rows: list[np.ndarray]) -> float:
+        positions = np.arange(ids.shape[1] - 1)
+        return math.exp(-np.mean([x[positions, row[1:]] for x, row in zip(rows, ids, strict=True)]))
+
+    return Loss(
+        num_tokens=ids.size,
+        perplexity=(perplexity(p), perplexity(q)) if is_text else None,
+        kl=float(kl),
+        greedy_agreement=float(same),
+    )
+
+
+def _tokens(native: Path, vocab_size: int, words: str) -> np.ndarray:
+    """Rows of ids, int32 [R, T]: of a text where the checkpoint has a tokenizer, else random."""
+    if not has_vocabulary(native):
+        return np.random.default_rng(0).integers(0, vocab_size, (_ROWS, _ROW), np.int32)
+    ids = np.asarray(read_tokenizer(native).encode(words, verbose=False), np.int32)
+    ids = ids[: _ROWS * _ROW]
+    row = max(1, min(_ROW, len(ids)))
+    return ids[: len(ids) // row * row].reshape(-1, row)
+
+
+def read_text(text: str | os.PathLike[str] | None) -> str:
+    """The words of a .txt or .jsonl file; without one, stories and dialogues of the package.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if text is not None:
+        return "\n".join(read_words([text]))
+    stories = [fields["prompt"] for _, fields in read_jsonl(HELD_OUT / "stories.jsonl")]
+    return "\n".join([*stories, *read_words([HELD_OUT / "dialogues.jsonl"])])

@@ -1,0 +1,100 @@
+"""A native checkpoint in another type, or quantised, with its drafts. See `convert.convert`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.hf import DTYPES
+from convert.quantization import measure_loss
+from convert.to_native import NOT_ASKED, Report, progress_bar, tokenizer_folder, write_groups
+from convert.tokenizer import write_tokenizer
+from s3d_jax.checkpoint import (
+    cast,
+    checkpoint_writer,
+    flatten,
+    read_group,
+    read_header,
+    unflatten,
+)
+from s3d_jax.drafts import draft_names, read_draft, write_draft
+from s3d_jax.errors import ConversionError
+from s3d_jax.model import num_params, weight_bytes
+from s3d_jax.staging import check_apart
+from s3d_jax.tokenizer import has_vocabulary
+
+
+def recast(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None,
+    quantization: str | None,
+    words: str,
+    tokenizer: str | os.PathLike[str] | None,
+    overwrite: bool,
+    parity: bool,
+    progress: bool,
+) -> Report:
+    header = read_header(source)
+    if header.config.quantization:
+        raise ConversionError(
+            f"{source} is in {header.config.quantization}, which is rounded already: convert what "
+            "it was made from"
+        )
+    if dtype is None and quantization is None:
+        raise ConversionError(
+            f"{source} is a native checkpoint already: load it as it is, or say what to make of it "
+            "(--quantize int8, --dtype ...)"
+        )
+    own = None if tokenizer is None else tokenizer_folder(tokenizer)
+    check_apart(out, source, own)
+    dtype = dtype or header.config.dtype
+    config = header.config.replace(dtype=dtype, quantization=quantization)
+    drafts = [read_draft(source, name, config) for name in draft_names(source)]
+    num_parameters = num_params(config)
+
+    def groups(bar: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name in header.groups:
+            arrays = {}
+            for path, x in flatten(read_group(header, name), name).items():
+                arrays[path] = cast(x, DTYPES[dtype], path)
+                bar.update(arrays[path].nbytes)
+            yield name, unflatten(arrays)[name]
+
+    total = num_parameters * DTYPES[dtype].itemsize
+    with (
+        checkpoint_writer(
+            out,
+            config,
+            source=header.source,
+            generation_config=header.generation_config,
+            overwrite=overwrite,
+            needs=weight_bytes(config),
+        ) as writer,
+        progress_bar("converting", total, progress) as bar,
+    ):
+        write_groups(writer, groups(bar))
+        problem = write_tokenizer(own or Path(source), writer)
+        for draft in drafts:
+            assert draft.params is not None
+            folder = writer.folder / "drafts" / draft.name
+            write_draft(folder, config, draft.config, draft.params, draft.training)
+    loss, loss_skipped = None, NOT_ASKED
+    if quantization and parity:
+        with progress_bar("measuring", total, progress) as bar:
+            loss, loss_skipped = measure_loss(groups(bar), config, Path(out), words)
+    return Report(
+        out=Path(out),
+        config=config,
+        num_params=num_parameters,
+        num_bytes=weight_bytes(config),
+        stored_dtypes=(header.config.dtype,),
+        tokenizer=has_vocabulary(own or source) and not problem,
+        tokenizer_problem=problem,
+        parity=None,
+        parity_skipped="the source is a native checkpoint",
+        loss=loss,
+        loss_skipped=loss_skipped,
+        drafts=tuple(draft.name for draft in drafts),
+    )

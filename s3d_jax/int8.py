@@ -1,0 +1,180 @@
+"""int8 weights: how they are made, stored and multiplied.
+
+A quantised matrix is {"weight" (of a table "embedding"): int8 [out, in], "scale": float32 [out]},
+where a float one is [in, out]. docs/performance.md has the measurements behind the choices.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
+# A CPU takes up to ten times as long for one row of int8 as for four.
+_MIN_ROWS = 4
+_AT_ONCE = 1 << 20  # numbers that are quantised; what numpy needs beside them stays small
+
+
+# --- as arrays ------------------------------------------------------------------------------------
+
+
+def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix in int8 with one scale per row: the nearest of 255 steps up to its largest number.
+
+    Args:
+        matrix: [out, in], of a float type.
+
+    Returns:
+        (int8 [out, in], float32 [out]); their product is the matrix, to half a step.
+    """
+    quantized, scale = np.empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
+    rows = max(1, _AT_ONCE // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        part = matrix[start : start + rows].astype(np.float32)
+        largest = np.max(np.abs(part), axis=1)
+        step = np.where(largest == 0, 1, largest / LARGEST).astype(np.float32)
+        quantized[start : start + rows] = np.rint(part / step[:, None])
+        scale[start : start + rows] = step
+    return quantized, scale
+
+
+def quantize_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of float arrays with its matrices in int8; vectors (norms, biases) stay as they are.
+
+    Args:
+        tree: a parameter tree of `s3d_jax.model` or a part of it, numpy arrays.
+    """
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            out[name] = quantize_tree(value)
+        elif value.ndim == 2:
+            matrix = value if name == "embedding" else value.T
+            out[name], out["scale"] = quantize(matrix)
+        else:
+            out[name] = value
+    return out
+
+
+def dequantize_tree(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The way back: a tree with all matrices in a float type and its layout.
+
+    Args:
+        tree: a parameter tree or a part of it, numpy or jax arrays; float matrices are just cast.
+        dtype: of the matrices.
+    """
+    scale = tree.get("scale") if len(tree) > 1 else None  # a norm's scale is all it has
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            out[name] = dequantize_tree(value, dtype)
+        elif value is scale:
+            continue
+        elif value.ndim == 2 and scale is not None:
+            matrix = (value.astype(np.float32) * scale[:, None]).astype(dtype)
+            out[name] = matrix if name == "embedding" else matrix.T
+        else:
+            out[name] = value.astype(dtype) if value.ndim == 2 else value
+    return out
+
+
+def features(linear: Mapping[str, Any]) -> tuple[int, int]:
+    """(in, out) of a linear layer's arrays, whatever their type."""
+    rows, columns = linear["weight"].shape
+    return (columns, rows) if "scale" in linear else (rows, columns)
+
+
+# --- in the model ---------------------------------------------------------------------------------
+
+
+def declare(
+    module: nn.Module, name: str, shape: tuple[int, int], deviation: float
+) -> tuple[jax.Array, jax.Array]:
+    """A module's int8 matrix [out, in] called `name`, and its scale [out].
+
+    At random they have the given standard deviation.
+    """
+
+    def random(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        return jax.random.randint(key, shape, -LARGEST, LARGEST + 1, jnp.int8)
+
+    init = nn.initializers.constant(deviation / (LARGEST / 3**0.5))  # of integers drawn so
+    return module.param(name, random, shape), module.param("scale", init, (shape[0],), jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def project(x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """`x @ (weight * scale).T` for a matrix made by `quantize`.
+
+    On CPUs, which multiply int8 faster than anything else, each row of x is rounded to int8 as
+    well (W8A8). A row's result does not depend on the other rows, and int32 sums are exact: a token
+    verified in a block gets the very products that it gets alone. Elsewhere the weight is converted
+    to the type of x within the product (W8A16), since the point there is to read fewer bytes.
+
+    The gradient is that of the product without rounding, with respect to x alone.
+
+    Args:
+        x: [..., in], of a float type.
+        weight: int8 [out, in].
+        scale: float32 [out].
+        out_dtype: of the result.
+
+    Returns:
+        [..., out].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.platform_dependent(rows, weight, scale, cpu=_w8a8, default=_w8a16)
+    return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
+
+
+def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    count, rows = rows.shape[0], rows.astype(jnp.float32)
+    # The bits of floats without a sign are in the order of the floats, and the maximum of integers,
+    # where no NaN has to be looked for, takes a third of the time.
+    bits = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(rows), jnp.int32), axis=1, keepdims=True)
+    step = jax.lax.bitcast_convert_type(bits, jnp.float32) / LARGEST
+    rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
+    if count < _MIN_ROWS:
+        rounded = jnp.pad(rounded, ((0, _MIN_ROWS - count), (0, 0)))
+    sums = jax.lax.dot_general(
+        rounded, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    return sums[:count].astype(jnp.float32) * step * scale
+
+
+def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    return scale * jax.lax.dot_general(
+        rows,
+        weight.astype(rows.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _project_forward(
+    x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return project(x, weight, scale, out_dtype), (jnp.zeros((), x.dtype), weight, scale)
+
+
+def _project_backward(
+    out_dtype: jnp.dtype, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    like, weight, scale = saved
+    scaled = gradient.astype(jnp.float32) * scale
+    x_gradient = jax.lax.dot_general(
+        scaled.astype(like.dtype).reshape(-1, len(scale)),
+        weight.astype(like.dtype),
+        (((1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if like.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return x_gradient.astype(like.dtype).reshape(*gradient.shape[:-1], -1), None, None
+
+
+project.defvjp(_project_forward, _project_backward)
