@@ -450,7 +450,8 @@ def _slots(padded: list[int], new_tokens: list[int], max_length: int, gamma: int
     """Cache slots for these rows: of few different sizes, so that nearby lengths share programs.
 
     From the padded prompts, so that prompts within one bucket get equal caches; with slack for any
-    usual γ, so that plain decoding and S3D do as well.
+    usual γ, so that plain decoding and S3D do as well. Multiples of 64, of which products make no
+    rest that they compute in another way (`attention_product`).
     """
     slack = max(_USUAL_SLACK, gamma + 1)
     longest = max(*padded, max_length)
@@ -458,7 +459,7 @@ def _slots(padded: list[int], new_tokens: list[int], max_length: int, gamma: int
     size, power_of_two = 64, True  # 64, 96, 128, 192, 256, ...
     while size < min(most, longest) + slack:
         size, power_of_two = size * 3 // 2 if power_of_two else size // 3 * 4, not power_of_two
-    return min(size, longest + slack)
+    return -(-min(size, longest + slack) // 64) * 64
 
 
 def _signature(tree: Any) -> Hashable:

@@ -2,9 +2,15 @@
 
 A quantised matrix is {"weight" (of a table "embedding"): int8 [out, in], "scale": float32 [out]},
 where a float one is [in, out]. docs/performance.md has the measurements behind the choices.
+
+Where activations are rounded to int8 as well, a difference in the last bit of a float can become one
+of a whole step, and then of the output. So that a token gets the very logits in a block of several
+that it gets alone, a quantised model takes sums and maxima of rows by integers, whose order does not
+matter: XLA sums floats in an order of its own for each shape.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -133,10 +139,7 @@ def project(x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dt
 
 def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     count, rows = rows.shape[0], rows.astype(jnp.float32)
-    # The bits of floats without a sign are in the order of the floats, and the maximum of integers,
-    # where no NaN has to be looked for, takes a third of the time.
-    bits = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(rows), jnp.int32), axis=1, keepdims=True)
-    step = jax.lax.bitcast_convert_type(bits, jnp.float32) / LARGEST
+    step = row_max(jnp.abs(rows)) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
     if count < _MIN_ROWS:
         rounded = jnp.pad(rounded, ((0, _MIN_ROWS - count), (0, 0)))
@@ -178,3 +181,69 @@ def _project_backward(
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+# --- the same bits in every program ---------------------------------------------------------------
+
+
+def row_max(x: jax.Array) -> jax.Array:
+    """The largest of the last axis, float32 [..., n] -> [..., 1]; there must be no NaN.
+
+    Takes a third of the time of XLA's maximum of floats, which looks for NaN.
+    """
+    largest = jnp.max(_in_order(jax.lax.bitcast_convert_type(x, jnp.int32)), axis=-1, keepdims=True)
+    return jax.lax.bitcast_convert_type(_in_order(largest), jnp.float32)
+
+
+def _in_order(bits: jax.Array) -> jax.Array:
+    """Bits of floats <-> integers in the order of the floats."""
+    return bits ^ (jnp.right_shift(bits, 31) & 0x7FFFFFFF)
+
+
+def row_sum(x: jax.Array, bound: float) -> jax.Array:
+    """The sum over the last axis, float32 [..., n] -> [..., 1], of numbers from 0 to `bound`.
+
+    Each is rounded to bound / 2^18, of which 4096 fit into an integer. Zeros behind the others change
+    nothing.
+
+    Args:
+        x: float32 [..., n].
+        bound: a power of two.
+    """
+    count, unit = x.shape[-1], 2.0**_SUMMED_BITS / bound
+    whole = jnp.round(x * unit).astype(jnp.int32)
+    if count > _SUMMED:
+        whole = jnp.pad(whole, [(0, 0)] * (x.ndim - 1) + [(0, -count % _SUMMED)])
+        whole = jnp.sum(whole.reshape(*x.shape[:-1], -1, _SUMMED), axis=-1)
+        low = jnp.sum(whole % _SUMMED, axis=-1, keepdims=True)
+        high = jnp.sum(whole // _SUMMED, axis=-1, keepdims=True)
+        return (high.astype(jnp.float32) * _SUMMED + low.astype(jnp.float32)) / unit
+    return jnp.sum(whole, axis=-1, keepdims=True).astype(jnp.float32) / unit
+
+
+_SUMMED_BITS, _SUMMED = 18, 4096
+
+
+def softmax(x: jax.Array) -> jax.Array:
+    """Over the last axis, float32."""
+    weights = jnp.exp(x - row_max(x))
+    return weights / row_sum(weights, 1.0)
+
+
+def norm(x: jax.Array, eps: float) -> jax.Array:
+    """x over the root of its mean square and eps, along the last axis, float32.
+
+    All but one product is by a power of two, and exact: XLA reorders products, too.
+    """
+    bits = jax.lax.bitcast_convert_type(row_max(jnp.abs(x)), jnp.int32)
+    # The power of two below the largest; 1 where that is 0 or beyond what can be squared.
+    exponent = jnp.right_shift(bits, 23) - 127
+    exponent = jnp.where(jnp.abs(exponent) < 60, exponent, 0)
+    part = x * _power_of_two(-exponent)
+    total = row_sum(part * part, 4.0) * _power_of_two(2 * exponent)
+    count = x.shape[-1]
+    return x * (jax.lax.rsqrt(total + count * eps) * count**0.5)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.left_shift(exponent + 127, 23), jnp.float32)

@@ -56,7 +56,7 @@ def _matrix_product(rows: jax.Array, weight: jax.Array, transposed: bool) -> jax
 
 
 def attention_product(
-    equation: str, rows: jax.Array, cached: jax.Array, one_token: bool
+    equation: str, rows: jax.Array, cached: jax.Array, one_token: bool, reproducible: bool = False
 ) -> jax.Array:
     """The product of each head's rows with its keys or values, accumulated in float32.
 
@@ -64,12 +64,18 @@ def attention_product(
         equation: "bkqh,bksh->bkqs" or "bkqs,bksh->bkqh".
         rows, cached: its two operands, [B, K, Q, ...] and [B, K, S, H].
         one_token: whether the rows are the query heads of a single token per batch row.
+        reproducible: a row's result has the same bits, however many rows there are, and, if their
+            number is a multiple of 64, however many slots that weigh nothing.
 
     Returns:
         float32, as the equation says.
     """
     b, k, q, _ = rows.shape
     batched = functools.partial(_batched, equation)
+    if reproducible:  # on CPUs two rows or more are, and a single one is not
+        missing = max(0, 2 - q)
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
+        return batched(rows, cached)[:, :, :q]
     if one_token and rows.dtype == jnp.float32 and b * k * q <= _MAX_UNROLLED:
         by_row = functools.partial(_row_by_row, equation)
         return jax.lax.platform_dependent(rows, cached, cpu=by_row, default=batched)

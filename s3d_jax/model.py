@@ -159,12 +159,21 @@ class RMSNorm(nn.Module):
         init = nn.initializers.constant(1.0 - cfg.norm_offset)
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(cfg.dtype))
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
+        if cfg.quantization:
+            y = int8.norm(y, cfg.norm_eps)
+        else:
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
         return (y * (scale.astype(jnp.float32) + cfg.norm_offset)).astype(x.dtype)
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    softcap: float | None,
+    reproducible: bool = False,
 ) -> jax.Array:
     """Grouped-query attention over all slots of a cache, softmax in float32.
 
@@ -177,6 +186,7 @@ def attend(
         mask: bool [B, T, S], True where a query may look; at one slot at least.
         scale: multiplies the scores.
         softcap: c of c · tanh(scores / c), or None.
+        reproducible: a token's result has the same bits, however many tokens there are (int8.py).
 
     Returns:
         [B, T, N, H].
@@ -188,7 +198,7 @@ def attend(
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, K, G, T, slots]"""
-        x = attention_product("bkqh,bksh->bkqs", rows, keys, t == 1)
+        x = attention_product("bkqh,bksh->bkqs", rows, keys, t == 1, reproducible)
         x = x.reshape(b, kv, n // kv, t, -1) * scale
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
@@ -197,12 +207,13 @@ def attend(
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
         """[B, K, G, T, H]"""
         weights = weights.astype(values.dtype).reshape(b, kv, n // kv * t, -1)
-        out = attention_product("bkqs,bksh->bkqh", weights, values, t == 1)
+        out = attention_product("bkqs,bksh->bkqh", weights, values, t == 1, reproducible)
         return out.reshape(b, kv, n // kv, t, h)
 
     bytes_per_slot = 4 * b * n * t
     if s * bytes_per_slot <= _WHOLE_BYTES:
-        out = mix(jax.nn.softmax(scores(k, mask), axis=-1), v)
+        softmax = int8.softmax if reproducible else jax.nn.softmax
+        out = mix(softmax(scores(k, mask)), v)
     else:
         block = min(s, max(_FEWEST_SLOTS, _BLOCK_BYTES // bytes_per_slot))
         out = _block_by_block(scores, mix, k, v, mask, block, (b, kv, n // kv, t, h))
@@ -293,7 +304,9 @@ class Attention(nn.Module):
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         visible = layout.seen.shape[-1]
         k, v = keys[:, :, :visible], values[:, :, :visible]
-        out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap).reshape(b, t, n * h)
+        reproducible = cfg.quantization is not None
+        out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap, reproducible)
+        out = out.reshape(b, t, n * h)
         linear = _linear(cfg, "out", cfg.hidden_size, cfg.attention_out_bias)
         return linear(out, deltas.get("out")), keys, values
 

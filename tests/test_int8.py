@@ -1,0 +1,235 @@
+"""int8 weights: rounded right, multiplied exactly, and the same bits for a token in every block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import s3d_jax
+from s3d_jax import int8
+from s3d_jax.cache import init_cache
+from s3d_jax.checkpoint import flatten
+from s3d_jax.config import DraftConfig, RopeConfig
+from s3d_jax.drafts import merge, merged_bytes
+from s3d_jax.errors import ConfigError
+from s3d_jax.generate import LM
+from s3d_jax.model import (
+    abstract_params,
+    forward,
+    forward_logits,
+    num_params,
+    token_embeddings,
+    untrained_draft,
+    weight_bytes,
+)
+from s3d_jax.train.draft import DraftTask
+from tests.tiny import tiny_config, tiny_params
+from tests.train.test_objective import noisy_draft
+
+VARIANTS = {
+    "plain": {},
+    "one head per key": dict(num_heads=3, num_kv_heads=3),
+    "tied": dict(tie_embeddings=True),
+    "biases and head norms": dict(qkv_bias=True, mlp_bias=True, qk_norm=True),
+    "gemma": dict(
+        post_norms=True,
+        norm_offset=1.0,
+        attention_softcap=20.0,
+        logit_softcap=10.0,
+        sliding_window=(16, None, 16, None),
+    ),
+    "wide": dict(hidden_size=160, intermediate_size=420, head_dim=16, rope=RopeConfig(theta=5e5)),
+    "bfloat16": dict(dtype="bfloat16"),
+}
+
+
+def quantized(changes):
+    """A tiny model in float and in int8."""
+    config = tiny_config(**changes)
+    params = tiny_params(config, scale=6.0)
+    whole = jax.device_put(int8.quantize_tree(jax.device_get(params)))
+    return config, params, config.replace(quantization="int8"), whole
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_weights_are_rounded_to_half_a_step():
+    matrix = np.random.default_rng(0).normal(size=(40, 3000)).astype(np.float32)
+    matrix[3], matrix[5, 7] = 0, 1e4
+    whole, scale = int8.quantize(matrix)
+    assert whole.dtype == np.int8 and scale.shape == (40,) and np.abs(whole).max() == 127
+    error = np.abs(whole * scale[:, None] - matrix)
+    assert (error <= scale[:, None] * 0.5000001).all() and not error[3].any()
+    assert whole[5, 7] == 127 and np.isclose(scale[5], 1e4 / 127)
+    np.testing.assert_array_equal(int8.quantize(-matrix)[0], -whole)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_the_tree_is_that_of_the_model_and_comes_back(changes):
+    config, params, quantized_config, whole = quantized(changes)
+    expected = abstract_params(quantized_config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), dict(expected)
+    )
+    assert num_params(quantized_config) == num_params(config)
+    assert weight_bytes(quantized_config) == sum(x.nbytes for x in jax.tree.leaves(whole))
+    back = flatten(int8.dequantize_tree(whole, config.dtype))
+    for path, x in flatten(params).items():
+        assert back[path].shape == x.shape and back[path].dtype == x.dtype
+        x, y = (np.asarray(a, np.float32) for a in (x, back[path]))
+        largest = np.abs(x).max(axis=-1 if "embedding" in path else 0, keepdims=True)
+        assert (np.abs(x - y) <= largest * (0.5001 / 127 + 2**-8 * (x.ndim == 2))).all()
+        if x.ndim == 1:
+            np.testing.assert_array_equal(x, y)
+
+
+def test_the_mean_of_the_table_is_that_of_the_float_one():
+    _, params, _, whole = quantized({})
+    error = token_embeddings(whole) - token_embeddings(params)
+    assert np.abs(error).max() <= np.abs(params["embed"]["embedding"]).max() / 127 / 2 * 1.001
+    masks = (untrained_draft(p).mask_embeddings for p in (params, whole))
+    np.testing.assert_allclose(*masks, atol=np.abs(params["embed"]["embedding"]).max() / 254)
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def operands(rows: int, dtype: str = "float32"):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(rows, 50)).astype(np.float32)
+    x[0, :3] = 0, 127, -127
+    whole, scale = int8.quantize(rng.normal(size=(70, 50)).astype(np.float32))
+    return jnp.asarray(x, dtype), jnp.asarray(whole), jnp.asarray(scale)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 40])
+def test_products_are_those_of_integers(rows):
+    x, whole, scale = operands(rows)
+    step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    sums = np.rint(np.asarray(x) / step).astype(np.int64) @ np.asarray(whole, np.int64).T
+    y = jax.jit(int8._w8a8)(x, whole, scale)
+    np.testing.assert_allclose(y, sums * step * np.asarray(scale), rtol=1e-6)
+    assert not int8._w8a8(jnp.zeros_like(x), whole, scale).any()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_elsewhere_the_weight_alone_is_rounded(dtype, tolerance):
+    x, whole, scale = operands(9, dtype)
+    weight = np.asarray(whole, np.float64) * np.asarray(scale, np.float64)[:, None]
+    terms = np.abs(np.asarray(x, np.float64)) @ np.abs(weight).T
+    error = np.asarray(int8._w8a16(x, whole, scale)) - np.asarray(x, np.float64) @ weight.T
+    assert (np.abs(error) / terms).max() <= tolerance
+
+
+def test_the_gradient_is_that_of_the_product_without_rounding():
+    x, whole, scale = operands(5)
+    weight = whole.astype(jnp.float32) * scale[:, None]
+    ours = jax.grad(lambda x: jnp.sum(jnp.sin(int8.project(x, whole, scale, jnp.float32))))(x)
+    y = int8.project(x, whole, scale, jnp.float32)
+    np.testing.assert_allclose(ours, jnp.cos(y) @ weight, rtol=1e-4, atol=1e-4)
+
+
+# --- sums -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [3, 192, 4096, 10_000])
+def test_sums_and_norms_are_those_of_numpy(count):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, count)) * 10.0 ** rng.integers(-9, 9, (4, 1))
+    x = x.astype(np.float32)
+    np.testing.assert_array_equal(int8.row_max(jnp.asarray(x))[:, 0], x.max(axis=1))
+    exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-12)
+    np.testing.assert_allclose(int8.norm(jnp.asarray(x), 1e-12), exact, rtol=2e-4)
+    assert not int8.norm(jnp.zeros((2, count)), 1e-6).any()
+    scores = jnp.asarray(rng.normal(size=(4, count)) * 4, jnp.float32).at[:, 0].set(-3e38)
+    np.testing.assert_allclose(
+        int8.softmax(scores), jax.nn.softmax(scores), atol=1e-5, rtol=3e-4 if count < 5000 else 3e-3
+    )
+
+
+def test_sums_do_not_depend_on_the_order():
+    weights = np.random.default_rng(0).uniform(size=(1, 3000)).astype(np.float32)
+    sums = {float(int8.row_sum(jnp.asarray(w), 1.0)[0, 0]) for w in (weights, weights[:, ::-1])}
+    assert len(sums) == 1 and abs(sums.pop() / weights.sum(dtype=np.float64) - 1) < 1e-5
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_token_gets_the_same_bits_alone_and_in_a_block(changes):
+    """What makes verification exact, although activations are rounded."""
+    _, _, config, params = quantized(changes | dict(num_layers=2) | cut(changes))
+    rng = np.random.default_rng(0)
+    run = jax.jit(forward, static_argnums=0, static_argnames="visible")
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (3, 100)), jnp.int32)
+    length = jnp.asarray([1, 17, 60], jnp.int32)
+    cache = init_cache(config, 3, 320, length)
+    _, cache = run(config, params, tokens, cache.replace(length=jnp.zeros_like(length)))
+    cache = cache.replace(length=length)
+    one, _ = run(config, params, tokens[:, :1], cache, visible=128)
+    for count in (2, 5, 24):
+        block, _ = run(config, params, tokens[:, :count], cache, visible=320)
+        np.testing.assert_array_equal(one[:, 0], block[:, 0])
+
+
+def cut(changes):
+    """Settings by layer, for two layers."""
+    return {k: v[:2] for k, v in changes.items() if isinstance(v, tuple)}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_are_near_those_of_the_float_model(changes):
+    config, params, quantized_config, whole = quantized(changes)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 40)), jnp.int32)
+    p = jax.nn.log_softmax(forward_logits(config, params, tokens))
+    q = jax.nn.log_softmax(forward_logits(quantized_config, whole, tokens))
+    assert float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) <= 0.02
+
+
+@pytest.mark.parametrize("name", ["plain", "gemma"])
+def test_s3d_is_plain_decoding(name):
+    _, _, config, params = quantized(VARIANTS[name])
+    draft = DraftConfig((False, True, False, False), 5)
+    trained = noisy_draft(config, params, draft)
+    lm = LM(config, params, draft_config=draft, draft_params=merge(params, trained))
+    for prompt in ([5, 6, 7], [1], list(range(20))):
+        plain = lm.generate([prompt], max_new_tokens=90, method="ar")[0].tokens
+        assert lm.generate([prompt], max_new_tokens=90)[0].tokens == plain
+
+
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_merged_deltas_draft_as_the_others(kind):
+    config, params, quantized_config, whole = quantized({})
+    if kind == "int8":
+        config, params = quantized_config, whole
+    draft = DraftConfig((False, True, False, False), 5)
+    trained = noisy_draft(config, params, draft)
+    merged = merge(params, trained)
+    kept = [name for name in merged.layers]
+    assert sorted(kept) == ["layers_0", "layers_2", "layers_3"] and not merged.deltas
+    assert merged_bytes(params, trained) == sum(x.nbytes for x in jax.tree.leaves(merged.layers))
+    cache = init_cache(config, 1, 40, jnp.zeros(1, jnp.int32))
+    logits = [
+        forward(config, params, jnp.asarray([[7]]), cache, skip=draft.skip, draft=d, num_masks=4)[0]
+        for d in (trained, merged, untrained_draft(params))
+    ]
+    p, q, other = map(jax.nn.log_softmax, logits)
+    kl, apart = (float(jnp.mean(jnp.sum(jnp.exp(p) * (p - x), axis=-1))) for x in (q, other))
+    assert kl <= (1e-9 if kind == "float32" else 0.02) and apart > 0.05
+
+
+def test_a_full_draft_needs_float_weights():
+    _, _, config, params = quantized({})
+    with pytest.raises(ConfigError, match="mode 'full' changes the target's weights.*int8"):
+        DraftTask(config, params, DraftConfig((False, True, True, False)), mode="full")
+
+
+def test_small_drafts_are_merged_when_they_are_loaded(monkeypatch):
+    assert s3d_jax.load().draft_params.layers and not s3d_jax.load().draft_params.deltas
+    monkeypatch.setattr(s3d_jax.generate, "_MOST_MERGED", 1000)
+    assert s3d_jax.load().draft_params.deltas and not s3d_jax.load().draft_params.layers
