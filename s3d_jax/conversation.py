@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Unpack
 
-from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
-from s3d_jax.config import is_list, plain
+from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_options
 from s3d_jax.stream import Stream, text_pieces
 
 if TYPE_CHECKING:
@@ -41,9 +40,8 @@ class Conversation:
         self._batch: Batch | None = None
         # What cannot work should be said now, not after the first question.
         prompt = lm.chat_prompt([*self.messages, {"role": "user", "content": "?"}])
-        Batch(lm, lm.token_ids(prompt), **options)
-        wanted = plain(options.get("max_new_tokens", 128))
-        self._wanted: int = wanted[0] if is_list(wanted) else wanted
+        lm.token_ids(prompt)
+        (self._wanted,) = checked_options(lm, 1, **options).max_new_tokens
 
     def send(self, text: str) -> Result:
         """Says something to the model; returns its answer.
@@ -68,7 +66,8 @@ class Conversation:
     def stream(self, text: str) -> Stream[str]:
         """As `send`, but yields pieces of the answer as soon as they are certain.
 
-        An answer that is not read to its end stays as far as it was read.
+        An answer that is not read to its end stays as far as it was read; the stream is over when
+        the next turn begins.
         """
         batch = self._begin(text)
         answer = self.messages[-1]

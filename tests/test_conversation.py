@@ -147,6 +147,8 @@ def test_an_answer_left_in_the_middle_stays_as_far_as_it_was_read(lm):
     assert result.tokens == lm.chat(asked, max_new_tokens=30).tokens
     assert result.stats.cached_tokens > 10
     assert list(stream) == list(unread) == []  # they are over
+    with pytest.raises(RuntimeError, match="read to its end"):
+        _ = unread.result
 
 
 def test_what_is_forgotten_leaves_no_trace_in_the_kept_cache(lm):
@@ -210,6 +212,8 @@ def test_a_conversation_says_at_once_what_cannot_work(lm):
         lm.conversation("x" * 2000)
     with pytest.raises(s3d_jax.ConfigError, match="gamma"):
         lm.conversation(gamma=0)
+    with pytest.raises(InputError, match="max_new_tokens has 2 entries"):
+        lm.conversation(max_new_tokens=[4, 4])
     with pytest.raises(InputError, match="needs a tokenizer"):
         tiny_lm().conversation()
 
