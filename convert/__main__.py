@@ -1,10 +1,11 @@
 """The command `s3d-convert`, also `python -m convert`."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from s3d_jax import __version__
@@ -174,14 +175,20 @@ def _print_plan(plan: "Plan", out: str) -> None:
     for file, size in plan.files.items():
         print(f"  read       {file}: {_size(size)}{where.get(file, '')}")
     print(f"  read       of these, {_size(plan.num_read)} of weights")
-    if plan.unneeded:
-        print(f"  skip       {len(plan.unneeded)} tensors (s3d-convert inspect lists them)")
+    for line in _counted(plan.unneeded):
+        print(f"  skip       {line} (s3d-convert inspect lists them)")
     print(f"  tokenizer  {', '.join(plan.tokenizer) or 'none: the model would take token ids'}")
     print(
         f"  write      {out}: {_size(plan.num_written)}; the disk has {_size(plan.num_free)} free"
     )
     print(f"  memory     about {_size(plan.memory)}")
     print("a dry run: nothing was written")
+
+
+def _counted(unneeded: Mapping[str, str]) -> list[str]:
+    """How many tensors there are of each reason."""
+    reasons = collections.Counter(unneeded.values())
+    return [f"{n} tensor{'s'[: n > 1]}: {reason}" for reason, n in reasons.items()]
 
 
 def _size(num_bytes: int | None) -> str:
@@ -300,6 +307,8 @@ def _print_report(report: "Report") -> None:
         f"{report.out}: {report.num_params:,} parameters in {report.config.dtype}, "
         f"{report.num_bytes / 2**20:,.1f} MiB{tokenizer}"
     )
+    for line in _counted(report.unneeded):
+        print(f"not converted: {line}")
     if report.parity is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.families import Family, Part, Table, family_for_export, family_of, pieces
+from convert.families import FAMILIES, Family, Part, Table, family_for_export, family_of, pieces
 from convert.hf import DTYPES, SafetensorsWriter
 from s3d_jax.checkpoint import Header, flatten, read_group, read_header, write_json
 from s3d_jax.errors import ConfigError
@@ -77,6 +77,7 @@ def _hf_config(header: Header) -> tuple[Family, dict[str, Any]]:
         try:
             family = family_of(original)
             same = family.config(original).replace(dtype=config.dtype) == config
+            same &= family.model_type in FAMILIES  # or only the text model is left of it
         except ConfigError:
             same = False
         if same:
