@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
 
-  s3d-convert HF_DIR_OR_ID OUT_DIR         from Hugging Face (or a llama2.c .bin file)
-  s3d-convert inspect HF_DIR_OR_ID         its tensors, and what each becomes
-  s3d-convert verify NATIVE_DIR HF_DIR     how far the two differ
-  s3d-convert export NATIVE_DIR OUT_DIR    back to a Hugging Face folder
+  s3d-convert HF_DIR_OR_ID OUT_DIR            from Hugging Face (or a llama2.c .bin file)
+  s3d-convert inspect HF_DIR_OR_ID            its tensors, and what each becomes
+  s3d-convert verify NATIVE_DIR HF_DIR_OR_ID  how far the two differ
+  s3d-convert export NATIVE_DIR OUT_DIR       back to a Hugging Face folder
 
 Works tensor by tensor, so a model larger than the memory can be converted. OUT_DIR appears when it
 is complete, or not at all."""
@@ -302,7 +302,8 @@ def _print_verification(verification: "Verification", arguments: argparse.Namesp
 
 
 def _print_report(report: "Report") -> None:
-    tokenizer = "" if report.tokenizer else "; no tokenizer, so it works with token ids only"
+    has_none = "; no tokenizer, so it works with token ids only (--tokenizer DIR takes one along)"
+    tokenizer = "" if report.tokenizer else has_none
     print(
         f"{report.out}: {report.num_params:,} parameters in {report.config.dtype}, "
         f"{report.num_bytes / 2**20:,.1f} MiB{tokenizer}"

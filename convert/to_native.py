@@ -226,7 +226,10 @@ def open_origin(
 def _read_fields(folder: Path) -> dict[str, Any]:
     fields = hf.read_json(folder / "config.json")
     if fields.get("format") == FORMAT:
-        raise ConversionError(f"{folder} is a native checkpoint already: load it as it is")
+        raise ConversionError(
+            f"{folder} is a native checkpoint already, and what it was converted from is needed: "
+            "s3d and s3d_jax.load take it as it is"
+        )
     return fields
 
 

@@ -391,7 +391,10 @@ _AGAIN = "convert the model again, or restore the folder from a copy"
 
 def _check_is_native(folder: Path) -> None:
     if not folder.exists():
-        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+        raise CheckpointError(
+            f"no checkpoint at {folder}: there is no such folder (a model on the hub is converted "
+            f"first, by s3d-convert {folder} ...)"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a native checkpoint is a folder")
     fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Unpack
 
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_options
+from s3d_jax.errors import InputError
 from s3d_jax.stream import Stream, text_pieces
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Conversation:
         After an error it is not said. After an interruption (Ctrl-C) it is, with an empty answer.
 
         Raises:
-            InputError: the text is too long, or the template refuses it; it is not said then.
+            InputError: it is no text, too long, or refused by the template; it is not said then.
         """
         before = self.messages
         batch = self._begin(text)
@@ -84,6 +85,8 @@ class Conversation:
 
     def _begin(self, text: str) -> Batch:
         """A batch for the answer; question and empty answer are among the messages."""
+        if not isinstance(text, str):
+            raise InputError(f"what is said must be a text, got {text!r:.80}")
         before = self.messages
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         self.messages = [*before, question, answer]

@@ -187,6 +187,10 @@ def test_what_is_refused_is_not_said(lm):
     with pytest.raises(InputError, match="shorten it"):
         conversation.send("x" * 2000)
     assert conversation.messages == said and said[-1]["content"] == first.text
+    for nothing in (None, ["Hello"]):
+        with pytest.raises(InputError, match="must be a text, got"):
+            conversation.send(nothing)
+    assert conversation.messages == said
     assert conversation.send("Hello").stats.cached_tokens > 0
 
 

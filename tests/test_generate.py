@@ -358,6 +358,9 @@ def test_chat_uses_the_template(baby):
         assert answer.tokens == baby.generate(ids, max_new_tokens=10)[0].tokens
         with pytest.raises(InputError, match="no robots"):
             baby.chat([{"role": "robot", "content": "x"}])
+        for wrong in ("Hello", ["Hello"], [{"content": "Hello"}], {"role": "user"}, None):
+            with pytest.raises(InputError, match="messages are a list of"):
+                baby.chat(wrong)
     finally:
         baby.tokenizer.chat_template = None
 
