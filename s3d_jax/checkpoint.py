@@ -36,7 +36,13 @@ FORMAT, VERSION = "s3d_jax", 1
 
 # Fields of generation_config.json that ask for no computation: not using them needs no word.
 _SILENT_GENERATION_FIELDS = frozenset(
-    ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+    (
+        *("eos_token_id", "bos_token_id", "pad_token_id"),
+        *("transformers_version", "_from_model_config"),
+        # What HF returns and how it computes it, not which tokens come.
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+        *("return_dict_in_generate", "use_cache", "cache_implementation"),
+    )
 )
 
 
