@@ -1,10 +1,11 @@
 """The command `s3d-convert`, also `python -m convert`."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from s3d_jax import __version__
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
 
-  s3d-convert HF_DIR_OR_ID OUT_DIR         from Hugging Face (or a llama2.c .bin file)
-  s3d-convert NATIVE_DIR OUT_DIR --quantize int8      what is native already, in other precision
-  s3d-convert inspect HF_DIR_OR_ID         its tensors, and what each becomes
-  s3d-convert verify NATIVE_DIR HF_DIR     how far the two differ
-  s3d-convert export NATIVE_DIR OUT_DIR    back to a Hugging Face folder
+  s3d-convert HF_DIR_OR_ID OUT_DIR            from Hugging Face (or a llama2.c .bin file)
+  s3d-convert NATIVE_DIR OUT_DIR --quantize int8      what is native already, in int8
+  s3d-convert inspect HF_DIR_OR_ID            its tensors, and what each becomes
+  s3d-convert verify NATIVE_DIR HF_DIR_OR_ID  how far the two differ
+  s3d-convert export NATIVE_DIR OUT_DIR       back to a Hugging Face folder
 
 Works tensor by tensor, so a model larger than the memory can be converted. OUT_DIR appears when it
 is complete, or not at all."""
@@ -193,14 +194,20 @@ def _print_plan(plan: "Plan", out: str) -> None:
     for file, size in plan.files.items():
         print(f"  read       {file}: {_size(size)}{where.get(file, '')}")
     print(f"  read       of these, {_size(plan.num_read)} of weights")
-    if plan.unneeded:
-        print(f"  skip       {len(plan.unneeded)} tensors (s3d-convert inspect lists them)")
+    for line in _counted(plan.unneeded):
+        print(f"  skip       {line} (s3d-convert inspect lists them)")
     print(f"  tokenizer  {', '.join(plan.tokenizer) or 'none: the model would take token ids'}")
     print(
         f"  write      {out}: {_size(plan.num_written)}; the disk has {_size(plan.num_free)} free"
     )
     print(f"  memory     about {_size(plan.memory)}")
     print("a dry run: nothing was written")
+
+
+def _counted(unneeded: Mapping[str, str]) -> list[str]:
+    """How many tensors there are of each reason."""
+    reasons = collections.Counter(unneeded.values())
+    return [f"{n} tensor{'s'[: n > 1]}: {reason}" for reason, n in reasons.items()]
 
 
 def _size(num_bytes: int | None) -> str:
@@ -314,7 +321,8 @@ def _print_verification(verification: "Verification", arguments: argparse.Namesp
 
 
 def _print_report(report: "Report") -> None:
-    tokenizer = "" if report.tokenizer else "; no tokenizer, so it works with token ids only"
+    has_none = "; no tokenizer, so it works with token ids only (--tokenizer DIR takes one along)"
+    tokenizer = "" if report.tokenizer else has_none
     print(
         f"{report.out}: {report.num_params:,} parameters in {report.config.precision}, "
         f"{report.num_bytes / 2**20:,.1f} MiB{tokenizer}"
@@ -323,6 +331,8 @@ def _print_report(report: "Report") -> None:
         print(f"trained drafts that came along: {', '.join(report.drafts)}")
     if report.config.quantization:
         _print_loss(report)
+    for line in _counted(report.unneeded):
+        print(f"not converted: {line}")
     if report.parity is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
     else:

@@ -51,7 +51,7 @@ def open_outline(folder: Path, remote: Mapping[str, int], fields: Mapping[str, A
     files, index = hf.weight_files(folder, remote)
     here = [file for file in files if hf.is_file(file)]
     family = family_of(fields)
-    table = family.table(family.config(fields))
+    table = family.table(family.config(fields), index)
     shapes = {part.name: part.shape for parts in table.values() for part in parts}
     place = {n: folder / file for n, file in index.items()} or dict.fromkeys(shapes, files[0])
     dtype = named_dtype(fields)

@@ -11,13 +11,13 @@ from convert import hf
 from convert.families import Part, native_shape
 from convert.outline import UNKNOWN
 from convert.to_native import (
-    HEAD,
     Model,
     by_group,
     max_transposed,
     open_origin,
     raise_problems,
     tensor_problems,
+    unneeded,
 )
 from s3d_jax.config import ModelConfig
 from s3d_jax.staging import check_apart, check_replaceable, check_space, free_space
@@ -38,7 +38,7 @@ class Plan:
         remote: those of `files` that are to be fetched from the hub.
         absent: those of `files` that are neither here nor on the hub.
         num_read: bytes of tensors to be read.
-        unneeded: tensors that are not read.
+        unneeded: tensors that are not read, and why.
         tokenizer: names of the tokenizer's files.
         num_written: bytes of weights to be written.
         num_free: bytes that the disk has free.
@@ -53,7 +53,7 @@ class Plan:
     remote: tuple[Path, ...]
     absent: tuple[Path, ...]
     num_read: int
-    unneeded: tuple[str, ...]
+    unneeded: Mapping[str, str]
     tokenizer: tuple[str, ...]
     num_written: int
     num_free: int
@@ -105,7 +105,7 @@ def plan(
             for name, tensor in tensors.items()
             if name in needed
         ),
-        unneeded=tuple(name for name in tensors if name not in needed),
+        unneeded=unneeded(model, origin.source),
         tokenizer=tuple(p.name for p in tokenizer_files(origin.tokenizer))
         if origin.tokenizer
         else (),
@@ -122,7 +122,7 @@ def _peak_memory(model: Model, tensors: Mapping[str, hf.Tensor]) -> int:
         for table in by_group(model.table).values()
     )
     itemsize = hf.DTYPES[model.config.dtype].itemsize
-    is_cast = any(tensor.dtype != model.config.dtype for tensor in tensors.values())
+    is_cast = any(tensors[name].dtype != model.config.dtype for name in model.shapes)
     arrays = itemsize * (2 * largest_group + max_transposed(model.table))
     return _LIBRARIES + arrays + is_cast * _CAST * hf.CHUNK
 
@@ -166,6 +166,7 @@ def inspect(
     model = Model.of(origin, None)
     tensors = origin.source.tensors
     problems = tensor_problems(model, origin.source)
+    reasons = unneeded(model, origin.source) | problems
     places = {
         part.name: (path, place)
         for path, parts in model.table.items()
@@ -179,13 +180,9 @@ def inspect(
             if tensor.dtype != UNKNOWN:
                 known |= dict(dtype=tensor.dtype, shape=tensor.shape)
         native, place = places.get(name, (None, ""))
-        reason = problems.get(name, "")
-        if native is None and not reason:
-            reason = _why_unneeded(name)
+        reason, is_fault = reasons.get(name, ""), name in problems
         entries.append(
-            Entry(
-                name, **known, native=native, slice=place, reason=reason, is_fault=name in problems
-            )
+            Entry(name, **known, native=native, slice=place, reason=reason, is_fault=is_fault)
         )
     return model, tuple(entries)
 
@@ -200,9 +197,3 @@ def _places(parts: tuple[Part, ...]) -> list[tuple[Part, str]]:
         places.append((part, f"[:, {start}:{end}]" if part.transposed else f"[{start}:{end}]"))
         start = end
     return places
-
-
-def _why_unneeded(name: str) -> str:
-    if name == HEAD:
-        return "the embeddings are tied: the head is the embedding table"
-    return "rotary tables follow from the config"

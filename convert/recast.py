@@ -94,6 +94,7 @@ def recast(
         tokenizer_problem=problem,
         parity=None,
         parity_skipped="the source is a native checkpoint",
+        unneeded={},
         loss=loss,
         loss_skipped=loss_skipped,
         drafts=tuple(draft.name for draft in drafts),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.families import Family, Part, Table, family_for_export, family_of, pieces
+from convert.families import FAMILIES, Family, Part, Table, family_for_export, family_of, pieces
 from convert.hf import DTYPES, SafetensorsWriter
 from s3d_jax.checkpoint import Header, flatten, read_group, read_header, write_json
 from s3d_jax.config import ModelConfig
@@ -79,6 +79,7 @@ def _hf_config(header: Header, config: ModelConfig) -> tuple[Family, dict[str, A
         try:
             family = family_of(original)
             same = family.config(original).replace(dtype=config.dtype) == config
+            same &= family.model_type in FAMILIES  # or only the text model is left of it
         except ConfigError:
             same = False
         if same:

@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import hf, hub, llama2c
-from convert.families import Family, Table, family_of, native_shape, pieces
-from convert.outline import named_dtype, open_outline
+from convert.families import Family, Names, Table, family_of, native_shape, pieces
+from convert.outline import UNKNOWN, named_dtype, open_outline
 from convert.parity import Parity, measure_parity
 from convert.quantization import Loss, measure_loss
 from convert.tokenizer import write_tokenizer
@@ -33,7 +33,6 @@ from s3d_jax.tokenizer import has_vocabulary
 
 NOT_ASKED = "not asked for"
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
-HEAD = "lm_head.weight"  # of no use where the embeddings are tied, but then they must be equal
 _MAX_LINES = 1000  # of a list of faulty tensors
 _BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
 _CACHED = 1 << 18  # elements that are looked through at a time, for the same reason
@@ -71,11 +70,14 @@ class Model:
     Attributes:
         family: its kind.
         config: the model, with the dtype to be written.
+        names: where the origin has its tensors. The head is of no use where the embeddings are
+            tied, but if it is there they must be equal.
         table: its arrays in a float type, and the tensors that make them up.
     """
 
     family: Family
     config: ModelConfig
+    names: Names
     table: Table
 
     @classmethod
@@ -89,7 +91,8 @@ class Model:
         config = family.config(origin.fields)
         config = config.replace(dtype=dtype or _stored_dtype(origin), quantization=quantization)
         _check_eos(origin.generation_config, config)
-        return cls(family, config, family.table(config))
+        tensors = origin.source.tensors
+        return cls(family, config, family.names_in(tensors), family.table(config, tensors))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,6 +125,7 @@ class Report:
         num_bytes: bytes of weights written.
         stored_dtypes: what the source's tensors are stored as; where these are not the config's
             dtype, they were cast.
+        unneeded: tensors of the source that were not read, and why.
         tokenizer: whether a tokenizer came along that can be read.
         tokenizer_problem: why it cannot be read and what to do about it, or "".
         parity: agreement with HF transformers, or None.
@@ -136,6 +140,7 @@ class Report:
     num_params: int
     num_bytes: int
     stored_dtypes: tuple[str, ...]
+    unneeded: Mapping[str, str]
     tokenizer: bool
     tokenizer_problem: str
     parity: Parity | None
@@ -182,6 +187,7 @@ def convert(
         num_params=model.num_params,
         num_bytes=model.num_bytes,
         stored_dtypes=stored_dtypes(model, origin.source),
+        unneeded=unneeded(model, origin.source),
         tokenizer=bool(origin.tokenizer and has_vocabulary(origin.tokenizer) and not problem),
         tokenizer_problem=problem,
         parity=measured,
@@ -241,7 +247,10 @@ def open_origin(
 def _read_fields(folder: Path) -> dict[str, Any]:
     fields = hf.read_json(folder / "config.json")
     if fields.get("format") == FORMAT:
-        raise ConversionError(f"{folder} is a native checkpoint already, and not a HF one")
+        raise ConversionError(
+            f"{folder} is a native checkpoint already, and what it was converted from is needed: "
+            "s3d and s3d_jax.load take it as it is"
+        )
     return fields
 
 
@@ -295,6 +304,11 @@ def stored_dtypes(model: Model, source: hf.Source) -> tuple[str, ...]:
     return tuple(sorted({source.tensors[name].dtype for name in model.shapes}))
 
 
+def num_stored(source: hf.Source) -> int:
+    """The numbers in all of its tensors, needed or not: what HF transformers takes into memory."""
+    return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+
+
 def is_rounded(stored: tuple[str, ...], config: ModelConfig) -> bool:
     """Whether casting to the model's type, or quantising, loses bits."""
     dtype = config.dtype
@@ -308,14 +322,25 @@ def check_tensors(model: Model, source: hf.Source) -> None:
         ConversionError: lists every missing, unknown, duplicate, mis-shaped and unreadable one.
     """
     problems = tensor_problems(model, source)
-    embeddings = "model.embed_tokens.weight"
-    readable = {HEAD, embeddings} <= source.tensors.keys() - problems.keys()
-    if HEAD not in model.shapes and readable and not _equal(source, HEAD, embeddings):
-        problems[HEAD] = (
+    head, embeddings = model.names.head, model.names.embeddings
+    readable = {head, embeddings} <= source.tensors.keys() - problems.keys()
+    if head not in model.shapes and readable and not _equal(source, head, embeddings):
+        problems[head] = (
             "differs from the embeddings, and tie_word_embeddings is true: set it to false in a "
             "copy of config.json if the head is one of its own"
         )
     raise_problems(problems, model)
+
+
+def unneeded(model: Model, source: hf.Source) -> dict[str, str]:
+    """The tensors that are not read, and why; of a source without problems."""
+    needed, head = model.shapes, model.names.head
+    tied = "the embeddings are tied: the head is the embedding table"
+    return {
+        name: tied if name == head else model.family.why_ignored(name)
+        for name in source.tensors
+        if name not in needed
+    }
 
 
 def raise_problems(problems: Mapping[str, str], model: Model) -> None:
@@ -331,17 +356,17 @@ def raise_problems(problems: Mapping[str, str], model: Model) -> None:
 
 def tensor_problems(model: Model, source: hf.Source) -> dict[str, str]:
     """What can be said without reading them; for each tensor at fault, what is wrong with it."""
-    wanted, tensors, is_ignored = model.shapes, source.tensors, model.family.is_ignored
-    problems = {name: fault for name, fault in source.faults.items() if not is_ignored(name)}
+    wanted, tensors, ignored = model.shapes, source.tensors, model.family.why_ignored
+    problems = {name: fault for name, fault in source.faults.items() if not ignored(name)}
     problems |= {n: "missing" for n in wanted if n not in tensors and n not in problems}
     for name, tensor in tensors.items():
-        if name in problems or is_ignored(name):
+        if name in problems or ignored(name):
             continue
-        if name not in wanted and name != HEAD:  # the embeddings are tied, or HEAD is wanted
+        if name not in wanted and name != model.names.head:  # tied embeddings, or it is wanted
             problems[name] = "unknown"
         elif name in wanted and tensor.shape != wanted[name]:
             problems[name] = f"shape {list(tensor.shape)}, the config asks for {list(wanted[name])}"
-        elif tensor.dtype not in DTYPES:
+        elif tensor.dtype not in (*DTYPES, UNKNOWN):
             problems[name] = f"stored as {tensor.dtype}, and supported are {', '.join(DTYPES)}"
     return problems
 
@@ -422,7 +447,8 @@ def _measure(
         leave=False,
     ):
         hf_folder = origin.path if origin.format == "huggingface" else None
-        return measure_parity(hf_folder, out, model.num_params, model.config.vocab_size)
+        num_params = num_stored(origin.source)
+        return measure_parity(hf_folder, out, num_params, model.config.vocab_size)
 
 
 def max_transposed(table: Table) -> int:

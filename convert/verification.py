@@ -5,7 +5,14 @@ import os
 from pathlib import Path
 
 from convert.parity import LENGTH, Parity, compare, obstacle
-from convert.to_native import Model, check_tensors, is_rounded, open_origin, stored_dtypes
+from convert.to_native import (
+    Model,
+    check_tensors,
+    is_rounded,
+    num_stored,
+    open_origin,
+    stored_dtypes,
+)
 from s3d_jax.checkpoint import read_header
 from s3d_jax.config import DTYPES
 from s3d_jax.errors import ConfigError, ConversionError
@@ -61,7 +68,8 @@ def verify(
             f"{native} has a vocabulary of {header.config.vocab_size} tokens, and {source} one of "
             f"{model.config.vocab_size}: choose the checkpoint that it was converted from"
         )
-    if reason := obstacle(model.num_params, model.config.vocab_size, dtype, num_tokens):
+    num_params = num_stored(origin.source)
+    if reason := obstacle(num_params, model.config.vocab_size, dtype, num_tokens):
         raise ConversionError(f"{native} and {source} cannot be compared: {reason}")
     parity = compare(origin.path, Path(native), dtype=dtype, num_tokens=num_tokens)
     stored = stored_dtypes(model, origin.source)

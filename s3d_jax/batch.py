@@ -145,13 +145,14 @@ class Batch:
     Attributes:
         tokens: new ids per row so far.
         texts: the rows' texts, or None without a tokenizer.
+        has_ended: whether `run` has come to its end, and was not left or interrupted before.
     """
 
     def __init__(
         self, lm: "LM", prompts: list[np.ndarray], kept: Kept | None = None, **options: Any
     ) -> None:
         """With what was `kept` of an earlier batch of one row, a single prompt."""
-        request = _checked(lm, len(prompts), **options)
+        request = checked_options(lm, len(prompts), **options)
         if isinstance(request.spec.draft, TwoModelConfig):
             kept = None  # of the draft model's cache nothing is kept
         self._lm = lm
@@ -164,6 +165,7 @@ class Batch:
             if lm.tokenizer is None
             else [TextRow(lm.tokenizer, prompt.tolist(), request.stops) for prompt in prompts]
         )
+        self.has_ended = False
         self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -221,6 +223,7 @@ class Batch:
             yield from self._run(sequences, paused, iterations_per_call)
         for text in self.texts or ():
             text.finish()
+        self.has_ended = True
 
     def _run(
         self,
@@ -256,7 +259,7 @@ class Batch:
         return (np.array(lengths) < self._ends) & ~np.array(ended) & ~np.array(self._stopped)
 
     def results(self) -> list[Result]:
-        """One Result per row; call it when `run` has ended."""
+        """One Result per row; only when `has_ended`."""
         passes = jax.device_get(self._state.passes)
         memory = peak_memory_bytes()
         results = []
@@ -363,8 +366,15 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Request:
-    """Checked options of one batch."""
+class Request:
+    """Checked options of one batch.
+
+    Attributes:
+        max_new_tokens: of each row.
+        spec: what is static.
+        sampling: what is not.
+        stops: strings that end a text.
+    """
 
     max_new_tokens: list[int]
     spec: decode.DecodeSpec
@@ -372,7 +382,7 @@ class _Request:
     stops: tuple[str, ...]
 
 
-def _checked(
+def checked_options(
     lm: "LM",
     rows: int,
     *,
@@ -385,7 +395,7 @@ def _checked(
     eos_token_ids: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     **sampling: Any,
-) -> _Request:
+) -> Request:
     """GenerateOptions with their defaults, for `rows` prompts.
 
     Raises:
@@ -410,7 +420,7 @@ def _checked(
         stop_ids=tuple(sorted(set(ids))),  # equal sets of them share a program
         proposer=proposer,
     )
-    return _Request([min(n, lm.max_length) for n in new_tokens], spec, params, stops)
+    return Request([min(n, lm.max_length) for n in new_tokens], spec, params, stops)
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

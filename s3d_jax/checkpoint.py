@@ -38,7 +38,13 @@ FORMAT, VERSION = "s3d_jax", 1
 
 # Fields of generation_config.json that ask for no computation: not using them needs no word.
 _SILENT_GENERATION_FIELDS = frozenset(
-    ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+    (
+        *("eos_token_id", "bos_token_id", "pad_token_id"),
+        *("transformers_version", "_from_model_config"),
+        # What HF returns and how it computes it, not which tokens come.
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+        *("return_dict_in_generate", "use_cache", "cache_implementation"),
+    )
 )
 
 
@@ -413,7 +419,10 @@ _AGAIN = "convert the model again, or restore the folder from a copy"
 
 def _check_is_native(folder: Path) -> None:
     if not folder.exists():
-        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+        raise CheckpointError(
+            f"no checkpoint at {folder}: there is no such folder (a model on the hub is converted "
+            f"first, by s3d-convert {folder} ...)"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a native checkpoint is a folder")
     fields = read_json(folder / "config.json") if (folder / "config.json").exists() else {}

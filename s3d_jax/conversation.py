@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Unpack
 
-from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result
-from s3d_jax.config import is_list, plain
+from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_options
+from s3d_jax.errors import InputError
 from s3d_jax.stream import Stream, text_pieces
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ class Conversation:
         self._batch: Batch | None = None
         # What cannot work should be said now, not after the first question.
         prompt = lm.chat_prompt([*self.messages, {"role": "user", "content": "?"}])
-        Batch(lm, lm.token_ids(prompt), **options)
-        wanted = plain(options.get("max_new_tokens", 128))
-        self._wanted: int = wanted[0] if is_list(wanted) else wanted
+        lm.token_ids(prompt)
+        (self._wanted,) = checked_options(lm, 1, **options).max_new_tokens
 
     def send(self, text: str) -> Result:
         """Says something to the model; returns its answer.
@@ -51,7 +50,7 @@ class Conversation:
         After an error it is not said. After an interruption (Ctrl-C) it is, with an empty answer.
 
         Raises:
-            InputError: the text is too long, or the template refuses it; it is not said then.
+            InputError: it is no text, too long, or refused by the template; it is not said then.
         """
         before = self.messages
         batch = self._begin(text)
@@ -68,7 +67,8 @@ class Conversation:
     def stream(self, text: str) -> Stream[str]:
         """As `send`, but yields pieces of the answer as soon as they are certain.
 
-        An answer that is not read to its end stays as far as it was read.
+        An answer that is not read to its end stays as far as it was read; the stream is over when
+        the next turn begins.
         """
         batch = self._begin(text)
         answer = self.messages[-1]
@@ -85,6 +85,8 @@ class Conversation:
 
     def _begin(self, text: str) -> Batch:
         """A batch for the answer; question and empty answer are among the messages."""
+        if not isinstance(text, str):
+            raise InputError(f"what is said must be a text, got {text!r:.80}")
         before = self.messages
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         self.messages = [*before, question, answer]

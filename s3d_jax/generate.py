@@ -12,7 +12,7 @@ import numpy as np
 
 from s3d_jax import checkpoint
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
-from s3d_jax.config import DraftConfig, ModelConfig, is_integer, plain, symmetric_skip
+from s3d_jax.config import DraftConfig, ModelConfig, is_integer, is_list, plain, symmetric_skip
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafts import choose_draft, merge, merged_bytes, read_draft
 from s3d_jax.errors import ConfigError, InputError
@@ -20,8 +20,8 @@ from s3d_jax.model import DraftParams, Params, untrained_draft
 from s3d_jax.stream import Stream, text_pieces
 from s3d_jax.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
 
-# Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger the
-# small products of the deltas hardly count.
+# Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger
+# the small products of the deltas hardly count.
 _MOST_MERGED = 64 * 2**20
 EMBEDDED = Path(__file__).parent / "assets" / "stories_and_dialogues"
 
@@ -263,7 +263,8 @@ class LM:
         """Token ids of a conversation, written out by the tokenizer's template up to the answer.
 
         Raises:
-            InputError: no tokenizer, no chat template, or messages that the template refuses.
+            InputError: no tokenizer, no chat template, or messages that are none, or that the
+                template refuses.
         """
         if self.tokenizer is None:
             raise InputError("chat needs a tokenizer, and this model has none")
@@ -271,6 +272,13 @@ class LM:
             raise InputError(
                 "this model's tokenizer has no chat template, so it was not made for chat: use "
                 "generate with a text, or set lm.tokenizer.chat_template"
+            )
+        if not is_list(messages) or not all(
+            isinstance(m, Mapping) and "role" in m for m in messages
+        ):
+            raise InputError(
+                'messages are a list of {"role": "user", "content": "..."} and the like, got '
+                f"{messages!r:.80}"
             )
         try:
             text = self.tokenizer.apply_chat_template(
@@ -312,7 +320,7 @@ class LM:
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise InputError(
-                        f"prompt {i} is a text, but this model has no tokenizer: give ids"
+                        f"prompt {i} is a text, but this model has no tokenizer: give ids (--ids)"
                     )
                 if not prompt:
                     raise InputError(f"prompt {i} is empty")

@@ -3,14 +3,13 @@
 A quantised matrix is {"weight" (of a table "embedding"): int8 [out, in], "scale": float32 [out]},
 where a float one is [in, out]. docs/performance.md has the measurements behind the choices.
 
-Where activations are rounded to int8 as well, a difference in the last bit of a float can become one
-of a whole step, and then of the output. So that a token gets the very logits in a block of several
-that it gets alone, a quantised model takes sums and maxima of rows by integers, whose order does not
-matter: XLA sums floats in an order of its own for each shape.
+Where activations are rounded to int8 as well, a difference in the last bit of a float can become
+one of a whole step, and then of the output. So that a token gets the very logits in a block of
+several that it gets alone, a quantised model takes sums and maxima of rows by integers, whose order
+does not matter: XLA sums floats in an order of its own for each shape.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -203,8 +202,8 @@ def _in_order(bits: jax.Array) -> jax.Array:
 def row_sum(x: jax.Array, bound: float) -> jax.Array:
     """The sum over the last axis, float32 [..., n] -> [..., 1], of numbers from 0 to `bound`.
 
-    Each is rounded to bound / 2^18, of which 4096 fit into an integer. Zeros behind the others change
-    nothing.
+    Each is rounded to bound / 2^18, of which 4096 fit into an integer. Zeros behind the others
+    change nothing.
 
     Args:
         x: float32 [..., n].

@@ -21,7 +21,11 @@ def text_pieces(batch: Batch) -> Iterator[str]:
 
 
 class Stream(Generic[_Piece]):
-    """An iterator over the pieces of one continuation; `result` is there when it has ended."""
+    """An iterator over the pieces of one continuation; `result` is there when it has ended.
+
+    After an interruption (Ctrl-C) or an error while it makes a piece it yields no more, as any
+    generator, and has no result.
+    """
 
     def __init__(self, pieces: Iterator[_Piece], batch: Batch) -> None:
         self._pieces = pieces
@@ -35,7 +39,7 @@ class Stream(Generic[_Piece]):
         try:
             return next(self._pieces)
         except StopIteration:
-            if self._result is None:
+            if self._result is None and self._batch.has_ended:
                 self._result = self._batch.results()[0]
             raise
 
@@ -44,8 +48,11 @@ class Stream(Generic[_Piece]):
         """The whole output with its statistics.
 
         Raises:
-            RuntimeError: the stream has not ended yet.
+            RuntimeError: the stream has not been read to its end.
         """
         if self._result is None:
-            raise RuntimeError("the stream has not ended: iterate over it first")
+            raise RuntimeError(
+                "a stream has a result when it has been read to its end, without an interruption: "
+                "iterate over it first"
+            )
         return self._result

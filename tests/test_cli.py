@@ -206,7 +206,7 @@ def test_chat_goes_on_when_the_context_is_full(chatty, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["generate", "x", "--model", "nowhere"], "no such folder"),
+        (["generate", "x", "--model", "nowhere"], "by s3d-convert nowhere ..."),
         (["generate", "", "--model", "NATIVE"], "empty"),
         (["generate", "x" * 300, "--model", "NATIVE"], "larger max_length"),
         (["generate", "x", "--model", "NATIVE", "--gamma", "0"], "gamma"),
@@ -215,7 +215,7 @@ def test_chat_goes_on_when_the_context_is_full(chatty, capsys, monkeypatch):
         (["generate", "-", "-", "--model", "NATIVE"], "only once"),
         (["generate", "1 two", "--ids", "--model", "NATIVE"], "numbers"),
         (["generate", "9999", "--ids", "--model", "NATIVE"], "vocabulary is 0 to 104"),
-        (["info", "--model", "nowhere"], "no such folder"),
+        (["info", "--model", "nowhere"], "by s3d-convert nowhere ..."),
     ],
 )
 def test_errors_are_one_clear_line_and_exit_code_2(native, arguments, message, capsys):

@@ -17,6 +17,7 @@ MODELS = {
     "plain": {},
     "rings": dict(sliding_window=(WINDOW, None, WINDOW, None)),
     "longrope": dict(rope=ROPE),
+    "longrope rings": dict(rope=ROPE, sliding_window=(WINDOW, None, WINDOW, None)),
     "dynamic": dict(rope=RopeConfig("dynamic", factor=4.0, original_max_position_embeddings=TURN)),
 }
 RNG = np.random.default_rng(0)
@@ -58,7 +59,9 @@ def talk(request, monkeypatch):
         kept.append(batch.kept())
         return fresh, result.stats.cached_tokens, list(chunks)
 
-    talk.model = request.param
+    talk.has_rings = "rings" in request.param
+    talk.turns = "longrope" in request.param  # past 20 tokens all keys are others
+    talk.is_dynamic = request.param == "dynamic"  # there they are others for each length
     return talk
 
 
@@ -68,21 +71,34 @@ def test_turns_equal_fresh_generations(talk):
     assert (cached, chunks) == (0, [8])
     second = first + answer + new(4)  # 23 tokens; the last of the answer is not in the cache
     answer, cached, chunks = talk(second, 12)
-    turned = talk.model in ("longrope", "dynamic")  # all keys are others past 20 tokens
+    turned = talk.turns or talk.is_dynamic
     assert (cached, chunks) == ((0, [8, 8, 8]) if turned else (18, [4]))
     third = second + answer + new(40)  # a larger cache
     answer, cached, chunks = talk(third, 12)
-    assert (cached, sum(chunks)) == ((0, 76) if talk.model == "dynamic" else (34, 40))
+    assert (cached, sum(chunks)) == ((0, 76) if talk.is_dynamic else (34, 40))
 
     # Back by 4 tokens, which the slack of a ring allows; and by 60, which it does not.
     fourth = [*(third + answer)[:-5], 0 if answer[-5] else 1, *new(3)]
     answer, cached, _ = talk(fourth, 6)
-    assert cached == (0 if talk.model == "dynamic" else len(fourth) - 4)
+    assert cached == (0 if talk.is_dynamic else len(fourth) - 4)
     answer, cached, _ = talk(fourth[:30], 6)
-    assert cached == (29 if talk.model in ("plain", "longrope") else 0)
-    if talk.model in ("longrope", "dynamic"):
+    assert cached == (0 if talk.has_rings or talk.is_dynamic else 29)
+    if turned:
         assert talk(fourth[:12], 4)[1] == 0  # short again
         assert talk(fourth[:10] + new(3), 4)[1] == 10
+
+
+def test_an_answer_that_begins_in_a_kept_cache_grows_past_the_turning_point(talk):
+    """20 tokens, in the middle of the second answer; the third turn goes on in what is there."""
+    first = new(9)
+    answer, _, _ = talk(first, 4)
+    second = first + answer + new(3)
+    answer, cached, chunks = talk(second, 30)
+    assert cached == 12 and chunks[0] == 4
+    assert len(chunks) == (4 if talk.turns else 1)  # 20 tokens anew: 8, 8 and 4
+    third = second + answer + new(3)
+    _, cached, _ = talk(third, 6)
+    assert cached == (0 if talk.is_dynamic else len(second + answer) - 1)
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -131,6 +147,37 @@ def test_an_answer_left_in_the_middle_stays_as_far_as_it_was_read(lm):
     assert result.tokens == lm.chat(asked, max_new_tokens=30).tokens
     assert result.stats.cached_tokens > 10
     assert list(stream) == list(unread) == []  # they are over
+    with pytest.raises(RuntimeError, match="read to its end"):
+        _ = unread.result
+
+
+def test_what_is_forgotten_leaves_no_trace_in_the_kept_cache(lm):
+    """Each answer is that of a fresh prefill of the turns that are left."""
+    short = s3d_jax.LM(
+        lm.config,
+        lm.params,
+        draft_config=lm.draft_config,
+        draft_params=lm.draft_params,
+        tokenizer=lm.tokenizer,
+        eos_token_ids=lm.eos_token_ids,
+        max_length=100,
+    )
+    system = {"role": "system", "content": "Be brief."}
+    conversation = short.conversation(system["content"], max_new_tokens=30)
+    said, forgotten = [system], []
+    for question in QUESTIONS * 2:
+        said.append({"role": "user", "content": question})
+        result = conversation.send(question)
+        dropped = len(said) + 1 - len(conversation.messages)
+        forgotten.append(dropped // 2)
+        said = said[:1] + said[1 + dropped :]
+        fresh = lm.chat(said, max_new_tokens=30)
+        assert (result.tokens, result.text) == (fresh.tokens, fresh.text)
+        said.append({"role": "assistant", "content": fresh.text})
+        assert conversation.messages == said
+        if dropped:  # what is in the cache is another text from the first question on
+            assert 0 < result.stats.cached_tokens < len(lm.chat_prompt(said[:2]))
+    assert forgotten[:2] == [0, 0] and sum(n > 0 for n in forgotten) > 1
 
 
 def test_what_is_refused_is_not_said(lm):
@@ -140,6 +187,10 @@ def test_what_is_refused_is_not_said(lm):
     with pytest.raises(InputError, match="shorten it"):
         conversation.send("x" * 2000)
     assert conversation.messages == said and said[-1]["content"] == first.text
+    for nothing in (None, ["Hello"]):
+        with pytest.raises(InputError, match="must be a text, got"):
+            conversation.send(nothing)
+    assert conversation.messages == said
     assert conversation.send("Hello").stats.cached_tokens > 0
 
 
@@ -165,6 +216,8 @@ def test_a_conversation_says_at_once_what_cannot_work(lm):
         lm.conversation("x" * 2000)
     with pytest.raises(s3d_jax.ConfigError, match="gamma"):
         lm.conversation(gamma=0)
+    with pytest.raises(InputError, match="max_new_tokens has 2 entries"):
+        lm.conversation(max_new_tokens=[4, 4])
     with pytest.raises(InputError, match="needs a tokenizer"):
         tiny_lm().conversation()
 

@@ -314,9 +314,31 @@ def test_a_model_without_tokenizer_works_with_ids(tiny):
     result = tiny.generate([1, 2], max_new_tokens=5)[0]
     assert result.text is None and len(result.tokens) == 5
     stream = tiny.stream_tokens([1, 2], max_new_tokens=5)
-    with pytest.raises(RuntimeError, match="not ended"):
+    with pytest.raises(RuntimeError, match="read to its end"):
         _ = stream.result
     assert sum(stream, []) == result.tokens == stream.result.tokens
+
+
+@pytest.mark.parametrize("in_a_program", [True, False])
+def test_an_interrupted_stream_is_over_and_has_no_result(baby, monkeypatch, in_a_program):
+    def interrupted(self, *args):
+        if in_a_program:  # which has taken the arrays
+            jax.tree.map(lambda array: array.delete(), self._state)
+        raise KeyboardInterrupt
+
+    whole = baby.generate("Once", max_new_tokens=20)[0]
+    for make in (baby.stream, baby.stream_tokens):
+        stream = make("Once", max_new_tokens=20)
+        first = next(stream)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Batch, "_decode", interrupted)
+            list(stream)
+        assert list(stream) == [] and first in (
+            whole.text[: len(first)],
+            whole.tokens[: len(first)],
+        )
+        with pytest.raises(RuntimeError, match="without an interruption"):
+            _ = stream.result
 
 
 def test_chat_uses_the_template(baby):
@@ -336,6 +358,9 @@ def test_chat_uses_the_template(baby):
         assert answer.tokens == baby.generate(ids, max_new_tokens=10)[0].tokens
         with pytest.raises(InputError, match="no robots"):
             baby.chat([{"role": "robot", "content": "x"}])
+        for wrong in ("Hello", ["Hello"], [{"content": "Hello"}], {"role": "user"}, None):
+            with pytest.raises(InputError, match="messages are a list of"):
+                baby.chat(wrong)
     finally:
         baby.tokenizer.chat_template = None
 

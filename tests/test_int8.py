@@ -225,7 +225,7 @@ def test_merged_deltas_draft_as_the_others(kind):
 
 def test_a_full_draft_needs_float_weights():
     _, _, config, params = quantized({})
-    with pytest.raises(ConfigError, match="mode 'full' changes the target's weights.*int8"):
+    with pytest.raises(ConfigError, match=r"mode 'full' changes the target's weights.*int8"):
         DraftTask(config, params, DraftConfig((False, True, True, False)), mode="full")
 
 

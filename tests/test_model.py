@@ -45,6 +45,26 @@ def test_attention_block_by_block_equals_attention_at_once(softcap, monkeypatch)
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_in_bfloat16_many_blocks_are_as_exact_as_attention_at_once(monkeypatch):
+    """Sums over 32 blocks, of which each adds less than the last bit of a 16-bit sum."""
+    rng = np.random.default_rng(0)
+    shapes = (1, 5, 6, 10), (1, 2, 4096, 10), (1, 2, 4096, 10)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
+    v = v + 1  # or the mean of so many values would be nothing but noise
+    mask = np.ones((1, 5, 4096), bool)
+
+    def out(whole_bytes, *arrays):
+        monkeypatch.setattr(model, "_WHOLE_BYTES", whole_bytes)
+        monkeypatch.setattr(model, "_BLOCK_BYTES", 1)
+        return np.asarray(attend(*arrays, mask, 0.3, None), np.float32)
+
+    exact = out(10**9, *(x.astype(jnp.float32) for x in (q, k, v)))
+    whole, blocks = out(10**9, q, k, v), out(0, q, k, v)
+    rounding = 2.0**-8 * np.abs(exact)  # of the output alone: half a unit in its last place
+    assert np.all(np.abs(blocks - exact) <= rounding + 1e-3)
+    assert np.all(np.abs(blocks - whole) <= 2 * rounding + 1e-3)
+
+
 def test_the_memory_of_a_prefill_grows_with_the_length_and_not_with_its_square():
     # The last layer only writes its keys and values.
     config = tiny_config(num_layers=2, num_heads=32, num_kv_heads=32, head_dim=2)

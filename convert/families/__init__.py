@@ -1,4 +1,7 @@
-"""The model families: one small file each. To add one, write its file and list it in `FAMILIES`."""
+"""The model families: one small file each. To add one, write its file and list it in `FAMILIES`.
+
+`MULTIMODAL` are those of which only the text model is read. What is exported is of `FAMILIES`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +19,15 @@ from convert.families import (
     qwen3,
     smollm3,
 )
-from convert.families.common import Family, Part, Table, native_shape, pieces
+from convert.families.common import Family, Names, Part, Table, native_shape, pieces
 from s3d_jax.config import ModelConfig
 from s3d_jax.errors import ConfigError
 
 __all__ = [
     "FAMILIES",
+    "MULTIMODAL",
     "Family",
+    "Names",
     "Part",
     "Table",
     "family_for_export",
@@ -39,6 +44,8 @@ FAMILIES: dict[str, Family] = {  # exports take the first that can express the m
     )
 }
 
+MULTIMODAL: dict[str, Family] = {family.model_type: family for family in (gemma3.MULTIMODAL,)}
+
 
 def family_of(fields: Mapping[str, Any]) -> Family:
     """The family of a HF config.json.
@@ -47,7 +54,8 @@ def family_of(fields: Mapping[str, Any]) -> Family:
         ConfigError: its model_type is missing or not supported, or it is a mixture of experts.
     """
     model_type = fields.get("model_type")
-    supported = ", ".join(sorted(FAMILIES))
+    families = FAMILIES | MULTIMODAL
+    supported = ", ".join(sorted(families))
     if model_type is None:
         raise ConfigError(f"config.json has no model_type; supported are: {supported}")
     experts = sorted(name for name, value in fields.items() if "expert" in name and value)
@@ -57,11 +65,11 @@ def family_of(fields: Mapping[str, Any]) -> Family:
             f"model_type {model_type!r:.80} is a mixture of experts{listed}, which is not "
             f"supported; supported are the dense models {supported}"
         )
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in families:
         raise ConfigError(
             f"model_type {model_type!r:.80} is not supported; supported are: {supported}"
         )
-    return FAMILIES[model_type]
+    return families[model_type]
 
 
 def family_for_export(config: ModelConfig) -> Family:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,24 @@ def pieces(parts: Iterable[Part], array: np.ndarray) -> Iterator[tuple[Part, np.
 
 
 @dataclasses.dataclass(frozen=True)
+class Names:
+    """Where a source keeps the decoder's tensors.
+
+    Attributes:
+        model: what stands before "layers.0....", "embed_tokens.weight" and "norm.weight".
+        head: the output head.
+    """
+
+    model: str = "model."
+    head: str = "lm_head.weight"
+
+    @property
+    def embeddings(self) -> str:
+        """The table of token embeddings."""
+        return f"{self.model}embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One kind of HF model.
 
@@ -75,10 +93,11 @@ class Family:
         read: the family's own fields of config.json -> ModelConfig; leaves unknown ones untaken.
         write: ModelConfig -> fields of config.json, for exports.
         layer: the tensors of a layer, as `decoder_table` takes them.
+        names: where the tensors may be, the usual place first.
         defaults: HF's values of fields that config.json may leave out.
         renew: config.json, and its model -> config.json in the spelling that HF reads today without
             a warning, for exports.
-        ignored_tensors: regular expressions of tensors that hold nothing to learn.
+        ignored_tensors: regular expressions of tensors that are no part of the model, and why.
     """
 
     model_type: str
@@ -86,12 +105,15 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     layer: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=lambda: LAYER)
+    names: tuple[Names, ...] = (Names(),)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     renew: Callable[[dict[str, Any], ModelConfig], dict[str, Any]] = lambda fields, config: fields
-    # Rotary tables, which old versions saved; they follow from the config.
-    ignored_tensors: tuple[str, ...] = (
-        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-        r"model\.rotary_emb\.inv_freq",
+    ignored_tensors: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {  # old versions saved them
+            r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": (
+                "rotary tables follow from the config"
+            )
+        }
     )
 
     def config(self, fields: Mapping[str, Any]) -> ModelConfig:
@@ -100,23 +122,31 @@ class Family:
         Raises:
             ConfigError: a field is missing, out of range, or not understood.
         """
-        reader = Fields(fields, self.defaults)
-        architectures = reader.take("architectures", [self.architecture])
+        return self.take(Fields(fields, self.defaults))
+
+    def take(self, fields: Fields) -> ModelConfig:
+        """As `config`, from fields that have their defaults already."""
+        architectures = fields.take("architectures", [self.architecture])
         if architectures != [self.architecture]:
-            raise reader.error(
+            raise fields.error(
                 f"architectures is {architectures!r:.80}, and supported is {self.architecture!r}"
             )
-        config = self.read(reader)
-        reader.finish()
+        config = self.read(fields)
+        fields.finish()
         return config
 
-    def is_ignored(self, tensor: str) -> bool:
-        """Whether a tensor holds nothing to learn."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self.ignored_tensors)
+    def why_ignored(self, tensor: str) -> str:
+        """Why a tensor is no part of the model; "" if it should be one."""
+        reasons = self.ignored_tensors.items()
+        return next((why for pattern, why in reasons if re.fullmatch(pattern, tensor)), "")
 
-    def table(self, config: ModelConfig) -> Table:
-        """The model's table of tensor names."""
-        return decoder_table(config, self.layer)
+    def names_in(self, tensors: Container[str]) -> Names:
+        """Where the tensors are, in a source that has these."""
+        return next((names for names in self.names if names.embeddings in tensors), self.names[0])
+
+    def table(self, config: ModelConfig, tensors: Container[str] = ()) -> Table:
+        """The model's table of tensor names, for a source that has `tensors`."""
+        return decoder_table(config, self.layer, self.names_in(tensors))
 
 
 def decoder_fields(fields: Fields, *, activation: str | None = None) -> dict[str, Any]:
@@ -211,13 +241,14 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def decoder_table(config: ModelConfig, layer: Mapping[str, Sequence[str]]) -> Table:
+def decoder_table(config: ModelConfig, layer: Mapping[str, Sequence[str]], names: Names) -> Table:
     """The table of a decoder whose tensors are named as in Llama, "model.layers.0...." and so on.
 
     Args:
         config: the model.
         layer: for each native path inside a layer, the HF modules inside the layer that make it
             up. For "attention/qkv" and "mlp/gate_up" these are all the pieces, or one fused module.
+        names: where they are.
     """
     c = config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -231,12 +262,10 @@ def decoder_table(config: ModelConfig, layer: Mapping[str, Sequence[str]]) -> Ta
         "attention/q_norm": q if c.qk_norm_joint else c.head_dim,
         "attention/k_norm": kv if c.qk_norm_joint else c.head_dim,
     }
-    table: Table = {
-        "embed/embedding": (Part("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),)
-    }
+    table: Table = {"embed/embedding": (Part(names.embeddings, (c.vocab_size, c.hidden_size)),)}
     for i in range(c.num_layers):
-        for module, names in layer.items():
-            hf = [f"model.layers.{i}.{name}" for name in names]
+        for module, modules in layer.items():
+            hf = [f"{names.model}layers.{i}.{name}" for name in modules]
             native = f"layers_{i}/{module}"
             if module not in pieces:
                 size = norm_sizes.get(module, c.hidden_size)
@@ -250,8 +279,8 @@ def decoder_table(config: ModelConfig, layer: Mapping[str, Sequence[str]]) -> Ta
             table[f"{native}/weight"] = tuple(weights)
             if has_bias:
                 table[f"{native}/bias"] = tuple(Part(f"{n}.bias", (r,)) for n, r in both)
-    table["final_norm/scale"] = (Part("model.norm.weight", (c.hidden_size,)),)
+    table["final_norm/scale"] = (Part(f"{names.model}norm.weight", (c.hidden_size,)),)
     if not c.tie_embeddings:
-        head = Part("lm_head.weight", (c.vocab_size, c.hidden_size), transposed=True)
+        head = Part(names.head, (c.vocab_size, c.hidden_size), transposed=True)
         table["lm_head/weight"] = (head,)
     return table

@@ -1,8 +1,12 @@
-"""Gemma 3, text only: query and key norms, five local layers to each global one, two rope bases."""
+"""Gemma 3, text only: query and key norms, five local layers to each global one, two rope bases.
 
+From 4B on it is published with eyes: the text model is then a part of the config and the weights.
+"""
+
+import dataclasses
 from typing import Any
 
-from convert.families.common import QK_NORMS, Family, take_window, take_windows
+from convert.families.common import QK_NORMS, Family, Names, take_window, take_windows
 from convert.families.fields import Fields
 from convert.families.gemma import DEFAULTS
 from convert.families.gemma2 import SANDWICH, sandwich_fields, write_sandwich
@@ -67,5 +71,41 @@ FAMILY = Family(
         "max_position_embeddings": 131072,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
+    },
+)
+
+
+def _read_multimodal(fields: Fields) -> ModelConfig:
+    """That of the text model; nothing of the rest reaches it while there are no images."""
+    text = fields.inside("text_config", {**_TEXT_DEFAULTS, **fields.object("text_config")})
+    text.require("model_type", FAMILY.model_type)
+    config = FAMILY.take(text)
+    if fields.flag("tie_word_embeddings", True) != config.tie_embeddings:
+        raise fields.error("tie_word_embeddings is another one in text_config: correct either")
+    for name in _OF_IMAGES:
+        fields.take(name)
+    return config
+
+
+# The published files leave out even these.
+_TEXT_DEFAULTS = {**FAMILY.defaults, "vocab_size": 262_208, "num_attention_heads": 8}
+_OF_IMAGES = (
+    *("vision_config", "mm_tokens_per_image"),
+    *("image_token_index", "boi_token_index", "eoi_token_index"),
+    *("image_token_id", "boi_token_id", "eoi_token_id"),
+)
+
+MULTIMODAL = dataclasses.replace(
+    FAMILY,
+    model_type="gemma3",
+    architecture="Gemma3ForConditionalGeneration",
+    read=_read_multimodal,
+    defaults={},
+    names=(
+        Names("language_model.model.", "language_model.lm_head.weight"),
+        Names("model.language_model."),  # in the modules of transformers since 4.52
+    ),
+    ignored_tensors={
+        r"(model\.)?(vision_tower|multi_modal_projector)\..+": "images are not supported"
     },
 )

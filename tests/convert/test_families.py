@@ -164,7 +164,7 @@ def test_every_family_names_what_it_does_not_know(name):
         ("mixtral", {"num_local_experts": 8}, "'mixtral' is a mixture of experts (num_local_ex"),
         ("qwen3_moe", {}, "'qwen3_moe' is a mixture of experts"),
         ("granite", {"num_experts_per_tok": 2}, "mixture of experts (num_experts_per_tok)"),
-        ("gemma3", {}, "'gemma3' is not supported; supported are"),
+        ("gemma3n", {}, "'gemma3n' is not supported; supported are"),
         (["llama"], {}, "['llama'] is not supported"),
         ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is unknown"),
         ("qwen2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates whole heads"),
@@ -222,3 +222,98 @@ def test_layers_of_each_kind():
     assert smollm.rope_layers == (True, True, True, False)
     assert smollm.sliding_window == (None, None, None, 8)
     assert read("smollm3", no_rope_layers=[1] * 4).rope_layers is None
+
+
+# --- Gemma 3 with images --------------------------------------------------------------------------
+
+# text_config of the published files, from which the sizes of 4B are left out as in HF's defaults.
+GEMMA3 = {
+    3_880_263_168: dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
+    11_766_034_176: dict(
+        hidden_size=3840,
+        intermediate_size=15360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    ),
+    27_009_346_304: dict(
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+    ),
+}
+
+
+def multimodal(text: dict, **fields) -> dict:
+    text = text | {
+        "model_type": "gemma3_text",
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    } | fields
+
+
+@pytest.mark.parametrize("count", GEMMA3)
+def test_the_text_models_of_gemma3(count):
+    """4B has 4,300,079,472 parameters, of which 419,816,304 are for images; and so on."""
+    fields = multimodal(GEMMA3[count])
+    family = family_of(fields)
+    config = family.config(fields)
+    assert model.num_params(config) == count
+    assert config.sliding_window[:7] == (1024,) * 5 + (None, 1024)
+    assert (config.rope.type, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
+    text = FAMILIES["gemma3_text"]
+    assert config == text.config(text.write(config))
+    # Both spellings, and what there is when nothing else is known.
+    published, modules = (
+        f"{p}layers.0.mlp.up_proj.weight" for p in (n.model for n in family.names)
+    )
+    assert published == "language_model.model.layers.0.mlp.up_proj.weight"
+    for name, tensors in (
+        (published, ()),
+        (published, ["language_model.model.embed_tokens.weight"]),
+        (modules, ["model.language_model.embed_tokens.weight"]),
+    ):
+        table = family.table(config, tensors)
+        assert table["layers_0/mlp/gate_up/weight"][1].name == name
+
+
+@pytest.mark.parametrize(
+    "text, fields, message",
+    [
+        ({}, {"text_config": {}}, "config.json: text_config: hidden_size is missing"),
+        ({}, {"text_config": None}, "config.json: text_config: hidden_size is missing"),
+        ({}, {"text_config": []}, "text_config must be an object"),
+        ({}, {"tie_word_embeddings": False}, "tie_word_embeddings is another one in text_config"),
+        ({"tie_word_embeddings": False}, {}, "tie_word_embeddings is another one in text_config"),
+        ({"colour": "red"}, {}, "config.json: text_config: fields that are not understood"),
+        ({}, {"colour": "red"}, "colour = 'red'"),
+        ({}, {"architectures": ["Gemma3ForCausalLM"]}, "is 'Gemma3ForConditionalGeneration'"),
+        ({"num_local_experts": 8}, {}, "num_local_experts = 8"),
+    ],
+)
+def test_what_is_refused_of_a_multimodal_gemma3(text, fields, message):
+    fields = multimodal(next(iter(GEMMA3.values())) | text, **fields)
+    with pytest.raises(ConfigError) as caught:
+        family_of(fields).config(fields)
+    assert message in str(caught.value)
+
+
+def test_only_gemma3_may_be_inside_gemma3():
+    fields = multimodal(next(iter(GEMMA3.values())))
+    fields["text_config"] |= {"model_type": "gemma2"}
+    with pytest.raises(ConfigError, match="text_config: model_type is 'gemma2', and only 'gemma3_"):
+        family_of(fields).config(fields)

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import convert
 from convert import hf
@@ -26,6 +27,20 @@ def tied_folder(folder: Path, shards: int = 1) -> Path:
     tensors[HEAD] = tensors["model.embed_tokens.weight"].copy()
     tensors[ROTARY] = np.ones(5, np.float32)
     return write_folder(folder, tensors, TIED, shards)
+
+
+def multimodal_folder(folder: Path, model: str, head: str) -> Path:
+    """A Gemma 3 with images and a tied head, in two shards; its text tensors begin with `model`."""
+    text = {name: n for name, n in FIELDS.items() if not name.startswith(("arch", "model", "hid"))}
+    text |= {"hidden_size": 24, "tie_word_embeddings": True, "model_type": "gemma3_text"}
+    fields = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    tensors = {
+        name.replace("language_model.model.", model): tensor
+        for name, tensor in random_tensors(fields).items()
+    }
+    tensors[head] = tensors[f"{model}embed_tokens.weight"].copy()
+    tensors["vision_tower.embeddings.weight"] = np.ones(5, np.float32)
+    return write_folder(folder, tensors, fields, shards=2)
 
 
 @pytest.fixture
@@ -179,6 +194,44 @@ def test_some_shards_may_be_there(tmp_path):
 # --- dry runs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "model, head",
+    [
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+    ],
+)
+def test_the_parts_of_a_multimodal_model(tmp_path, reads, model, head):
+    """The same of the files and of the index alone, in either spelling."""
+    folder = multimodal_folder(tmp_path / "hf", model, head)
+    unneeded = {
+        head: "the embeddings are tied: the head is the embedding table",
+        "vision_tower.embeddings.weight": "images are not supported",
+    }
+    for _ in range(2):
+        planned = plan(folder, tmp_path / "out")
+        assert planned.unneeded == unneeded and planned.model_type == "gemma3"
+        _, entries = inspect(folder)
+        assert {e.name: e.reason for e in entries if e.native is None} == unneeded
+        assert sum(e.name.startswith(model) for e in entries) == len(entries) - 2
+        if (folder / "model-00001-of-00002.safetensors").exists():
+            report = convert.convert(folder, tmp_path / "native", parity=False, progress=False)
+            assert report.unneeded == unneeded
+            assert set(reads) == {e.name for e in entries} - {"vision_tower.embeddings.weight"}
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+
+
+def test_a_head_of_its_own_is_noticed_in_a_multimodal_model(tmp_path):
+    head = "language_model.lm_head.weight"
+    folder = multimodal_folder(tmp_path / "hf", "language_model.model.", head)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({n: x + (n == head) for n, x in tensors.items()}, file)
+    with pytest.raises(ConversionError, match=r"lm_head\.weight: differs from the embeddings"):
+        convert.convert(folder, tmp_path / "native", parity=False, progress=False)
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_dry_run_says_what_the_conversion_does(tmp_path, reads, capsys, dtype):
     folder = tied_folder(tmp_path / "hf", shards=2)
@@ -188,7 +241,8 @@ def test_a_dry_run_says_what_the_conversion_does(tmp_path, reads, capsys, dtype)
     option = ["--dtype", dtype] if dtype else []
     assert main(["--dry-run", str(folder), str(tmp_path / "out"), *option]) == 0
     text = capsys.readouterr().out
-    assert "nothing was written" in text and "2 tensors" in text
+    assert "nothing was written" in text
+    assert "1 tensor: the embeddings are tied" in text and "1 tensor: rotary tables" in text
     assert f"to be written in {planned.config.dtype}" in text
     assert sorted(tmp_path.rglob("*")) == before and not reads
 

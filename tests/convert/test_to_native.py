@@ -248,6 +248,7 @@ def test_full_dumps_of_a_config_are_read():
         ([2, 5], None, (2, 5)),
         (2, {"eos_token_id": [3, 4]}, (3, 4)),
         (2, {"temperature": 0.6}, (2,)),
+        (2, {"temperature": 0.6, "use_cache": True, "output_attentions": False}, (2,)),
         (None, None, ()),
     ],
 )

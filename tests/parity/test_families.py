@@ -10,11 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import convert
 import s3d_jax
-from convert import to_hf
+from convert import plan, to_hf
 from convert.families import FAMILIES
 from s3d_jax.model import forward_logits
 from tests.conftest import need
@@ -60,6 +60,7 @@ LONGROPE = {  # of the 4 pairs of 8 rotated entries
 }
 GEMMA = dict(num_attention_heads=4, head_dim=22, query_pre_attn_scalar=19, attention_bias=True)
 
+TOKENS = np.random.default_rng(0).integers(0, 97, 700)
 STD = {"embed": 0.1, "lm_head": 0.15}  # of weights; larger inside, or they repeat one token
 POST_NORMS = ("Gemma2", "Gemma3Text", "Olmo2")
 MODELS = {
@@ -125,9 +126,12 @@ MODELS = {
 }
 
 
-def hf_model(name: str):
+def hf_model(name: str, images: dict | None = None):
+    """One of `MODELS`, at random; with the settings of images it is the text model of another."""
     kind, features = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**(SIZES | features))
+    if images is not None:
+        config = transformers.Gemma3Config(text_config=config.to_dict(), **images)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     offset = 1.0 if kind.startswith("Gemma") else 0.0  # what is added to the scales of norms
@@ -171,8 +175,29 @@ def test_family(name, tmp_path, hf_silent, monkeypatch):
     convert.convert(tmp_path / "hf", tmp_path / "native", parity=False, progress=False)
     lm = s3d_jax.load(tmp_path / "native")
 
-    tokens = np.random.default_rng(0).integers(0, 97, 700)
-    prompts = [tokens[:3], tokens]
+    theirs = assert_equal(name, model, lm)
+
+    # Back to HF: with the config that was there, and with one written anew.
+    exported = loaded_export(tmp_path / "native", tmp_path / "back", hf_silent)
+    source, back = (load_file(tmp_path / x / "model.safetensors") for x in ("hf", "back"))
+    assert source.keys() == back.keys()
+    for key, tensor in source.items():
+        assert tensor.dtype == back[key].dtype and tensor.tobytes() == back[key].tobytes(), key
+    family = FAMILIES[model.config.model_type]
+    assert family.config(family.write(lm.config)) == lm.config
+    header = json.loads((tmp_path / "native" / "config.json").read_text())
+    header["source"] = {}
+    (tmp_path / "native" / "config.json").write_text(json.dumps(header))
+    monkeypatch.setattr(to_hf, "family_for_export", lambda config: family)
+    anew = loaded_export(tmp_path / "native", tmp_path / "anew", hf_silent)
+    assert type(anew) is type(exported) is type(model)
+    for again in (exported, anew):
+        np.testing.assert_array_equal(hf_logits(again, TOKENS[None]), theirs)
+
+
+def assert_equal(name: str, model, lm: s3d_jax.LM) -> np.ndarray:
+    """Logits and greedy tokens, behind a short and a long prompt; returns HF's logits of it."""
+    prompts = [TOKENS[:3], TOKENS]
     for prompt in prompts:
         theirs = hf_logits(model, prompt[None])
         ours = np.asarray(forward_logits(lm.config, lm.params, jnp.asarray(prompt[None])))
@@ -192,20 +217,44 @@ def test_family(name, tmp_path, hf_silent, monkeypatch):
         assert [result.tokens for result in results] == expected
         if options["method"] == "s3d":
             assert all(2 <= r.stats.tokens_per_iteration < 3 for r in results)
+    return theirs
 
-    # Back to HF: with the config that was there, and with one written anew.
+
+VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+IMAGES = dict(
+    vision_config=VISION | dict(image_size=28, patch_size=14),
+    mm_tokens_per_image=4,
+    image_token_index=96,
+)
+
+
+@pytest.mark.parametrize("spelling", ["published", "of the modules"])
+def test_the_text_model_of_a_multimodal_gemma3(spelling, tmp_path, hf_silent):
+    """As of 4B on: its settings and its weights are parts of the whole; exports are text only."""
+    model = hf_model("gemma3", IMAGES)
+    model.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    source = load_file(file)
+    if spelling == "of the modules":
+        tensors = {
+            f"model.{name.replace('language_model.model.', 'language_model.')}": tensor
+            for name, tensor in source.items()
+        }
+        assert tensors.keys() <= model.state_dict().keys()
+        save_file(tensors, file, {"format": "pt"})
+    report = convert.convert(tmp_path / "hf", tmp_path / "native", progress=False)
+    assert report.parity is not None and report.parity.max_difference <= 2e-4
+    text = {name.removeprefix("language_model."): x for name, x in source.items() if "lang" in name}
+    assert len(report.unneeded) == len(source) - len(text) > 10
+    assert set(report.unneeded.values()) == {"images are not supported"}
+    _, entries = plan.inspect(tmp_path / "hf")
+    assert {entry.name for entry in entries} == load_file(file).keys()
+    assert not any(entry.is_fault for entry in entries)
+
+    theirs = assert_equal(spelling, model, s3d_jax.load(tmp_path / "native"))
     exported = loaded_export(tmp_path / "native", tmp_path / "back", hf_silent)
-    source, back = (load_file(tmp_path / x / "model.safetensors") for x in ("hf", "back"))
-    assert source.keys() == back.keys()
-    for key, tensor in source.items():
-        assert tensor.dtype == back[key].dtype and tensor.tobytes() == back[key].tobytes(), key
-    family = FAMILIES[model.config.model_type]
-    assert family.config(family.write(lm.config)) == lm.config
-    header = json.loads((tmp_path / "native" / "config.json").read_text())
-    header["source"] = {}
-    (tmp_path / "native" / "config.json").write_text(json.dumps(header))
-    monkeypatch.setattr(to_hf, "family_for_export", lambda config: family)
-    anew = loaded_export(tmp_path / "native", tmp_path / "anew", hf_silent)
-    assert type(anew) is type(exported) is type(model)
-    for again in (exported, anew):
-        np.testing.assert_array_equal(hf_logits(again, tokens[None]), theirs)
+    assert type(exported) is transformers.Gemma3ForCausalLM
+    np.testing.assert_array_equal(hf_logits(exported, TOKENS[None]), theirs)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == text.keys()
+    assert all(tensor.tobytes() == back[name].tobytes() for name, tensor in text.items())

@@ -1,0 +1,168 @@
+"""Quantising on the way: what is written, what it costs, and what is refused."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+import s3d_jax
+from convert.__main__ import main
+from convert.plan import plan
+from convert.quantization import _loss, read_text
+from s3d_jax import checkpoint, int8
+from s3d_jax.drafts import read_draft
+from s3d_jax.errors import CheckpointError, ConfigError, ConversionError, InputError
+from s3d_jax.generate import EMBEDDED
+from tests.conftest import need
+from tests.convert.hf_folder import random_tensors, write_folder
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir, tmp_path_factory):
+    """A real model in float32, and the report of its conversion to int8."""
+    source = data_dir / "checkpoints" / "babyllama-1m"
+    folder = tmp_path_factory.mktemp("stories")
+    convert.convert(source, folder / "float", parity=False, progress=False)
+    report = convert.convert(source, folder / "int8", quantization="int8", progress=False)
+    return folder, report
+
+
+def test_every_matrix_is_quantised_and_nothing_else(tmp_path):
+    source = write_folder(tmp_path / "hf", random_tensors(dtype=ml_dtypes.bfloat16))
+    for dtype in ("bfloat16", "float32"):
+        options = dict(dtype=dtype, parity=False, progress=False, overwrite=True)
+        convert.convert(source, tmp_path / "float", **options)
+        report = convert.convert(source, tmp_path / "int8", quantization="int8", **options)
+        ours = checkpoint.load(tmp_path / "int8")
+        expected = int8.quantize_tree(jax.device_get(checkpoint.load(tmp_path / "float").params))
+        assert (ours.config.quantization, ours.config.dtype) == ("int8", dtype)
+        ours, expected = checkpoint.flatten(ours.params), checkpoint.flatten(expected)
+        assert ours.keys() == expected.keys()
+        for path, x in ours.items():
+            np.testing.assert_array_equal(x, np.asarray(expected[path]))
+        assert report.num_bytes == sum(x.nbytes for x in ours.values())
+        assert report.loss is None and report.loss_skipped == "not asked for"
+
+
+def test_what_it_costs_on_a_real_model(stories):
+    """The bar: perplexity within one percent."""
+    _, report = stories
+    before, after = report.loss.perplexity
+    assert 1.5 < before < 60 and abs(after / before - 1) <= 0.01
+    assert 1e-6 < report.loss.kl <= 0.02 and report.loss.greedy_agreement >= 0.95
+    assert report.loss.num_tokens >= 1000
+    if report.parity is not None:  # against HF's float32
+        assert report.parity.kl > 1e-6 and report.is_rounded
+
+
+def test_loss_is_that_of_the_definition():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 7, (2, 5))
+    p, q = ([np.log(rng.dirichlet(np.ones(7), 5)) for _ in range(2)] for _ in range(2))
+    loss = _loss(p, q, ids, True)
+    kl, log_p = 0.0, 0.0
+    for r in range(2):
+        for t in range(5):
+            kl += sum(np.exp(p[r][t, i]) * (p[r][t, i] - q[r][t, i]) for i in range(7)) / 10
+            log_p += p[r][t, ids[r, t + 1]] / 8 if t < 4 else 0
+    assert loss.kl == pytest.approx(kl) and loss.perplexity[0] == pytest.approx(np.exp(-log_p))
+    assert _loss(p, p, ids, False).kl == 0 and _loss(p, p, ids, False).perplexity is None
+
+
+def test_a_native_checkpoint_is_recast_with_its_drafts(tmp_path, stories):
+    folder, report = stories
+    again = convert.convert(folder / "float", tmp_path / "int8", quantization="int8")
+    arrays = [checkpoint.read_header(f / "int8").checksums for f in (folder, tmp_path)]
+    assert arrays[0] == arrays[1] and again.loss == report.loss
+    assert checkpoint.read_header(tmp_path / "int8").source == (
+        checkpoint.read_header(folder / "int8").source
+    )
+    half = convert.convert(EMBEDDED, tmp_path / "half", dtype="float16", parity=False)
+    assert half.drafts == ("default",) and half.config.dtype == "float16"
+    config = checkpoint.read_header(EMBEDDED).config
+    ours, theirs = (
+        read_draft(model, "default", config.replace(dtype="float32"))
+        for model in (tmp_path / "half", EMBEDDED)
+    )
+    assert (ours.config, ours.training) == (theirs.config, theirs.training)
+    np.testing.assert_allclose(
+        ours.params.mask_embeddings, theirs.params.mask_embeddings, rtol=2**-10, atol=1e-6
+    )
+
+
+def test_exports_hold_float_weights(tmp_path, stories):
+    folder, _ = stories
+    convert.export(folder / "int8", tmp_path / "hf", progress=False)
+    convert.convert(tmp_path / "hf", tmp_path / "back", parity=False, progress=False)
+    back = checkpoint.load(tmp_path / "back")
+    whole = checkpoint.load(folder / "int8")
+    assert back.config == whole.config.replace(quantization=None)
+    expected = checkpoint.flatten(int8.dequantize_tree(whole.params, "float32"))
+    for path, x in checkpoint.flatten(back.params).items():
+        np.testing.assert_array_equal(x, expected[path])
+
+
+def test_what_is_refused(tmp_path, stories):
+    folder, _ = stories
+    refused = [
+        (folder / "int8", dict(dtype="float32"), ConversionError, "is in int8, which is rounded"),
+        (folder / "float", {}, ConversionError, "native checkpoint already"),
+        (folder / "float", dict(quantization="int4"), ConfigError, "'int4' is unknown"),
+        (folder / "float", dict(dtype="int8"), ConfigError, "dtype 'int8' is unknown"),
+        (folder / "float", dict(dtype="float16", text="a.txt"), ConfigError, "none is asked for"),
+        (
+            *(folder / "float", dict(quantization="int8", text=tmp_path / "none.txt")),
+            *(InputError, "cannot read"),
+        ),
+    ]
+    for source, options, kind, message in refused:
+        with pytest.raises(kind, match=message):
+            convert.convert(source, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises((CheckpointError, ConversionError), match="float"):
+        convert.convert(folder / "float", folder / "float", dtype="float16", overwrite=True)
+    assert checkpoint.load(folder / "float").config.dtype == "float32"
+
+
+def test_the_text_is_the_users(tmp_path, stories):
+    folder, report = stories
+    (tmp_path / "mine.txt").write_text("Once upon a time there was a cat. " * 80)
+    mine = convert.convert(
+        folder / "float", tmp_path / "out", quantization="int8", text=tmp_path / "mine.txt"
+    )
+    assert mine.loss.perplexity != report.loss.perplexity
+    assert "Once upon" in read_text(None) and "restaurant" in read_text(None)
+    (tmp_path / "short.txt").write_text("a")
+    short = convert.convert(
+        *(folder / "float", tmp_path / "short"), quantization="int8", text=tmp_path / "short.txt"
+    )
+    assert short.loss is None or short.loss.num_tokens >= 2
+
+
+def test_the_command(tmp_path, stories, capsys):
+    folder, _ = stories
+    words = [str(folder / "float"), str(tmp_path / "out"), "--quantize", "int8"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "parameters in int8" in out and "perplexity" in out and "KL divergence" in out
+    assert main(["--no-parity", "--overwrite", *words]) == 0
+    assert "what int8 costs: not measured, not asked for" in capsys.readouterr().out
+    source = write_folder(tmp_path / "hf")
+    assert main(["--dry-run", str(source), str(tmp_path / "new"), "--quantize", "int8"]) == 0
+    assert "to be written in int8" in capsys.readouterr().out
+    planned = plan(source, tmp_path / "new", quantization="int8")
+    assert planned.num_written < 0.4 * plan(source, tmp_path / "new").num_written
+    assert s3d_jax.load(tmp_path / "out").config.precision == "int8"
+
+
+def test_verify_knows_that_int8_rounds(tmp_path, stories, data_dir, capsys):
+    need("torch")
+    folder, _ = stories
+    source = data_dir / "checkpoints" / "babyllama-1m"
+    code = main(["verify", str(folder / "int8"), str(source), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["native_dtype"] == "int8" and facts["max_kl"] == 1e-2
+    assert code == (0 if facts["agrees"] else 1) and facts["agrees"]
