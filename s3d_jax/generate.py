@@ -53,7 +53,7 @@ def load(
         path: the checkpoint folder, as `s3d-convert` writes it. None is the small model that comes
             with the package, which writes stories and answers as a booking assistant.
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
-            The embedded model, stored in bfloat16, is computed in float32.
+            Of an int8 checkpoint it is the type of all that is not int8.
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
             only one. A checkpoint without any drafts untrained. Where the layers that it changes
             have at most 64 MiB, they are copied and changed once (`drafts.merge`).
@@ -74,7 +74,7 @@ def load(
             tokenizer cannot be read, and the model goes without.
     """
     if path is None:
-        path, dtype = EMBEDDED, dtype or "float32"
+        path = EMBEDDED
     # First, since a wrong name should not cost the time of loading.
     name = choose_draft(path, draft) if use_draft else None
     loaded = checkpoint.load(path, dtype, progress=progress)
