@@ -12,6 +12,7 @@ from s3d_jax.bench.command import add_command as add_bench
 from s3d_jax.config import METHODS
 from s3d_jax.errors import InputError, S3DError
 from s3d_jax.train.commands import add_commands as add_training
+from s3d_jax.tune.command import add_command as add_tune
 
 if TYPE_CHECKING:
     from s3d_jax.config import DraftConfig
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     add_training(commands)
     add_bench(commands)
+    add_tune(commands)
 
     info = commands.add_parser(
         "info",
