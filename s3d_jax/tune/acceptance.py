@@ -25,6 +25,7 @@ from s3d_jax.train.objective import block_targets, draft_stream, target_stream
 
 Skip = tuple[bool, ...]
 
+_MEASURED_DEPTHS = 12
 _ROWS = 16  # that are written in one batch
 _BLOCK_TOKENS = 256  # of one draft pass, all its blocks together
 
@@ -109,6 +110,76 @@ def replay(accepted: Sequence[np.ndarray], gamma: int) -> Acceptance:
             iterations += 1
             j += right + 1
     return Acceptance(sum(map(len, accepted)), iterations, tuple(counts.tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a draft that skips some layers gets right, measured or taken from its neighbours.
+
+    Attributes:
+        skip: one entry per layer, True where the draft jumps over it.
+        tokens_per_iteration: τ by γ.
+        acceptance: share of iterations in which the i-th token of the longest draft is accepted.
+        measured: False where it lies between neighbouring depths.
+    """
+
+    skip: Skip
+    tokens_per_iteration: Mapping[int, float]
+    acceptance: tuple[float, ...]
+    measured: bool
+
+    @property
+    def kept(self) -> int:
+        """Layers that the draft pass runs."""
+        return len(self.skip) - sum(self.skip)
+
+
+def fit_acceptance(
+    found: Sequence[Skip],
+    own: Skip,
+    gammas: Sequence[int],
+    acceptance: Callable[[Skip, int], Acceptance],
+    progress: Callable[[], None] = lambda: None,
+) -> list[Expected]:
+    """Acceptance by depth and position, from measurements of some depths.
+
+    From the smallest set to the largest `num_measured` are measured, evenly spread. At the depths
+    between two of these, τ and the share of each position are taken to change evenly.
+
+    Args:
+        found: sets of layers, one for each size, the smallest first.
+        own: the draft's own set, always measured.
+        gammas: in their order.
+        acceptance: measures, given a set and a γ.
+        progress: called after each set that was measured.
+
+    Returns:
+        One for each set, the fewest layers kept first.
+    """
+    some = _some(found)
+    rows: dict[Skip, list[float]] = {}  # τ for each γ, then the shares of the positions
+    for skip in dict.fromkeys([*some, own]):
+        each = [acceptance(skip, gamma) for gamma in gammas]
+        rows[skip] = [*(a.tokens_per_iteration for a in each), *each[-1].per_position]
+        progress()
+    depths, columns = [sum(s) for s in some], list(zip(*(rows[s] for s in some), strict=True))
+    expected = []
+    for skip in dict.fromkeys([*found, own]):
+        row = rows.get(skip) or [float(np.interp(sum(skip), depths, c)) for c in columns]
+        taus, shares = row[: len(gammas)], row[len(gammas) :]
+        by_gamma = dict(zip(gammas, taus, strict=True))
+        expected.append(Expected(skip, by_gamma, tuple(shares), skip in rows))
+    return sorted(expected, key=lambda e: e.kept)
+
+
+def num_measured(found: Sequence[Skip], own: Skip) -> int:
+    """How many sets `fit_acceptance` measures."""
+    return len({*_some(found), own})
+
+
+def _some(found: Sequence[Skip]) -> list[Skip]:
+    evenly = np.linspace(0, len(found) - 1, _MEASURED_DEPTHS).round().astype(int)
+    return [found[i] for i in np.unique(evenly)]
 
 
 class Judge:

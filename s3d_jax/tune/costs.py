@@ -6,6 +6,8 @@ and again.
 """
 
 import dataclasses
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +22,12 @@ from s3d_jax.batch import cache_slots
 from s3d_jax.config import DraftConfig, PassCosts, SamplingConfig
 from s3d_jax.generate import LM
 from s3d_jax.model import Params
-from s3d_jax.sampling import batch_sampling
+from s3d_jax.sampling import SamplingFeatures, SamplingParams, batch_sampling
 from s3d_jax.state import DecodeSpec, DecodeState, DrafterParams, Proposal, last_token
 from s3d_jax.tune.acceptance import Skip, Texts
 
-_TURNS = 9  # that count
 _SECONDS = 0.05  # of one turn of one program, where the cache has room for so many iterations
+_STEP = 32  # slots; odd numbers of them are slower than what decoding uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,11 @@ class Costs:
         draft: what the draft pass adds, by γ and the number of layers kept. Between two numbers of
             layers it is taken to grow evenly.
         visible: slots of the cache that were read.
-        compile_seconds: spent on the programs.
     """
 
     verify: tuple[float, ...]
     draft: Mapping[int, Mapping[int, float]]
     visible: int
-    compile_seconds: float = 0.0
 
     @property
     def step(self) -> float:
@@ -63,81 +63,93 @@ class Costs:
         return PassCosts(draft / self.step, verify)
 
 
-def measure_costs(
-    lm: LM,
-    skips: Sequence[Skip],
-    gammas: Sequence[int],
-    texts: Texts,
-    max_new_tokens: int,
-    progress: Callable[[], None] = lambda: None,
-) -> Costs:
+class Clock:
     """Times iterations of plain decoding, of verification alone, and of S3D.
 
     Args:
         lm: the model with its draft.
         skips: sets of skipped layers, of different size.
         gammas: γs.
-        texts: what is decoded. The cache is as large, and as much of it is read, as in the middle
-            of the text of median length.
+        texts: what is decoded. As much of the cache is read as their tokens see on average.
         max_new_tokens: that they were written with.
         progress: called after each program is compiled, `num_programs` times.
     """
-    most = max(gammas)
-    whole = (False,) * lm.config.num_layers
-    features = _greedy(lm)[1]
-    specs: dict[Any, DecodeSpec] = {0: DecodeSpec(lm.config, None, features)}
-    for w in range(1, most + 1):
-        specs[w] = DecodeSpec(lm.config, DraftConfig(whole, w), features, (), _repeat_last)
-    for skip in skips:
-        for gamma in gammas:
+
+    def __init__(
+        self,
+        lm: LM,
+        skips: Sequence[Skip],
+        gammas: Sequence[int],
+        texts: Texts,
+        max_new_tokens: int,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._lm, self._skips, self._gammas = lm, skips, gammas
+        most, whole = max(gammas), (False,) * lm.config.num_layers
+        sampling, features = _greedy(lm)
+        specs: dict[Any, DecodeSpec] = {0: DecodeSpec(lm.config, None, features)}
+        for w in range(1, most + 1):
+            specs[w] = DecodeSpec(lm.config, DraftConfig(whole, w), features, (), _repeat_last)
+        for skip, gamma in itertools.product(skips, gammas):
             draft = lm.draft_config.replace(skip=skip, gamma=gamma)
             specs[sum(skip), gamma] = DecodeSpec(lm.config, draft, features)
 
-    slots, visible = _context(lm, texts, max_new_tokens, most)
-    state = _state(lm, specs[most], slots)
-    arguments = (lm.params, lm.draft_params)
-    begin = time.perf_counter()
-    programs = {}
-    for name, spec in specs.items():
-        lowered = decode.decode_jit.lower(spec, *arguments, state, np.int32(1), visible)
-        programs[name] = lowered.compile()
-        progress()
-    compile_seconds = time.perf_counter() - begin
+        self.visible = _mean_visible(lm, texts, max_new_tokens, most)
+        # One row with nothing but its first token: what is in the cache has no say in the time.
+        limit = self.visible - most - 1
+        first = [np.zeros(1, np.int32)]
+        self._state = decode.init_state(
+            specs[most], first, self.visible, np.array([limit]), sampling
+        )
+        self._programs, self._iterations = {}, dict.fromkeys(specs, 1)
+        self._room = {name: max(1, (limit - 1) // (s.gamma + 1)) for name, s in specs.items()}
+        self._seconds: dict[Any, list[float]] = {name: [] for name in specs}
+        for name, spec in specs.items():
+            arguments = (*self._params, self._state, np.int32(1), self.visible)
+            self._programs[name] = decode.decode_jit.lower(spec, *arguments).compile()
+            progress()
+        for name in [*specs] * 2:  # warms up, and finds out how many iterations fill a turn
+            each = self._time(name)
+            self._iterations[name] = int(np.clip(_SECONDS / each, 1, self._room[name]))
 
-    room = {name: _room(state, visible, spec.gamma) for name, spec in specs.items()}
-    iterations = dict.fromkeys(specs, 1)
-    seconds: dict[Any, list[float]] = {name: [] for name in specs}
-    order = list(specs)
-    for turn in range(-2, _TURNS):
-        for name in order if turn % 2 else reversed(order):
-            state = _rewound(state)
-            start = time.perf_counter()
-            state = programs[name](*arguments, state, np.int32(iterations[name]))
-            jax.block_until_ready(state)
-            each = (time.perf_counter() - start) / iterations[name]
-            if turn < 0:  # the first warms up, and both say how many iterations fill a turn
-                iterations[name] = int(np.clip(_SECONDS / each, 1, room[name]))
-            else:
-                seconds[name].append(each)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    num_layers = lm.config.num_layers
-    return Costs(
-        verify=tuple(median[w] for w in range(most + 1)),
-        draft={
-            gamma: {
-                # More than nothing, also where the clock was too coarse to see it.
-                num_layers - sum(skip): max(median[sum(skip), gamma] - median[gamma], 1e-9)
-                for skip in skips
-            }
-            for gamma in gammas
-        },
-        visible=visible,
-        compile_seconds=compile_seconds,
-    )
+    @property
+    def _params(self) -> tuple[Any, Any]:
+        return self._lm.params, self._lm.draft_params
+
+    def take_turns(self, turns: int = 9) -> None:
+        """Times every program so many times more, in turns."""
+        names = list(self._programs)
+        for turn in range(turns):
+            for name in names if turn % 2 else reversed(names):
+                self._seconds[name].append(self._time(name))
+
+    def costs(self) -> Costs:
+        """Medians of all turns so far."""
+        median = {name: statistics.median(values) for name, values in self._seconds.items()}
+        layers = self._lm.config.num_layers
+        draft = {
+            # More than nothing, also where the clock was too coarse to see it.
+            g: {layers - sum(s): max(median[sum(s), g] - median[g], 1e-9) for s in self._skips}
+            for g in self._gammas
+        }
+        verify = tuple(median[w] for w in range(max(self._gammas) + 1))
+        return Costs(verify, draft, self.visible)
+
+    def _time(self, name: Any) -> float:
+        """Seconds per iteration of one call, which begins at the first token again."""
+        fresh = jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
+        length, done = jax.block_until_ready(fresh)
+        cache = self._state.cache.replace(length=length)
+        state = self._state.replace(cache=cache, done=done)
+        count = self._iterations[name]
+        start = time.perf_counter()
+        self._state = self._programs[name](*self._params, state, np.int32(count))
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - start) / count
 
 
 def num_programs(skips: Sequence[Skip], gammas: Sequence[int]) -> int:
-    """How many programs `measure_costs` compiles."""
+    """How many programs a `Clock` compiles."""
     return 1 + max(gammas) + len(skips) * len(gammas)
 
 
@@ -153,35 +165,19 @@ def _repeat_last(
     return Proposal(jnp.broadcast_to(last, (last.shape[0], spec.gamma)), None, state.cache)
 
 
-def _context(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> tuple[int, int]:
-    """Slots of the cache, and those of them that are read, as a batch of one such text has them."""
-    median = int(np.argsort(texts.lengths)[len(texts.lengths) // 2])
-    prompt, length = texts.prompt_lengths[median], texts.lengths[median]
-    padded = decode.padded_length(prompt)
-    slots = cache_slots([padded], [max_new_tokens], lm.max_length, gamma)
-    middle = padded + (length - prompt) // 2
-    return slots, decode.visible_slots(middle + gamma + 1, slots)
+def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:
+    """Slots that are read per new token: the time of a pass grows evenly with them."""
+    weights, slots = [], []
+    for prompt, length in zip(texts.prompt_lengths, texts.lengths, strict=True):
+        padded = decode.padded_length(prompt)
+        room = cache_slots([padded], [max_new_tokens], lm.max_length, gamma)
+        middle = padded + (length - prompt) // 2
+        slots.append(decode.visible_slots(middle + gamma + 1, room))
+        weights.append(length - prompt)
+    mean = float(np.average(slots, weights=weights))
+    return max(_STEP * math.ceil(mean / _STEP), 2 * gamma + 3)
 
 
-def _greedy(lm: LM) -> Any:
+def _greedy(lm: LM) -> tuple[SamplingParams, SamplingFeatures]:
     keys = jax.random.split(jax.random.key(0), 1)
     return batch_sampling([SamplingConfig()], keys, lm.config.vocab_size)
-
-
-def _state(lm: LM, spec: DecodeSpec, slots: int) -> DecodeState:
-    """One row with nothing but its first token: what is in the cache has no say in the time."""
-    limit = np.array([slots - spec.gamma - 1])
-    return decode.init_state(spec, [np.zeros(1, np.int32)], slots, limit, _greedy(lm)[0])
-
-
-def _rewound(state: DecodeState) -> DecodeState:
-    """Back at the first token; the state's other arrays are handed on as they are."""
-    fresh = jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
-    length, done = jax.block_until_ready(fresh)
-    return state.replace(cache=state.cache.replace(length=length), done=done)
-
-
-def _room(state: DecodeState, visible: int, gamma: int) -> int:
-    """Iterations that fit, should all tokens be accepted."""
-    room = min(visible - int(state.padding[0]), int(state.limit[0])) - 1
-    return max(1, (room - gamma - 1) // (gamma + 1))

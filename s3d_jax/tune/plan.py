@@ -11,41 +11,35 @@ from s3d_jax.bench.contestants import Ours
 from s3d_jax.bench.suites import Prompt
 from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
-from s3d_jax.tune.acceptance import Acceptance, Judge, Skip, write_texts
-from s3d_jax.tune.costs import Costs, measure_costs, num_programs
+from s3d_jax.tune.acceptance import (
+    Expected,
+    Judge,
+    Skip,
+    fit_acceptance,
+    num_measured,
+    write_texts,
+)
+from s3d_jax.tune.costs import Clock, Costs, num_programs
 from s3d_jax.tune.search import Search, num_judged, search
 from s3d_jax.tuning import Tuning
 
 GAMMAS = (1, 2, 3, 4, 5, 6, 8)
 
-_MEASURED_DEPTHS = 12  # of a search's sets; acceptance of the others lies between its neighbours'
 _CHECK_PROMPTS, _CHECK_TURNS = 8, 3
 
+Setting = tuple[Skip, int]  # what is skipped, and γ
 Progress = Callable[[str, int], Callable[[], None]]  # (what, how often) -> to call so often
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A set of layers to skip, and what is expected of it.
+class Candidate(Expected):
+    """A set of layers to skip, and what it is worth.
 
     Attributes:
-        skip: one entry per layer, True where the draft jumps over it.
-        tokens_per_iteration: τ by γ.
-        acceptance: share of iterations in which the i-th token of the longest draft is accepted.
         improvement_factor: speed over plain decoding, by γ.
-        measured: False where acceptance was not measured but lies between neighbouring depths.
     """
 
-    skip: Skip
-    tokens_per_iteration: Mapping[int, float]
-    acceptance: tuple[float, ...]
     improvement_factor: Mapping[int, float]
-    measured: bool
-
-    @property
-    def kept(self) -> int:
-        """Layers that the draft pass runs."""
-        return len(self.skip) - sum(self.skip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +151,19 @@ def tune(
     found = search(kind, judge, progress("searching", num_judged(kind, lm.config.num_layers)))
     own = lm.draft_config.skip
     timed = list({sum(skip): skip for skip in (found[0], found[-1], own)}.values())
-    costs = measure_costs(
+    clock = Clock(
         *(lm, timed, gammas, texts, max_new_tokens),
-        progress("compiling and timing", num_programs(timed, gammas)),
+        progress("compiling", num_programs(timed, gammas)),
     )
-    candidates = predict(found, own, gammas, judge.acceptance, costs, progress)
-    settings = _settings_to_check(candidates, check)
-    checks = _measured(lm, settings, others, max_new_tokens, progress) if settings else ()
+    step = progress("accepting", num_measured(found, own))
+    expected = fit_acceptance(found, own, gammas, judge.acceptance, step)
+    clock.take_turns()
+    settings = _to_check(predict(expected, clock.costs()), check)
+    rows = _measured(lm, settings, others, max_new_tokens, progress)
+    clock.take_turns()  # some behind the check too: machines are not always equally fast
+    costs = clock.costs()
+    candidates = predict(expected, costs)
+    checks = _compared(candidates, settings, rows)
     return Plan(
         candidates=tuple(candidates),
         costs=costs,
@@ -175,49 +175,18 @@ def tune(
     )
 
 
-def predict(
-    found: Sequence[Skip],
-    own: Skip,
-    gammas: Sequence[int],
-    acceptance: Callable[[Skip, int], Acceptance],
-    costs: Costs,
-    progress: Progress = lambda what, total: lambda: None,
-) -> list[Candidate]:
-    """The improvement factor of every set with every γ: τ over what an iteration costs.
-
-    Of many sets, acceptance is measured for some, from the smallest to the largest; that of the
-    others is taken to change evenly with the number of layers between these.
-
-    Args:
-        found: sets of layers, the smallest first.
-        own: the draft's own set, always measured.
-        gammas: in their order.
-        acceptance: of a set and a γ.
-        costs: of the passes.
-        progress: as in `tune`.
-
-    Returns:
-        One candidate per set, the fewest layers kept first.
-    """
-    evenly = np.linspace(0, len(found) - 1, _MEASURED_DEPTHS).round().astype(int)
-    some = [found[i] for i in np.unique(evenly)]
-    known = list(dict.fromkeys([*some, own]))
-    step = progress("acceptance", len(known))
-    rows: dict[Skip, list[float]] = {}  # τ for each γ, and shares of positions
-    for skip in known:
-        each = [acceptance(skip, gamma) for gamma in gammas]
-        rows[skip] = [*(a.tokens_per_iteration for a in each), *each[-1].per_position]
-        step()
-    depths, columns = [sum(s) for s in some], list(zip(*(rows[s] for s in some), strict=True))
-    candidates = []
-    for skip in dict.fromkeys([*found, own]):
-        row = rows.get(skip) or [float(np.interp(sum(skip), depths, c)) for c in columns]
-        taus = dict(zip(gammas, row, strict=False))
-        kept = len(skip) - sum(skip)
-        factors = {g: tau / costs.relative(kept, g).iteration(g) for g, tau in taus.items()}
-        shares = tuple(row[len(gammas) :])
-        candidates.append(Candidate(skip, taus, shares, factors, skip in rows))
-    return sorted(candidates, key=lambda candidate: candidate.kept)
+def predict(expected: Sequence[Expected], costs: Costs) -> list[Candidate]:
+    """The improvement factor of every set with every γ: τ over what an iteration costs."""
+    return [
+        Candidate(
+            **vars(e),
+            improvement_factor={
+                gamma: tau / costs.relative(e.kept, gamma).iteration(gamma)
+                for gamma, tau in e.tokens_per_iteration.items()
+            },
+        )
+        for e in expected
+    ]
 
 
 def choose(candidates: Sequence[Candidate], costs: Costs, checks: Sequence[Check]) -> Tuning:
@@ -237,41 +206,52 @@ def _ranking(candidates: Sequence[Candidate]) -> list[tuple[Candidate, int]]:
     return sorted(settings, key=lambda s: -s[0].improvement_factor[s[1]])
 
 
-def _settings_to_check(candidates: Sequence[Candidate], count: int) -> list[tuple[Candidate, int]]:
+def _to_check(candidates: Sequence[Candidate], count: int) -> list[Setting]:
     """Half of them the best, since one of these is chosen; the others from all over the surface."""
     ranking = _ranking(candidates)
     best = (count + 1) // 2
     rest = ranking[best:]
     places = np.linspace(0, max(len(rest) - 1, 0), count - best).astype(int)
-    return ranking[:best] + [rest[i] for i in np.unique(places) if rest]
+    chosen = ranking[:best] + [rest[i] for i in np.unique(places) if rest]
+    return [(candidate.skip, gamma) for candidate, gamma in chosen]
 
 
 def _measured(
     lm: LM,
-    settings: Sequence[tuple[Candidate, int]],
+    settings: Sequence[Setting],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     progress: Progress,
-) -> tuple[Check, ...]:
-    """Decodes with each of the settings and plainly, in turns, as `s3d bench` does."""
+) -> list[dict[str, Any]]:
+    """Decodes with each of the settings and plainly, in turns, as `s3d bench` does; its rows."""
+    if not settings:
+        return []
     contestants = [
         Ours("ar", {}, lm),
-        *(Ours("s3d", {"gamma": gamma, "skip": c.skip}, lm) for c, gamma in settings),
+        *(Ours("s3d", {"gamma": gamma, "skip": skip}, lm) for skip, gamma in settings),
     ]
     step = progress("checking", len(contestants) * len(prompts) * (1 + _CHECK_TURNS))
     records = measure.take_turns(contestants, prompts, max_new_tokens, _CHECK_TURNS, step)
     rows = measure.summary(contestants, prompts, records, [0.0] * len(contestants))
-    whole = [row for row in rows if row["category"] == "all"][1:]
+    return [row for row in rows if row["category"] == "all"][1:]
+
+
+def _compared(
+    candidates: Sequence[Candidate],
+    settings: Sequence[Setting],
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[Check, ...]:
+    by_skip = {candidate.skip: candidate for candidate in candidates}
     return tuple(
         Check(
             gamma=gamma,
-            skip=candidate.skip,
-            predicted=candidate.improvement_factor[gamma],
+            skip=skip,
+            predicted=by_skip[skip].improvement_factor[gamma],
             measured=row["improvement_factor"],
             spread=row["improvement_factor_spread"],
-            predicted_tau=candidate.tokens_per_iteration[gamma],
+            predicted_tau=by_skip[skip].tokens_per_iteration[gamma],
             measured_tau=row["tokens_per_iteration"],
             identical_to_ar=row["identical_to_ar"],
         )
-        for (candidate, gamma), row in zip(settings, whole, strict=True)
+        for (skip, gamma), row in zip(settings, rows, strict=True)
     )
