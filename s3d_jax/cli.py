@@ -1,4 +1,4 @@
-"""The command `s3d`: generate, chat, info; training is in train/commands.py."""
+"""The command `s3d`: generate, chat, info; the others are in train, bench and tune."""
 
 import argparse
 import json
@@ -274,6 +274,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from s3d_jax.decode import PREFILL_BUCKETS
     from s3d_jax.drafts import draft_names, read_draft
     from s3d_jax.generate import EMBEDDED, default_draft
+    from s3d_jax.tuning import read_entries
 
     header = checkpoint.read_header(arguments.model or EMBEDDED)
     config = header.config
@@ -281,6 +282,7 @@ def _info(arguments: argparse.Namespace) -> int:
         name: _draft_facts(read_draft(header.path, name, config, weights=False))
         for name in draft_names(header.path)
     }
+    tuned = read_entries(header.path)
     parameters = model.num_params(config)
     size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
     per_slot = 2 * config.num_kv_heads * config.head_dim * size
@@ -295,6 +297,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "cache_bytes_of_full_row": full_cache,
         "config": config.to_dict(),
         "drafts": drafts,
+        "tuning": tuned,
         "tokenizer": header.has_tokenizer,
         "eos_token_ids": list(header.eos_token_ids),
         "generation_config_ignored": header.generation_config_ignored,
@@ -319,6 +322,7 @@ def _info(arguments: argparse.Namespace) -> int:
             f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
         ),
         *_draft_rows(drafts, default_draft(config)),
+        *map(_tuning_row, tuned),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
     ]
@@ -362,6 +366,17 @@ def _draft_rows(
             )
         )
     return rows
+
+
+def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
+    key, tuned = entry["key"], entry["tuning"]
+    skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
+    return (
+        "tuned",
+        f"γ={tuned['gamma']}, layers {skipped} skipped, improvement factor "
+        f"{tuned['improvement_factor']:.2f}; {key['dtype']}, draft {key['draft'] or 'untrained'}, "
+        f"{key['device']}",
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,8 +149,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(found) if arguments.json else report.table(found))
     if arguments.plot:
         report.draw(found, arguments.plot)
-    if not plan.pays:
-        warnings.warn(report.SLOWER, stacklevel=1)
     if not arguments.no_save:
         measured = {name: value for name, value in found.items() if name != "tuning"}
         path = save_tuning(folder, lm.config, draft, plan.tuning, measured)

@@ -144,7 +144,7 @@ def tune(
     calibration, others = prompts[::2], prompts[1::2] or prompts
     others = others[:: -(-len(others) // _CHECK_PROMPTS)]
 
-    step = progress("writing texts", 1)
+    step = progress("writing", 1)
     texts = write_texts(lm, [p.tokens for p in calibration], max_new_tokens)
     step()
     judge = Judge(lm, texts, gammas[-1])
