@@ -1,6 +1,7 @@
 """From costs and acceptance to settings: predict, check against measurement, choose."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ from s3d_jax.tuning import Tuning
 
 GAMMAS = (1, 2, 3, 4, 5, 6, 8)
 
-_CHECK_PROMPTS, _CHECK_TURNS = 8, 3
+_TIMED_PROMPTS = _CHECK_PROMPTS = 8
+_TURNS = 3  # of every setting on every prompt, that count
 
 Setting = tuple[Skip, int]  # what is skipped, and γ
 Progress = Callable[[str, int], Callable[[], None]]  # (what, how often) -> to call so often
@@ -48,8 +50,8 @@ class Check:
 
     Attributes:
         gamma, skip: the settings.
-        predicted, measured: the improvement factor.
-        spread: standard deviation of the measured one over the repeats.
+        predicted, measured: the improvement factor; the measured one of each prompt's median times.
+        spread: its standard deviation over the repeats.
         predicted_tau, measured_tau: tokens per iteration.
         identical_to_ar: share of outputs that are those of plain decoding.
     """
@@ -158,11 +160,16 @@ def tune(
     step = progress("accepting", num_measured(found, own))
     expected = fit_acceptance(found, own, gammas, judge.acceptance, step)
     clock.take_turns()
-    settings = _to_check(predict(expected, clock.costs()), check)
-    rows = _measured(lm, settings, others, max_new_tokens, progress)
-    clock.take_turns()  # some behind the check too: machines are not always equally fast
     costs = clock.costs()
+    best, gamma = _ranking(predict(expected, costs))[0]
+    some = calibration[:: -(-len(calibration) // _TIMED_PROMPTS)]
+    plain, ours = _decoded(lm, [(best.skip, gamma)], some, max_new_tokens, "timing", progress)
+    costs = costs.scaled(
+        _seconds_per_iteration(plain), best.kept, gamma, _seconds_per_iteration(ours)
+    )
     candidates = predict(expected, costs)
+    settings = _to_check(candidates, check)
+    rows = _decoded(lm, settings, others, max_new_tokens, "checking", progress) if settings else []
     checks = _compared(candidates, settings, rows)
     return Plan(
         candidates=tuple(candidates),
@@ -216,24 +223,39 @@ def _to_check(candidates: Sequence[Candidate], count: int) -> list[Setting]:
     return [(candidate.skip, gamma) for candidate, gamma in chosen]
 
 
-def _measured(
+def _decoded(
     lm: LM,
     settings: Sequence[Setting],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
+    what: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Decodes with each of the settings and plainly, in turns, as `s3d bench` does; its rows."""
-    if not settings:
-        return []
+    """Decodes plainly and with each of the settings, in turns, as `s3d bench` does.
+
+    Returns:
+        Its rows, with the seconds that decoding all prompts took.
+    """
     contestants = [
         Ours("ar", {}, lm),
         *(Ours("s3d", {"gamma": gamma, "skip": skip}, lm) for skip, gamma in settings),
     ]
-    step = progress("checking", len(contestants) * len(prompts) * (1 + _CHECK_TURNS))
-    records = measure.take_turns(contestants, prompts, max_new_tokens, _CHECK_TURNS, step)
+    step = progress(what, len(contestants) * len(prompts) * (1 + _TURNS))
+    records = measure.take_turns(contestants, prompts, max_new_tokens, _TURNS, step)
     rows = measure.summary(contestants, prompts, records, [0.0] * len(contestants))
-    return [row for row in rows if row["category"] == "all"][1:]
+    whole = [row for row in rows if row["category"] == "all"]
+    for c, row in enumerate(whole):
+        # A prompt's median, since a machine that has other work to do is slow in single turns.
+        times: dict[int, list[float]] = {}
+        for record in records:
+            if record.contestant == c and record.repeat > 0:
+                times.setdefault(record.prompt, []).append(record.run.decode_seconds)
+        row["seconds"] = sum(map(statistics.median, times.values()))
+    return whole
+
+
+def _seconds_per_iteration(row: Mapping[str, Any]) -> float:
+    return row["seconds"] * row["tokens_per_iteration"] / row["new_tokens"]
 
 
 def _compared(
@@ -241,13 +263,16 @@ def _compared(
     settings: Sequence[Setting],
     rows: Sequence[Mapping[str, Any]],
 ) -> tuple[Check, ...]:
+    if not rows:
+        return ()
+    plain, *rows = rows
     by_skip = {candidate.skip: candidate for candidate in candidates}
     return tuple(
         Check(
             gamma=gamma,
             skip=skip,
             predicted=by_skip[skip].improvement_factor[gamma],
-            measured=row["improvement_factor"],
+            measured=plain["seconds"] / row["seconds"],
             spread=row["improvement_factor_spread"],
             predicted_tau=by_skip[skip].tokens_per_iteration[gamma],
             measured_tau=row["tokens_per_iteration"],

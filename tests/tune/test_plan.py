@@ -43,6 +43,14 @@ def test_costs_between_depths():
     assert costs.iteration(1) == pytest.approx(costs.draft + 1.05)
 
 
+def test_times_of_real_decoding_set_the_scale():
+    costs = COSTS.scaled(2.5, 4, 2, 2 * 3.3)  # of 1.1 + 2.2 s
+    assert costs.verify == pytest.approx((2.5, 4.2, 4.4, 4.6, 4.8))
+    assert costs.relative(4, 2).iteration(2) == pytest.approx(6.6 / 2.5)
+    assert costs.relative(7, 4).draft == pytest.approx(2 * 1.95 / 2.5)
+    assert costs.relative(4, 2).verify[0] == 1
+
+
 def test_the_prediction_is_the_formula_and_its_best_the_optimum(expected):
     truth = {}
     for skip in FOUND:
@@ -112,7 +120,9 @@ def test_a_plan_of_a_tiny_model():
         return step
 
     plan = tune(lm, prompts, gammas=(1, 2), max_new_tokens=12, check=1, progress=progress)
-    assert [s[0] for s in stages] == ["writing", "searching", "compiling", "accepting", "checking"]
+    assert [s[0] for s in stages] == [
+        *("writing", "searching", "compiling", "accepting", "timing", "checking")
+    ]
     assert all(total == done for _, total, done in stages)
     assert len(plan.candidates) == 1 and plan.candidates[0].skip == lm.draft_config.skip
     assert len(plan.checks) == 1 and plan.check_prompts == plan.calibration_prompts == 2
