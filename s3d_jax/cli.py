@@ -130,7 +130,8 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         "--gamma",
         type=int,
         metavar="G",
-        help="draft tokens per iteration (default: the draft's own; 4 for other methods)",
+        help="draft tokens per iteration (default: what s3d tune chose for this device, else the "
+        "draft's own; 4 for other methods)",
     )
     group.add_argument(
         "--ngram",
