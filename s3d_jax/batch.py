@@ -35,8 +35,9 @@ class GenerateOptions(TypedDict, total=False):
         method: who drafts: "s3d" (default); "ar", nobody (plain decoding, one token per pass);
             "prompt-lookup", the text so far; "self-spec" and "early-exit", the model without some
             or without its last layers, token by token; "two-model", `lm.draft_model`.
-        gamma: draft tokens per iteration; None takes the draft's own, for other methods 4.
-        skip: one entry per layer, True = the draft jumps over it; None takes the draft's own. For
+        gamma: draft tokens per iteration; None takes the tuned one, else the draft's own, for other
+            methods 4.
+        skip: one entry per layer, True = the draft jumps over it; None is as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
         ngram: of "prompt-lookup": the last tokens that are looked for in the text, at most (3).
         stop: strings that end a text; they are not part of it.
@@ -173,7 +174,7 @@ class Batch:
         self._ends = np.minimum(lengths + np.array(request.max_new_tokens), lm.max_length)
         pauses = _pauses(lengths, self._ends, lm.config.rope.turning_point)
         pausing = pauses < self._ends
-        self._slots = _slots(
+        self._slots = cache_slots(
             [*_padded(lengths, self._known), *_padded(pauses[pausing])],
             [*request.max_new_tokens, *(self._ends - pauses)[pausing].tolist()],
             lm.max_length,
@@ -456,7 +457,7 @@ def _padded(lengths: np.ndarray, known: int = 0) -> np.ndarray:
     return np.array([decode.padded_length(n, known) for n in lengths.tolist()], int)
 
 
-def _slots(padded: list[int], new_tokens: list[int], max_length: int, gamma: int) -> int:
+def cache_slots(padded: list[int], new_tokens: list[int], max_length: int, gamma: int) -> int:
     """Cache slots for these rows: of few different sizes, so that nearby lengths share programs.
 
     From the padded prompts, so that prompts within one bucket get equal caches; with slack for any

@@ -1,4 +1,4 @@
-"""The command `s3d`: generate, chat, info; training is in train/commands.py."""
+"""The command `s3d`: generate, chat, info; the others are in train, bench and tune."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from s3d_jax.bench.command import add_command as add_bench
 from s3d_jax.config import METHODS
 from s3d_jax.errors import InputError, S3DError
 from s3d_jax.train.commands import add_commands as add_training
+from s3d_jax.tune.command import add_command as add_tune
 
 if TYPE_CHECKING:
     from s3d_jax.config import DraftConfig
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     add_training(commands)
     add_bench(commands)
+    add_tune(commands)
 
     info = commands.add_parser(
         "info",
@@ -128,7 +130,8 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         "--gamma",
         type=int,
         metavar="G",
-        help="draft tokens per iteration (default: the draft's own; 4 for other methods)",
+        help="draft tokens per iteration (default: what s3d tune chose for this device, else the "
+        "draft's own; 4 for other methods)",
     )
     group.add_argument(
         "--ngram",
@@ -272,6 +275,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from s3d_jax.decode import PREFILL_BUCKETS
     from s3d_jax.drafts import draft_names, read_draft
     from s3d_jax.generate import EMBEDDED, default_draft
+    from s3d_jax.tuning import read_entries
 
     header = checkpoint.read_header(arguments.model or EMBEDDED)
     config = header.config
@@ -279,6 +283,7 @@ def _info(arguments: argparse.Namespace) -> int:
         name: _draft_facts(read_draft(header.path, name, config, weights=False))
         for name in draft_names(header.path)
     }
+    tuned = read_entries(header.path)
     parameters = model.num_params(config)
     weights = model.weight_bytes(config)
     size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
@@ -294,6 +299,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "cache_bytes_of_full_row": full_cache,
         "config": config.to_dict(),
         "drafts": drafts,
+        "tuning": tuned,
         "tokenizer": header.has_tokenizer,
         "eos_token_ids": list(header.eos_token_ids),
         "generation_config_ignored": header.generation_config_ignored,
@@ -318,6 +324,7 @@ def _info(arguments: argparse.Namespace) -> int:
             f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
         ),
         *_draft_rows(drafts, default_draft(config)),
+        *map(_tuning_row, tuned),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
     ]
@@ -361,6 +368,17 @@ def _draft_rows(
             )
         )
     return rows
+
+
+def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
+    key, tuned = entry["key"], entry["tuning"]
+    skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
+    return (
+        "tuned",
+        f"γ={tuned['gamma']}, layers {skipped} skipped, improvement factor "
+        f"{tuned['improvement_factor']:.2f}; {key['dtype']}, draft {key['draft'] or 'untrained'}, "
+        f"{key['device']}",
+    )
 
 
 if __name__ == "__main__":

@@ -442,6 +442,35 @@ class DraftConfig(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class PassCosts(_Record):
+    """What the passes of an S3D iteration cost on a device, in steps of plain decoding.
+
+    Attributes:
+        draft: the draft pass of the settings that they belong to.
+        verify: the verify pass with w draft tokens, w = 0 … γ. With none it is a step: 1.
+    """
+
+    draft: float
+    verify: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(_is_positive(self.draft), f"the cost of a pass must be > 0, got {self.draft!r}")
+        _check(
+            isinstance(self.verify, tuple)
+            and len(self.verify) >= 2
+            and all(map(_is_positive, self.verify))
+            and self.verify[0] == 1,
+            "verify must hold the costs of 0, 1, … draft tokens, the first of them 1, got "
+            f"{self.verify!r:.80}",
+        )
+
+    def iteration(self, gamma: int) -> float:
+        """The draft pass, and the verify pass with `gamma` draft tokens."""
+        return self.draft + self.verify[gamma]
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptLookupConfig(_Record):
     """How the text so far drafts for itself.
 

@@ -12,13 +12,22 @@ import numpy as np
 
 from s3d_jax import checkpoint
 from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
-from s3d_jax.config import DraftConfig, ModelConfig, is_integer, is_list, plain, symmetric_skip
+from s3d_jax.config import (
+    DraftConfig,
+    ModelConfig,
+    PassCosts,
+    is_integer,
+    is_list,
+    plain,
+    symmetric_skip,
+)
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafts import choose_draft, merge, merged_bytes, read_draft
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.model import DraftParams, Params, untrained_draft
 from s3d_jax.stream import Stream, text_pieces
 from s3d_jax.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
+from s3d_jax.tuning import Tuning, read_tuning
 
 # Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger
 # the small products of the deltas hardly count.
@@ -47,7 +56,8 @@ def load(
     """Loads a native checkpoint onto the default device; without a path the embedded model.
 
     From HF's generation_config.json only the end-of-text ids are taken: sampling is what the caller
-    says, greedy by default. `s3d info` lists what was not used.
+    says, greedy by default. `s3d info` lists what was not used. γ and skip are those that `s3d
+    tune` has chosen for this device, if it was run, and else the draft's own.
 
     Args:
         path: the checkpoint folder, as `s3d-convert` writes it. None is the small model that comes
@@ -66,7 +76,7 @@ def load(
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
-            folder the message says how to convert it.
+            folder the message says how to convert it. Or its tuning.json is damaged.
         ConfigError: `draft_model` has another vocabulary.
 
     Warns:
@@ -94,6 +104,7 @@ def load(
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
+        tuning=read_tuning(path, loaded.config, name),
     )
 
 
@@ -131,12 +142,13 @@ class LM:
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
         draft_model: the second model of the method "two-model", or None. May be set later.
+        tuning: γ and skip in place of the draft's, as `s3d tune` chose them; None where it did not.
         programs: the compiled programs so far; their number is the number of compilations.
 
     Raises:
         InputError: eos_token_ids are no list of ids of the vocabulary.
-        ConfigError: max_length is below 2, the draft is of another number of layers, or the second
-            model has another vocabulary.
+        ConfigError: max_length is below 2, the draft or the tuning is of another number of layers,
+            or the second model has another vocabulary.
     """
 
     def __init__(
@@ -150,6 +162,7 @@ class LM:
         eos_token_ids: Sequence[int] = (),
         max_length: int | None = None,
         draft_model: "LM | None" = None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.config = config
         self.params = params
@@ -163,7 +176,15 @@ class LM:
             raise ConfigError(f"max_length must be an integer >= 2, got {max_length!r}")
         self.max_length: int = length
         self.draft_model = draft_model
+        if tuning is not None:
+            DraftConfig(tuning.skip).validate_for(config)
+        self.tuning = tuning
         self.programs: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def pass_costs(self) -> PassCosts | None:
+        """What the passes of the tuned settings cost on this device; None where not tuned."""
+        return None if self.tuning is None else self.tuning.costs
 
     @property
     def draft_model(self) -> "LM | None":

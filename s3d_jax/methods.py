@@ -43,7 +43,9 @@ def default_settings(lm: "LM", method: str) -> Draft | None:
     layers = lm.config.num_layers
     match method:
         case "s3d":
-            return lm.draft_config
+            if (tuned := lm.tuning) is None:
+                return lm.draft_config
+            return lm.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip)
         case "prompt-lookup":
             return PromptLookupConfig()
         case "self-spec":  # as S3D's untrained draft
@@ -105,7 +107,9 @@ def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:
     half, quarter = layers // 2, layers // 4
     match method:
         case "s3d":
-            return [{"gamma": g} for g in sorted({2, 4, 6, lm.draft_config.gamma})]
+            usual = default_settings(lm, method)
+            assert usual is not None
+            return [{"gamma": g} for g in sorted({2, 4, 6, usual.gamma})]
         case "prompt-lookup":
             return [{"gamma": g} for g in (2, 4, 8)]
         case "self-spec":

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from s3d_jax.errors import InputError
+from s3d_jax.tuning import machine
 
 _GIB = 2**30
 
@@ -31,33 +29,19 @@ def about() -> dict[str, Any]:
     }
 
 
-def machine() -> str:
-    """The device that jax computes on, in words."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{device.device_kind}, {platform.system()}"
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}, {platform.system()}"
-
-
 def label(row: Mapping[str, Any]) -> str:
     """A method with its settings: "self-spec γ=2, skip 3-6"."""
     words = []
     for name, value in row["settings"].items():
         if name == "skip":
             skipped = [i for i, s in enumerate(value) if s]
-            words.append(f"skip {_ranges(skipped)}")
+            words.append(f"skip {ranges(skipped)}")
         else:
             words.append(f"{'γ' if name == 'gamma' else name}={value}")
     return " ".join([row["method"], ", ".join(words)]).strip()
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """0-2,5 for [0, 1, 2, 5]."""
     parts: list[list[int]] = []
     for number in numbers:
@@ -85,11 +69,11 @@ def table(report: Mapping[str, Any]) -> str:
         f"({', '.join(report['suites'])}), greedy, {report['max_new_tokens']} new tokens at most, "
         f"{report['repeats']} repeats",
         "",
-        *_markdown(head, (_cells(row) for row in whole)),
+        *markdown(head, (_cells(row) for row in whole)),
     ]
     if parts:
         head = ("category", "method", "tokens/s", "IF", "end to end", "τ", "same as AR")
-        lines += ["", *_markdown(head, (_short_cells(row) for row in parts))]
+        lines += ["", *markdown(head, (_short_cells(row) for row in parts))]
     facts = report["about"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
@@ -101,7 +85,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(head: Sequence[str], rows: Any) -> list[str]:
+def markdown(head: Sequence[str], rows: Any) -> list[str]:
     """A table whose columns are aligned, so that it reads well as plain text too."""
     cells = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]

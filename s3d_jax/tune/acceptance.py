@@ -1,0 +1,332 @@
+"""What drafts get right of texts that are known: acceptance without decoding once per setting.
+
+Greedy decoding writes the same text whoever drafts. So the text is written once, and one draft pass
+at each of its places tells how many tokens would have been accepted had an iteration begun there.
+Where iterations do begin follows from that: behind the accepted tokens and the bonus. Walking
+through the text so gives the τ of decoding itself, for every γ.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.cache import KVCache
+from s3d_jax.config import DraftConfig, ModelConfig
+from s3d_jax.errors import InputError
+from s3d_jax.generate import LM
+from s3d_jax.model import Block, DraftParams, Params, RMSNorm, _bridge
+from s3d_jax.train.objective import block_targets, draft_stream, target_stream
+
+Skip = tuple[bool, ...]
+
+_MEASURED_DEPTHS = 12
+_ROWS = 16  # that are written in one batch
+_BLOCK_TOKENS = 256  # of one draft pass, all its blocks together
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The model's own greedy continuations of some prompts.
+
+    Attributes:
+        tokens: int32 [R, T], prompts and outputs, padded behind.
+        prompt_lengths, lengths: tokens of each prompt, and with its output.
+    """
+
+    tokens: np.ndarray
+    prompt_lengths: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all outputs."""
+        return sum(self.lengths) - sum(self.prompt_lengths)
+
+
+def write_texts(lm: LM, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Texts:
+    """Continues prompts by plain decoding.
+
+    Args:
+        lm: the model.
+        prompts: ids, int [n] each.
+        max_new_tokens: per prompt.
+    """
+    rows: list[np.ndarray] = []
+    for start in range(0, len(prompts), _ROWS):
+        part = list(prompts[start : start + _ROWS])
+        results = lm.generate(part, method="ar", max_new_tokens=max_new_tokens)
+        rows += [np.concatenate([p, r.tokens]) for p, r in zip(part, results, strict=True)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, text in zip(tokens, rows, strict=True):
+        row[: len(text)] = text
+    return Texts(tokens, tuple(map(len, prompts)), tuple(map(len, rows)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """What greedy decoding of some texts takes.
+
+    Attributes:
+        tokens: new tokens.
+        iterations: passes of the full model behind the prefill.
+        accepted: for each of the γ positions, how often its draft token was accepted.
+    """
+
+    tokens: int
+    iterations: int
+    accepted: tuple[int, ...]
+
+    @property
+    def tokens_per_iteration(self) -> float:
+        """τ."""
+        return self.tokens / self.iterations
+
+    @property
+    def per_position(self) -> tuple[float, ...]:
+        """Share of the iterations in which the i-th draft token was accepted."""
+        return tuple(count / self.iterations for count in self.accepted)
+
+
+def replay(accepted: Sequence[np.ndarray], gamma: int) -> Acceptance:
+    """Walks through texts as decoding with γ draft tokens does.
+
+    Args:
+        accepted: for each text, int [N]: how many draft tokens are right in an iteration that
+            begins when j of the N new tokens are committed. Those behind the text never are.
+        gamma: γ; of more right tokens no more are proposed.
+    """
+    counts, iterations = np.zeros(gamma, int), 0
+    for row in accepted:
+        j = 0
+        while j < len(row):
+            right = min(int(row[j]), gamma)
+            counts[:right] += 1
+            iterations += 1
+            j += right + 1
+    return Acceptance(sum(map(len, accepted)), iterations, tuple(counts.tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a draft that skips some layers gets right, measured or taken from its neighbours.
+
+    Attributes:
+        skip: one entry per layer, True where the draft jumps over it.
+        tokens_per_iteration: τ by γ.
+        acceptance: share of iterations in which the i-th token of the longest draft is accepted.
+        measured: False where it lies between neighbouring depths.
+    """
+
+    skip: Skip
+    tokens_per_iteration: Mapping[int, float]
+    acceptance: tuple[float, ...]
+    measured: bool
+
+    @property
+    def kept(self) -> int:
+        """Layers that the draft pass runs."""
+        return len(self.skip) - sum(self.skip)
+
+
+def fit_acceptance(
+    found: Sequence[Skip],
+    own: Skip,
+    gammas: Sequence[int],
+    acceptance: Callable[[Skip, int], Acceptance],
+    progress: Callable[[], None] = lambda: None,
+) -> list[Expected]:
+    """Acceptance by depth and position, from measurements of some depths.
+
+    From the smallest set to the largest `num_measured` are measured, evenly spread. At the depths
+    between two of these, τ and the share of each position are taken to change evenly.
+
+    Args:
+        found: sets of layers, one for each size, the smallest first.
+        own: the draft's own set, always measured.
+        gammas: in their order.
+        acceptance: measures, given a set and a γ.
+        progress: called after each set that was measured.
+
+    Returns:
+        One for each set, the fewest layers kept first.
+    """
+    some = _some(found)
+    rows: dict[Skip, list[float]] = {}  # τ for each γ, then the shares of the positions
+    for skip in dict.fromkeys([*some, own]):
+        each = [acceptance(skip, gamma) for gamma in gammas]
+        rows[skip] = [*(a.tokens_per_iteration for a in each), *each[-1].per_position]
+        progress()
+    depths, columns = [sum(s) for s in some], list(zip(*(rows[s] for s in some), strict=True))
+    expected = []
+    for skip in dict.fromkeys([*found, own]):
+        row = rows.get(skip) or [float(np.interp(sum(skip), depths, c)) for c in columns]
+        taus, shares = row[: len(gammas)], row[len(gammas) :]
+        by_gamma = dict(zip(gammas, taus, strict=True))
+        expected.append(Expected(skip, by_gamma, tuple(shares), skip in rows))
+    return sorted(expected, key=lambda e: e.kept)
+
+
+def num_measured(found: Sequence[Skip], own: Skip) -> int:
+    """How many sets `fit_acceptance` measures."""
+    return len({*_some(found), own})
+
+
+def _some(found: Sequence[Skip]) -> list[Skip]:
+    evenly = np.linspace(0, len(found) - 1, _MEASURED_DEPTHS).round().astype(int)
+    return [found[i] for i in np.unique(evenly)]
+
+
+class Judge:
+    """Counts the right tokens of drafts that skip any layers, by one compiled program for all.
+
+    Args:
+        lm: the model with its draft, trained or not.
+        texts: what the model writes.
+        gamma: the largest γ that will be asked for.
+    """
+
+    def __init__(self, lm: LM, texts: Texts, gamma: int) -> None:
+        if not texts.new_tokens:
+            raise InputError("the model continues none of the prompts: nothing can be measured")
+        self.lm, self.texts, self.gamma = lm, texts, gamma
+        self._all_right: dict[tuple[Skip, int], list[np.ndarray]] = {}
+        block = self._blocks(gamma) * gamma
+        self._streams = [
+            _target_stream(lm.config, lm.params, row[None], texts.tokens.shape[1] + block)
+            for row in texts.tokens
+        ]
+
+    def right(self, skip: Skip, gamma: int) -> list[np.ndarray]:
+        """For each text, int [N]: draft tokens that are right at each place, as `replay` wants it.
+
+        Args:
+            skip: one entry per layer, True where the draft jumps over it.
+            gamma: γ, up to that of the constructor.
+        """
+        # A token of a causal block does not know how many follow it, so one γ tells of all below.
+        causal = self.lm.draft_config.block_attention == "causal"
+        wide = self.gamma if causal else gamma
+        if (skip, wide) not in self._all_right:
+            texts = range(len(self.texts.lengths))
+            self._all_right[skip, wide] = [self._right(skip, wide, r, 1) for r in texts]
+        return [np.minimum(row, gamma) for row in self._all_right[skip, wide]]
+
+    def acceptance(self, skip: Skip, gamma: int) -> Acceptance:
+        """What decoding with these settings takes."""
+        return replay(self.right(skip, gamma), gamma)
+
+    def score(self, skip: Skip, stride: int) -> float:
+        """Mean of the right tokens of γ, at every `stride`-th place: cheap, to compare sets by."""
+        texts = range(len(self.texts.lengths))
+        rows = [self._right(skip, self.gamma, r, stride) for r in texts]
+        return float(np.mean(np.concatenate(rows)))
+
+    def _blocks(self, gamma: int) -> int:
+        """Blocks of one draft pass."""
+        return max(1, _BLOCK_TOKENS // gamma)
+
+    def _right(self, skip: Skip, gamma: int, r: int, stride: int) -> np.ndarray:
+        """Of text r, every stride-th place: int [ceil(N / stride)]."""
+        lm, tokens, length = self.lm, self.texts.tokens[r : r + 1], self.texts.lengths[r]
+        places = np.arange(self.texts.prompt_lengths[r] - 1, length - 1, stride)
+        count = self._blocks(gamma)
+        found = [np.zeros(0, int)]
+        for start in range(0, len(places), count):
+            part = places[start : start + count]
+            anchors = np.pad(part, (0, count - len(part)), mode="edge")[None].astype(np.int32)
+            right = _right_tokens(
+                lm.config,
+                keeping_all(lm.draft_config, gamma),
+                lm.params,
+                lm.draft_params,
+                ~np.array(skip),
+                tokens,
+                np.int32(length),
+                anchors,
+                self._streams[r],
+            )
+            found.append(np.asarray(right)[0, : len(part)])
+        return np.concatenate(found)
+
+
+def keeping_all(draft: DraftConfig, gamma: int) -> DraftConfig:
+    return draft.replace(skip=(False,) * len(draft.skip), gamma=gamma)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def _target_stream(config: ModelConfig, params: Params, tokens: jax.Array, slots: int) -> KVCache:
+    return target_stream(config, params, tokens, slots, compute_logits=False)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "draft_config"))
+def _right_tokens(
+    config: ModelConfig,
+    draft_config: DraftConfig,
+    params: Params,
+    draft: DraftParams,
+    keep: jax.Array,
+    tokens: jax.Array,
+    length: jax.Array,
+    anchors: jax.Array,
+    cache: KVCache,
+) -> jax.Array:
+    """Right draft tokens of each block, int [B, A]; keep: bool [L]."""
+    with nn.intercept_methods(_skipping(keep, draft.bridges, config.norm_eps)):
+        logits = draft_stream(config, params, draft_config, draft, tokens, anchors, cache)
+    known = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < length, tokens.shape)
+    gamma = draft_config.gamma
+    _, targets, weights = block_targets(tokens, known, anchors, gamma, 1.0)
+    right = (jnp.argmax(logits, axis=-1) == targets) & (weights > 0)
+    return jnp.sum(jnp.cumprod(right.reshape(*anchors.shape, gamma), axis=2), axis=2)
+
+
+Interceptor = Callable[..., Any]
+
+
+def _skipping(keep: jax.Array, bridges: Mapping[str, Any], eps: float) -> Interceptor:
+    """Makes a pass through all layers one that skips those where `keep` [L] is False.
+
+    In decoding the set is static, and each its own program. Here hundreds are compared, and a layer
+    that is computed in vain costs less than a compilation.
+    """
+
+    def intercept(next_fun: Interceptor, args: Any, kwargs: Any, context: Any) -> Any:
+        i = layer_of(context)
+        if i is None:
+            return next_fun(*args, **kwargs)
+        x, *rest = args
+        y = x
+        if i > 0:
+            y = bridged(x, ~keep[i - 1], bridges, context.module.name, eps)
+        if not isinstance(context.module, Block):
+            return next_fun(y, *rest, **kwargs)
+        y, keys, values = next_fun(y, *rest, **kwargs)
+        return jnp.where(keep[i], y, x), keys, values
+
+    return intercept
+
+
+def layer_of(context: Any) -> int | None:
+    """The number of the layer that linen is about to call; L for the final norm, else None."""
+    module = context.module
+    if context.method_name != "__call__":
+        return None
+    if isinstance(module, Block):
+        return int(str(module.name).removeprefix("layers_"))
+    last = isinstance(module, RMSNorm) and module.name == "final_norm"
+    return module.config.num_layers if last else None
+
+
+def bridged(
+    x: jax.Array, gap: jax.Array, bridges: Mapping[str, Any], name: str | None, eps: float
+) -> jax.Array:
+    """x as the module `name` gets it: over the bridge, if it has one, where `gap` is True."""
+    if name is None or name not in bridges:
+        return x
+    return jnp.where(gap, _bridge(x, bridges[name], eps), x)

@@ -1,0 +1,203 @@
+"""What the passes cost on this device: whole iterations of the compiled loop, in turns.
+
+How long an iteration takes does not depend on what is accepted in it. So each program runs as it
+does in decoding, the state donated and handed on from one to the next, from the same place again
+and again. Decoding of texts is a little slower than such a loop, plain decoding more so than S3D:
+texts are short, their caches of several sizes, and the weights have left the processor's caches
+when the next one begins. By how much is measured too, on two settings (`Costs.scaled`).
+"""
+
+import dataclasses
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax import decode
+from s3d_jax.batch import cache_slots
+from s3d_jax.config import DraftConfig, PassCosts, SamplingConfig
+from s3d_jax.generate import LM
+from s3d_jax.model import Params
+from s3d_jax.sampling import SamplingFeatures, SamplingParams, batch_sampling
+from s3d_jax.state import DecodeSpec, DecodeState, DrafterParams, Proposal, last_token
+from s3d_jax.tune.acceptance import Skip, Texts
+
+_SECONDS = 0.05  # of one turn of one program, where the cache has room for so many iterations
+_STEP = 32  # slots; odd numbers of them are slower than what decoding uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds per iteration of one row.
+
+    Attributes:
+        verify: without a draft pass, with w = 0 … γ draft tokens. The first is an AR step.
+        draft: what the draft pass adds, by γ and the number of layers kept. Between two numbers of
+            layers it is taken to grow evenly.
+        visible: slots of the cache that were read.
+    """
+
+    verify: tuple[float, ...]
+    draft: Mapping[int, Mapping[int, float]]
+    visible: int
+
+    def scaled(self, step: float, kept: int, gamma: int, iteration: float) -> "Costs":
+        """With the times of real decoding.
+
+        Args:
+            step: seconds of one of plain decoding.
+            kept, gamma: an S3D setting,
+            iteration: and the seconds of one of its iterations. All others change in proportion.
+        """
+        factor = iteration / (self.step * self.relative(kept, gamma).iteration(gamma))
+        return dataclasses.replace(
+            self,
+            verify=(step, *(factor * seconds for seconds in self.verify[1:])),
+            draft={
+                g: {depth: factor * seconds for depth, seconds in by_depth.items()}
+                for g, by_depth in self.draft.items()
+            },
+        )
+
+    @property
+    def step(self) -> float:
+        """Of plain decoding."""
+        return self.verify[0]
+
+    def relative(self, kept: int, gamma: int) -> PassCosts:
+        """In steps of plain decoding.
+
+        Args:
+            kept: layers that the draft pass runs.
+            gamma: γ, one of `draft`.
+        """
+        depths = sorted(self.draft[gamma])
+        draft = float(np.interp(kept, depths, [self.draft[gamma][depth] for depth in depths]))
+        verify = tuple(seconds / self.step for seconds in self.verify[: gamma + 1])
+        return PassCosts(draft / self.step, verify)
+
+
+class Clock:
+    """Times iterations of plain decoding, of verification alone, and of S3D.
+
+    Args:
+        lm: the model with its draft.
+        skips: sets of skipped layers, of different size.
+        gammas: γs.
+        texts: what is decoded. As much of the cache is read as their tokens see on average.
+        max_new_tokens: that they were written with.
+        progress: called after each program is compiled, `num_programs` times.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        skips: Sequence[Skip],
+        gammas: Sequence[int],
+        texts: Texts,
+        max_new_tokens: int,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._lm, self._skips, self._gammas = lm, skips, gammas
+        most, whole = max(gammas), (False,) * lm.config.num_layers
+        sampling, features = _greedy(lm)
+        specs: dict[Any, DecodeSpec] = {0: DecodeSpec(lm.config, None, features)}
+        for w in range(1, most + 1):
+            specs[w] = DecodeSpec(lm.config, DraftConfig(whole, w), features, (), _repeat_last)
+        for skip, gamma in itertools.product(skips, gammas):
+            draft = lm.draft_config.replace(skip=skip, gamma=gamma)
+            specs[sum(skip), gamma] = DecodeSpec(lm.config, draft, features)
+
+        self.visible = _mean_visible(lm, texts, max_new_tokens, most)
+        # One row with nothing but its first token: what is in the cache has no say in the time.
+        limit = self.visible - most - 1
+        first = [np.zeros(1, np.int32)]
+        self._state = decode.init_state(
+            specs[most], first, self.visible, np.array([limit]), sampling
+        )
+        self._programs, self._iterations = {}, dict.fromkeys(specs, 1)
+        self._room = {name: max(1, (limit - 1) // (s.gamma + 1)) for name, s in specs.items()}
+        self._seconds: dict[Any, list[float]] = {name: [] for name in specs}
+        for name, spec in specs.items():
+            arguments = (*self._params, self._state, np.int32(1), self.visible)
+            self._programs[name] = decode.decode_jit.lower(spec, *arguments).compile()
+            progress()
+        for name in [*specs] * 2:  # warms up, and finds out how many iterations fill a turn
+            each = self._time(name)
+            self._iterations[name] = int(np.clip(_SECONDS / each, 1, self._room[name]))
+
+    @property
+    def _params(self) -> tuple[Any, Any]:
+        return self._lm.params, self._lm.draft_params
+
+    def take_turns(self, turns: int = 9) -> None:
+        """Times every program so many times more, in turns."""
+        names = list(self._programs)
+        for turn in range(turns):
+            for name in names if turn % 2 else reversed(names):
+                self._seconds[name].append(self._time(name))
+
+    def costs(self) -> Costs:
+        """Medians of all turns so far."""
+        median = {name: statistics.median(values) for name, values in self._seconds.items()}
+        layers = self._lm.config.num_layers
+        draft = {
+            # More than nothing, also where the clock was too coarse to see it.
+            g: {layers - sum(s): max(median[sum(s), g] - median[g], 1e-9) for s in self._skips}
+            for g in self._gammas
+        }
+        verify = tuple(median[w] for w in range(max(self._gammas) + 1))
+        return Costs(verify, draft, self.visible)
+
+    def _time(self, name: Any) -> float:
+        """Seconds per iteration of one call, which begins at the first token again."""
+        fresh = jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
+        length, done = jax.block_until_ready(fresh)
+        cache = self._state.cache.replace(length=length)
+        state = self._state.replace(cache=cache, done=done)
+        count = self._iterations[name]
+        start = time.perf_counter()
+        self._state = self._programs[name](*self._params, state, np.int32(count))
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - start) / count
+
+
+def num_programs(skips: Sequence[Skip], gammas: Sequence[int]) -> int:
+    """How many programs a `Clock` compiles."""
+    return 1 + max(gammas) + len(skips) * len(gammas)
+
+
+def _repeat_last(
+    spec: DecodeSpec,
+    params: Params,
+    draft_params: DrafterParams,
+    state: DecodeState,
+    visible: int | None = None,
+) -> Proposal:
+    """A proposer that costs nothing: what remains of the iteration is the verify pass."""
+    last = last_token(state)
+    return Proposal(jnp.broadcast_to(last, (last.shape[0], spec.gamma)), None, state.cache)
+
+
+def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:
+    """Slots that are read per new token: the time of a pass grows evenly with them."""
+    weights, slots = [], []
+    for prompt, length in zip(texts.prompt_lengths, texts.lengths, strict=True):
+        padded = decode.padded_length(prompt)
+        room = cache_slots([padded], [max_new_tokens], lm.max_length, gamma)
+        middle = padded + (length - prompt) // 2
+        slots.append(decode.visible_slots(middle + gamma + 1, room))
+        weights.append(length - prompt)
+    mean = float(np.average(slots, weights=weights))
+    return max(_STEP * math.ceil(mean / _STEP), 2 * gamma + 3)
+
+
+def _greedy(lm: LM) -> tuple[SamplingParams, SamplingFeatures]:
+    keys = jax.random.split(jax.random.key(0), 1)
+    return batch_sampling([SamplingConfig()], keys, lm.config.vocab_size)

@@ -1,0 +1,282 @@
+"""From costs and acceptance to settings: predict, check against measurement, choose."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from s3d_jax.bench import measure
+from s3d_jax.bench.contestants import Ours
+from s3d_jax.bench.suites import Prompt
+from s3d_jax.errors import InputError
+from s3d_jax.generate import LM
+from s3d_jax.tune.acceptance import (
+    Expected,
+    Judge,
+    Skip,
+    fit_acceptance,
+    num_measured,
+    write_texts,
+)
+from s3d_jax.tune.costs import Clock, Costs, num_programs
+from s3d_jax.tune.search import Search, num_judged, search
+from s3d_jax.tuning import Tuning
+
+GAMMAS = (1, 2, 3, 4, 5, 6, 8)
+
+_TIMED_PROMPTS = _CHECK_PROMPTS = 8
+_TURNS = 3  # of every setting on every prompt, that count
+
+Setting = tuple[Skip, int]  # what is skipped, and γ
+Progress = Callable[[str, int], Callable[[], None]]  # (what, how often) -> to call so often
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate(Expected):
+    """A set of layers to skip, and what it is worth.
+
+    Attributes:
+        improvement_factor: speed over plain decoding, by γ.
+    """
+
+    improvement_factor: Mapping[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A prediction beside what came out, on prompts that it was not made from.
+
+    Attributes:
+        gamma, skip: the settings.
+        predicted, measured: the improvement factor; the measured one of each prompt's median times.
+        spread: its standard deviation over the repeats.
+        predicted_tau, measured_tau: tokens per iteration.
+        identical_to_ar: share of outputs that are those of plain decoding.
+    """
+
+    gamma: int
+    skip: Skip
+    predicted: float
+    measured: float
+    spread: float
+    predicted_tau: float
+    measured_tau: float
+    identical_to_ar: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to the measurement."""
+        return self.predicted / self.measured - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        candidates: the sets of layers, by their size; the surface of improvement factors.
+        costs: what the predictions rest on.
+        checks: predictions that were measured.
+        tuning: the choice: the fastest of the checked settings, and without checks the best
+            prediction.
+        calibration_prompts, calibration_tokens, check_prompts: what was decoded.
+    """
+
+    candidates: tuple[Candidate, ...]
+    costs: Costs
+    checks: tuple[Check, ...]
+    tuning: Tuning
+    calibration_prompts: int
+    calibration_tokens: int
+    check_prompts: int
+
+    @property
+    def pays(self) -> bool:
+        """Whether S3D is faster than plain decoding."""
+        return self.tuning.improvement_factor > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "tuning": self.tuning.to_dict(),
+            "pays": self.pays,
+            "costs": dataclasses.asdict(self.costs),
+            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
+            "checks": [dataclasses.asdict(c) | {"error": c.error} for c in self.checks],
+            "calibration_prompts": self.calibration_prompts,
+            "calibration_tokens": self.calibration_tokens,
+            "check_prompts": self.check_prompts,
+        }
+
+
+def tune(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    *,
+    gammas: Sequence[int] = GAMMAS,
+    kind: Search = "symmetric",
+    max_new_tokens: int = 128,
+    check: int = 6,
+    progress: Progress = lambda what, total: lambda: None,
+) -> Plan:
+    """Looks for the γ and the skipped layers with which S3D decodes one greedy row fastest.
+
+    Args:
+        lm: the model with its draft. Where that is trained, the layers it was trained to skip are a
+            candidate beside those that the search finds.
+        prompts: like those to come. Every other one is predicted from; of the rest up to 8 are what
+            predictions are checked on. (A single prompt is used for both.)
+        gammas: which γ to consider.
+        kind: how sets of layers are looked for; see search.py.
+        max_new_tokens: per prompt.
+        check: how many settings are measured: half of them the best, the others from all over the
+            surface.
+        progress: told of each stage and its number of steps, gives what is called after each.
+
+    Raises:
+        InputError: no prompt, or the model continues none of them; a model of one layer.
+    """
+    if not prompts:
+        raise InputError("tuning needs a prompt")
+    if lm.config.num_layers < 2:
+        raise InputError("a model of one layer has none that a draft could skip")
+    gammas = sorted(set(gammas))
+    calibration, others = prompts[::2], prompts[1::2] or prompts
+    others = others[:: -(-len(others) // _CHECK_PROMPTS)]
+
+    step = progress("writing", 1)
+    texts = write_texts(lm, [p.tokens for p in calibration], max_new_tokens)
+    step()
+    judge = Judge(lm, texts, gammas[-1])
+    found = search(kind, judge, progress("searching", num_judged(kind, lm.config.num_layers)))
+    own = lm.draft_config.skip
+    timed = list({sum(skip): skip for skip in (found[0], found[-1], own)}.values())
+    clock = Clock(
+        *(lm, timed, gammas, texts, max_new_tokens),
+        progress("compiling", num_programs(timed, gammas)),
+    )
+    step = progress("accepting", num_measured(found, own))
+    expected = fit_acceptance(found, own, gammas, judge.acceptance, step)
+    clock.take_turns()
+    costs = clock.costs()
+    best, gamma = _ranking(predict(expected, costs))[0]
+    some = calibration[:: -(-len(calibration) // _TIMED_PROMPTS)]
+    plain, ours = _decoded(lm, [(best.skip, gamma)], some, max_new_tokens, "timing", progress)
+    costs = costs.scaled(
+        _seconds_per_iteration(plain), best.kept, gamma, _seconds_per_iteration(ours)
+    )
+    candidates = predict(expected, costs)
+    settings = _to_check(candidates, check)
+    rows = _decoded(lm, settings, others, max_new_tokens, "checking", progress) if settings else []
+    checks = _compared(candidates, settings, rows)
+    return Plan(
+        candidates=tuple(candidates),
+        costs=costs,
+        checks=checks,
+        tuning=choose(candidates, costs, checks),
+        calibration_prompts=len(calibration),
+        calibration_tokens=texts.new_tokens,
+        check_prompts=len(others) if checks else 0,
+    )
+
+
+def predict(expected: Sequence[Expected], costs: Costs) -> list[Candidate]:
+    """The improvement factor of every set with every γ: τ over what an iteration costs."""
+    return [
+        Candidate(
+            **vars(e),
+            improvement_factor={
+                gamma: tau / costs.relative(e.kept, gamma).iteration(gamma)
+                for gamma, tau in e.tokens_per_iteration.items()
+            },
+        )
+        for e in expected
+    ]
+
+
+def choose(candidates: Sequence[Candidate], costs: Costs, checks: Sequence[Check]) -> Tuning:
+    """The fastest of the settings that were measured; the best prediction where none was."""
+    if checks:
+        fastest = max(checks, key=lambda check: check.measured)
+        skip, gamma, factor = fastest.skip, fastest.gamma, fastest.measured
+    else:
+        best, gamma = _ranking(candidates)[0]
+        skip, factor = best.skip, best.improvement_factor[gamma]
+    return Tuning(gamma, skip, costs.relative(len(skip) - sum(skip), gamma), factor)
+
+
+def _ranking(candidates: Sequence[Candidate]) -> list[tuple[Candidate, int]]:
+    """All settings, the best prediction first."""
+    settings = [(c, gamma) for c in candidates for gamma in c.improvement_factor]
+    return sorted(settings, key=lambda s: -s[0].improvement_factor[s[1]])
+
+
+def _to_check(candidates: Sequence[Candidate], count: int) -> list[Setting]:
+    """Half of them the best, since one of these is chosen; the others from all over the surface."""
+    ranking = _ranking(candidates)
+    best = (count + 1) // 2
+    rest = ranking[best:]
+    places = np.linspace(0, max(len(rest) - 1, 0), count - best).astype(int)
+    chosen = ranking[:best] + [rest[i] for i in np.unique(places) if rest]
+    return [(candidate.skip, gamma) for candidate, gamma in chosen]
+
+
+def _decoded(
+    lm: LM,
+    settings: Sequence[Setting],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    what: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Decodes plainly and with each of the settings, in turns, as `s3d bench` does.
+
+    Returns:
+        Its rows, with the seconds that decoding all prompts took.
+    """
+    contestants = [
+        Ours("ar", {}, lm),
+        *(Ours("s3d", {"gamma": gamma, "skip": skip}, lm) for skip, gamma in settings),
+    ]
+    step = progress(what, len(contestants) * len(prompts) * (1 + _TURNS))
+    records = measure.take_turns(contestants, prompts, max_new_tokens, _TURNS, step)
+    rows = measure.summary(contestants, prompts, records, [0.0] * len(contestants))
+    whole = [row for row in rows if row["category"] == "all"]
+    for c, row in enumerate(whole):
+        # A prompt's median, since a machine that has other work to do is slow in single turns.
+        times: dict[int, list[float]] = {}
+        for record in records:
+            if record.contestant == c and record.repeat > 0:
+                times.setdefault(record.prompt, []).append(record.run.decode_seconds)
+        row["seconds"] = sum(map(statistics.median, times.values()))
+    return whole
+
+
+def _seconds_per_iteration(row: Mapping[str, Any]) -> float:
+    return row["seconds"] * row["tokens_per_iteration"] / row["new_tokens"]
+
+
+def _compared(
+    candidates: Sequence[Candidate],
+    settings: Sequence[Setting],
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[Check, ...]:
+    if not rows:
+        return ()
+    plain, *rows = rows
+    by_skip = {candidate.skip: candidate for candidate in candidates}
+    return tuple(
+        Check(
+            gamma=gamma,
+            skip=skip,
+            predicted=by_skip[skip].improvement_factor[gamma],
+            measured=plain["seconds"] / row["seconds"],
+            spread=row["improvement_factor_spread"],
+            predicted_tau=by_skip[skip].tokens_per_iteration[gamma],
+            measured_tau=row["tokens_per_iteration"],
+            identical_to_ar=row["identical_to_ar"],
+        )
+        for (skip, gamma), row in zip(settings, rows, strict=True)
+    )

@@ -1,0 +1,186 @@
+"""The settings that `s3d tune` chose, by device, in a checkpoint's tuning.json.
+
+    {"format": "s3d_jax tuning", "version": 1, "entries": [{"key": ..., "tuning": ...,
+      "measured": ...}]}
+
+An entry belongs to a device, a dtype and a draft. It is found only while the draft is the one that
+it was measured with.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from s3d_jax.config import DraftConfig, ModelConfig, PassCosts
+from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.staging import write_atomically
+
+FORMAT, VERSION = "s3d_jax tuning", 1
+FILE = "tuning.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What S3D does on this device where nobody says otherwise, and what it is worth.
+
+    Attributes:
+        gamma, skip: as in DraftConfig.
+        costs: of the passes with these settings.
+        improvement_factor: speed over that of plain decoding; below 1, S3D does not pay.
+    """
+
+    gamma: int
+    skip: tuple[bool, ...]
+    costs: PassCosts
+    improvement_factor: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", DraftConfig(self.skip, self.gamma).skip)  # checks them
+        if len(self.costs.verify) != self.gamma + 1:
+            raise ConfigError(f"there are no costs for each of 0 … {self.gamma} draft tokens")
+        object.__setattr__(self, "improvement_factor", float(self.improvement_factor))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """From JSON.
+
+        Raises:
+            ConfigError, KeyError, TypeError, ValueError: it is not what `to_dict` gave.
+        """
+        return cls(**{**fields, "costs": PassCosts.from_dict(fields["costs"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def machine() -> str:
+    """The device that jax computes on, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind}, {platform.system()}"
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {name}, {platform.system()}"
+
+
+def read_tuning(
+    model: str | os.PathLike[str], config: ModelConfig, draft: str | None
+) -> Tuning | None:
+    """What was chosen for this device.
+
+    Args:
+        model: the native checkpoint folder.
+        config: the model as it is computed.
+        draft: the name of the trained draft in use; None is the untrained one.
+
+    Returns:
+        None where nothing was, or the draft has been trained anew since.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    key = _key(Path(model), config.dtype, draft)
+    entry = next((e for e in read_entries(model) if e["key"] == key), None)
+    if entry is None:
+        return None
+    try:
+        tuning = Tuning.from_dict(entry["tuning"])
+        DraftConfig(tuning.skip).validate_for(config)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(Path(model) / FILE, error) from error
+    return tuning
+
+
+def read_entries(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All entries of a checkpoint, of whatever device; empty where it was never tuned.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    path = Path(model) / FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        found, entries = (fields["format"], fields["version"]), fields["entries"]
+        whole = all(isinstance(e["key"], dict) and isinstance(e["tuning"], dict) for e in entries)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if found != (FORMAT, VERSION) or not whole:
+        raise _damaged(path, f"no {FORMAT} of version {VERSION}")
+    return entries
+
+
+def save_tuning(
+    model: str | os.PathLike[str],
+    config: ModelConfig,
+    draft: str | None,
+    tuning: Tuning,
+    measured: Mapping[str, Any],
+) -> Path:
+    """Keeps what was chosen for this device, in place of an earlier choice; atomically.
+
+    Args:
+        model, config, draft: as in `read_tuning`.
+        tuning: the choice.
+        measured: what it was chosen by (JSON).
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: the file that is there is damaged, or it cannot be written.
+    """
+    path = Path(model) / FILE
+    key = _key(Path(model), config.dtype, draft)
+    entry = {"key": key, "tuning": tuning.to_dict(), "measured": dict(measured)}
+    # Of a draft's earlier training nothing is kept.
+    same = {"device", "dtype", "draft"}
+    others = [
+        e for e in read_entries(model) if any(e["key"].get(name) != key[name] for name in same)
+    ]
+    fields = {"format": FORMAT, "version": VERSION, "entries": [*others, entry]}
+    try:
+        write_atomically(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def check_writable(model: str | os.PathLike[str]) -> None:
+    """Refuses early what `save_tuning` would refuse: minutes of measurements lie between.
+
+    Raises:
+        CheckpointError: no file can be made in the checkpoint's folder.
+    """
+    if not os.access(model, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"cannot write into {model}, where the settings would be kept: copy the folder to a "
+            "place of yours and give that (--model DIR), or look at the settings alone (--no-save)"
+        )
+
+
+def _key(model: Path, dtype: str, draft: str | None) -> dict[str, Any]:
+    key: dict[str, Any] = {"device": machine(), "dtype": dtype, "draft": draft, "draft_crc32": None}
+    if draft is not None:
+        # Holds the sums of its arrays, so it is another one where the draft is.
+        key["draft_crc32"] = zlib.crc32((model / "drafts" / draft / "config.json").read_bytes())
+    return key
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({reason}): delete it, and run s3d tune again")

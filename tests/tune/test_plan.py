@@ -1,0 +1,145 @@
+"""Costs, predictions and the choice, where the truth is known."""
+
+import numpy as np
+import pytest
+
+from s3d_jax.bench.suites import Prompt
+from s3d_jax.config import symmetric_skip
+from s3d_jax.errors import InputError
+from s3d_jax.tune.acceptance import Acceptance, Expected, Judge, fit_acceptance, replay, write_texts
+from s3d_jax.tune.costs import Clock, Costs, num_programs
+from s3d_jax.tune.plan import Check, _to_check, choose, predict, tune
+from tests.tiny import tiny_lm
+
+LAYERS, GAMMAS = 8, (1, 2, 4)
+FOUND = [symmetric_skip(LAYERS, size) for size in range(1, LAYERS)]
+# A step takes 2 s, of which each token more adds 0.1 s, and each layer of the draft 0.25 s.
+COSTS = Costs(
+    verify=(2.0, 2.1, 2.2, 2.3, 2.4),
+    draft={g: {1: 0.25 + 0.05 * g, 7: 1.75 + 0.05 * g} for g in GAMMAS},
+    visible=256,
+)
+
+
+def alpha(skip) -> float:
+    return 0.9 - 0.1 * sum(skip)
+
+
+def acceptance(skip, gamma) -> Acceptance:
+    """Independent tokens: the i-th is accepted in α^i of the iterations."""
+    shares = [round(10**6 * alpha(skip) ** (i + 1)) for i in range(gamma)]
+    return Acceptance(10**6 + sum(shares), 10**6, tuple(shares))
+
+
+@pytest.fixture
+def expected() -> list[Expected]:
+    return fit_acceptance(FOUND, FOUND[0], GAMMAS, acceptance)
+
+
+def test_costs_between_depths():
+    costs = COSTS.relative(4, 2)
+    assert costs.verify == (1, 1.05, 1.1)
+    assert costs.draft == pytest.approx((4 * 0.25 + 0.1) / 2)
+    assert costs.iteration(1) == pytest.approx(costs.draft + 1.05)
+
+
+def test_times_of_real_decoding_set_the_scale():
+    costs = COSTS.scaled(2.5, 4, 2, 2 * 3.3)  # of 1.1 + 2.2 s
+    assert costs.verify == pytest.approx((2.5, 4.2, 4.4, 4.6, 4.8))
+    assert costs.relative(4, 2).iteration(2) == pytest.approx(6.6 / 2.5)
+    assert costs.relative(7, 4).draft == pytest.approx(2 * 1.95 / 2.5)
+    assert costs.relative(4, 2).verify[0] == 1
+
+
+def test_the_prediction_is_the_formula_and_its_best_the_optimum(expected):
+    truth = {}
+    for skip in FOUND:
+        for g in GAMMAS:
+            a, kept = alpha(skip), LAYERS - sum(skip)
+            tau = (1 - a ** (g + 1)) / (1 - a)
+            truth[skip, g] = tau / ((2 + 0.1 * g + 0.25 * kept + 0.05 * g) / 2)
+    candidates = predict(expected, COSTS)
+    found = {(c.skip, g): f for c in candidates for g, f in c.improvement_factor.items()}
+    assert found == pytest.approx(truth, rel=1e-5)
+    best = max(truth, key=truth.__getitem__)
+    chosen = choose(candidates, COSTS, ())
+    assert (chosen.skip, chosen.gamma) == best
+    assert chosen.improvement_factor == pytest.approx(truth[best], rel=1e-5)
+    assert chosen.costs == COSTS.relative(LAYERS - sum(best[0]), best[1])
+
+
+def test_a_measurement_is_believed_more_than_a_prediction(expected):
+    def check(gamma, skip, measured):
+        return Check(gamma, skip, 9.9, measured, 0.01, 2.0, 2.1, 1.0)
+
+    checks = [check(2, FOUND[1], 1.1), check(4, FOUND[3], 1.3), check(1, FOUND[0], 0.8)]
+    chosen = choose(predict(expected, COSTS), COSTS, checks)
+    assert (chosen.gamma, chosen.skip, chosen.improvement_factor) == (4, FOUND[3], 1.3)
+    assert checks[0].error == pytest.approx(8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 21, 99])
+def test_what_is_checked(count, expected):
+    candidates = predict(expected, COSTS)
+    ranking = sorted(
+        ((f, c.skip, g) for c in candidates for g, f in c.improvement_factor.items()), reverse=True
+    )
+    settings = _to_check(candidates, count)
+    assert len(set(settings)) == len(settings) == min(count, len(ranking))
+    best = (count + 1) // 2
+    assert {(s, g) for _, s, g in ranking[:best]} <= set(settings)
+    if count >= 5:  # the worst is among those from all over
+        assert ranking[-1][1:] in settings
+
+
+def test_the_clock_times_all_passes():
+    lm = tiny_lm(num_layers=2)
+    texts = write_texts(lm, [np.arange(1, 9, dtype=np.int32)], 16)
+    skips = [symmetric_skip(2, 1), symmetric_skip(2, 0)]
+    compiled = []
+    clock = Clock(lm, skips, (2,), texts, 16, lambda: compiled.append(1))
+    assert len(compiled) == num_programs(skips, (2,)) == 1 + 2 + 2
+    clock.take_turns(2)
+    costs = clock.costs()
+    assert len(costs.verify) == 3 and min(costs.verify) > 0
+    assert {g: set(by_depth) for g, by_depth in costs.draft.items()} == {2: {1, 2}}
+    assert costs.relative(2, 2).verify[0] == 1 and clock.visible % 32 == 0
+
+
+def test_a_plan_of_a_tiny_model():
+    lm = tiny_lm(num_layers=2)
+    prompts = [Prompt("a", np.arange(1, n, dtype=np.int32)) for n in (3, 5, 9, 12)]
+    stages = []
+
+    def progress(what, total):
+        stages.append([what, total, 0])
+
+        def step():
+            stages[-1][2] += 1
+
+        return step
+
+    plan = tune(lm, prompts, gammas=(1, 2), max_new_tokens=12, check=1, progress=progress)
+    assert [s[0] for s in stages] == [
+        *("writing", "searching", "compiling", "accepting", "timing", "checking")
+    ]
+    assert all(total == done for _, total, done in stages)
+    assert len(plan.candidates) == 1 and plan.candidates[0].skip == lm.draft_config.skip
+    assert len(plan.checks) == 1 and plan.check_prompts == plan.calibration_prompts == 2
+    for check in plan.checks:
+        # Greedy texts are the same, so τ of the check is that of its own prompts to the token.
+        texts = write_texts(lm, [p.tokens for p in prompts[1::2]], 12)
+        right = Judge(lm, texts, 2).right(check.skip, check.gamma)
+        assert check.measured_tau == replay(right, check.gamma).tokens_per_iteration
+        assert check.identical_to_ar == 1
+    fastest = max(plan.checks, key=lambda c: c.measured)
+    assert (plan.tuning.gamma, plan.tuning.skip) == (fastest.gamma, fastest.skip)
+    assert plan.pays == (fastest.measured > 1)
+    assert plan.to_dict()["tuning"]["costs"]["verify"][0] == 1
+
+
+def test_what_cannot_be_tuned():
+    with pytest.raises(InputError, match="needs a prompt"):
+        tune(tiny_lm(), [])
+    with pytest.raises(InputError, match="one layer"):
+        tune(tiny_lm(num_layers=1), [Prompt("a", np.ones(3, np.int32))])

@@ -1,0 +1,131 @@
+"""What is kept of a choice: by device, dtype and draft; found by loading, and by nobody else."""
+
+import json
+import os
+
+import jax
+import pytest
+
+import s3d_jax
+from s3d_jax import checkpoint, tuning
+from s3d_jax.bench.report import about
+from s3d_jax.config import DraftConfig, PassCosts
+from s3d_jax.drafts import save_draft
+from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.generate import LM
+from s3d_jax.methods import candidate_settings, default_settings
+from s3d_jax.tuning import Tuning, check_writable, read_tuning, save_tuning
+from tests.tiny import tiny_config, tiny_params
+from tests.train.test_objective import noisy_draft
+
+OWN = DraftConfig((False, True, True, False), 3)
+CHOICE = Tuning(2, (False, True, False, False), PassCosts(0.5, (1, 1.1, 1.2)), 1.25)
+OTHER = Tuning(1, (False, False, True, False), PassCosts(0.75, (1, 1.5)), 0.8)
+
+
+@pytest.fixture
+def model(tmp_path):
+    config = tiny_config()
+    params = tiny_params(config)
+    folder = checkpoint.save(tmp_path / "model", config, params)
+    save_draft(folder, "default", OWN, noisy_draft(config, params, OWN), {})
+    return folder
+
+
+def test_it_comes_back_and_loading_uses_it(model):
+    config = tiny_config()
+    before = s3d_jax.load(model)
+    assert before.tuning is None and before.pass_costs is None
+    assert default_settings(before, "s3d") == OWN
+    path = save_tuning(model, config, "default", CHOICE, {"about": about()})
+    assert read_tuning(model, config, "default") == CHOICE
+    assert json.loads(path.read_text())["entries"][0]["measured"]["about"]["versions"]["jax"]
+
+    lm = s3d_jax.load(model)
+    assert lm.tuning == CHOICE and lm.pass_costs == CHOICE.costs and lm.draft_config == OWN
+    assert default_settings(lm, "s3d") == OWN.replace(gamma=2, skip=CHOICE.skip)
+    assert {"gamma": 2} in candidate_settings(lm, "s3d")
+    (result,) = lm.generate([3, 1, 4], max_new_tokens=8)
+    assert len(result.stats.accepted_per_position) == 2
+    (result,) = lm.generate([3, 1, 4], max_new_tokens=8, gamma=5, skip=OWN.skip)
+    assert len(result.stats.accepted_per_position) == 5
+    draft = {program[1].draft for program in lm.programs if hasattr(program[1], "draft")}
+    assert draft == {OWN.replace(gamma=2, skip=CHOICE.skip), OWN.replace(gamma=5)}
+
+
+def test_each_device_dtype_and_draft_has_its_own(model, monkeypatch):
+    config, half = tiny_config(), tiny_config(dtype="bfloat16")
+    save_tuning(model, config, "default", CHOICE, {})
+    assert read_tuning(model, half, "default") is None
+    assert read_tuning(model, config, None) is None
+    save_tuning(model, config, None, OTHER, {})
+    with monkeypatch.context() as other:
+        other.setattr(tuning, "machine", lambda: "some GPU")
+        assert read_tuning(model, config, "default") is None
+        save_tuning(model, config, "default", OTHER, {})
+        assert read_tuning(model, config, "default") == OTHER
+    assert read_tuning(model, config, "default") == CHOICE
+    assert s3d_jax.load(model, use_draft=False).tuning == OTHER
+    assert s3d_jax.load(model, dtype="bfloat16").tuning is None
+
+    again = Tuning(1, CHOICE.skip, OTHER.costs, 1.5)
+    save_tuning(model, config, "default", again, {})
+    assert read_tuning(model, config, "default") == again
+    assert len(tuning.read_entries(model)) == 3
+
+
+def test_a_draft_that_was_trained_anew_is_another_one(model):
+    config, params = tiny_config(), tiny_params(tiny_config())
+    save_tuning(model, config, "default", CHOICE, {})
+    better = jax.tree.map(lambda x: 2 * x, noisy_draft(config, params, OWN))
+    save_draft(model, "default", OWN, better, {}, overwrite=True)
+    assert s3d_jax.load(model).tuning is None
+    save_tuning(model, config, "default", OTHER, {})
+    assert s3d_jax.load(model).tuning == OTHER and len(tuning.read_entries(model)) == 1
+
+
+def test_damage_is_said(model):
+    config = tiny_config()
+    path = save_tuning(model, config, "default", CHOICE, {})
+    good = json.loads(path.read_text())
+    entry = good["entries"][0]
+    skip = [False] * 3
+    damaged = [
+        path.read_text()[:-20],
+        "[]",
+        json.dumps(good | {"version": 2}),
+        json.dumps(good | {"entries": [{"key": entry["key"]}]}),
+        json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"gamma": 0}}]}),
+        json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"skip": skip}}]}),
+        json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"more": 1}}]}),
+        json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"costs": {}}}]}),
+    ]
+    for text in damaged:
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"tuning\.json is damaged .*delete it"):
+            s3d_jax.load(model)
+    path.unlink()
+    assert s3d_jax.load(model).tuning is None
+
+
+def test_a_folder_that_cannot_be_written(model, monkeypatch):
+    check_writable(model)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match=r"cannot write into .*--no-save"):
+        check_writable(model)
+
+
+@pytest.mark.parametrize(
+    ("draft", "verify"), [(0.0, (1, 2)), (0.5, (2, 1)), (0.5, (1,)), (0.5, (1, -1)), (0.5, 1)]
+)
+def test_costs_that_cannot_be(draft, verify):
+    with pytest.raises(ConfigError):
+        PassCosts(draft, verify)
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ConfigError, match="costs for each"):
+        Tuning(3, CHOICE.skip, CHOICE.costs, 1.0)
+    config = tiny_config(num_layers=3)
+    with pytest.raises(ConfigError, match="skip has 4 entries"):
+        LM(config, tiny_params(config), tuning=CHOICE)
