@@ -1,0 +1,345 @@
+"""What an AR step, verification and a draft cost for models of a known shape, with random weights.
+
+    python benchmarks/passes.py                                   # what a CPU with 8 GB can hold
+    python benchmarks/passes.py --models phi-3-mini llama-2-7b --precisions bfloat16 int8    # a GPU
+    python benchmarks/passes.py --models llama-130m --sweep       # batches and contexts
+
+One process per model and precision, so that nobody pays for another's memory. Within it everything
+is measured in turns, and reported as medians. The bandwidth is that of a read benchmark in the same
+process, in the same turns. Runs on CPUs and GPUs alike.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax import decode, proposers
+from s3d_jax.batch import peak_memory_bytes
+from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig, symmetric_skip
+from s3d_jax.generate import LM
+from s3d_jax.model import abstract_params, weight_bytes
+from s3d_jax.sampling import batch_sampling
+
+TURN_SECONDS = 0.5
+_LLAMA = dict(max_position_embeddings=8448)
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-130m": _LLAMA
+    | dict(
+        **dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_layers=12),
+        **dict(num_heads=12, num_kv_heads=12, head_dim=64),
+    ),
+    "llama-1.1b": _LLAMA  # TinyLlama
+    | dict(
+        **dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_layers=22),
+        **dict(num_heads=32, num_kv_heads=4, head_dim=64),
+    ),
+    "phi-3-mini": _LLAMA
+    | dict(
+        **dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_layers=32),
+        **dict(num_heads=32, num_kv_heads=32, head_dim=96),
+    ),
+    "llama-2-7b": _LLAMA
+    | dict(
+        **dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32),
+        **dict(num_heads=32, num_kv_heads=32, head_dim=128),
+    ),
+}
+CPU_RUNS = [
+    ("llama-130m", "float32"),
+    ("llama-130m", "bfloat16"),
+    ("llama-130m", "int8"),
+    ("llama-1.1b", "bfloat16"),
+    ("llama-1.1b", "int8"),
+]
+BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096, 8192)
+
+
+def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Medians over `repeats` turns of each; a contestant is a run that returns its own seconds.
+
+    A turn is half a second of runs, the first of which does not count, so that nobody pays for the
+    caches and threads of the one before.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            run()
+            turn = [run()]
+            while sum(turn) < TURN_SECONDS:
+                turn.append(run())
+            seconds[name].append(statistics.median(turn))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def random_model(shape: dict[str, Any], precision: str) -> LM:
+    """A Llama of that shape whose weights are one random block, over and over."""
+    int8 = precision == "int8"
+    config = ModelConfig(
+        **shape,
+        # What is not int8 is of the type that the device computes in.
+        dtype=("float32" if jax.default_backend() == "cpu" else "bfloat16") if int8 else precision,
+        quantization="int8" if int8 else None,
+    )
+    block = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
+
+    def array(leaf: Any) -> jax.Array:
+        if leaf.dtype == jnp.int8:
+            return jax.device_put(np.resize(np.rint(block * 1500).astype(np.int8), leaf.shape))
+        if leaf.ndim == 1:  # norms; scales of int8 weights
+            return jnp.full(
+                leaf.shape, 1.0 if leaf.dtype == config.dtype else 0.02 / 30, leaf.dtype
+            )
+        return jax.device_put(np.resize(block.astype(leaf.dtype), leaf.shape))
+
+    return LM(config, jax.tree.map(array, abstract_params(config)))
+
+
+def pass_runs(
+    lm: LM, rows: tuple[int, ...], batch: int = 1, context: int = 128
+) -> dict[str, Callable[[], float]]:
+    """Single passes behind `context` tokens, head and argmax included, as contestants.
+
+    "1 row", "4 rows", … are passes of the whole model over so many tokens, "draft" is one of four
+    with half of the layers.
+    """
+    config = lm.config
+    skip = symmetric_skip(config.num_layers, config.num_layers // 2)
+    spec = decode.DecodeSpec(config, DraftConfig(skip, gamma=4))
+    keys = jax.random.split(jax.random.key(0), batch)
+    sampling, _ = batch_sampling([SamplingConfig()] * batch, keys, 1)
+    slots = -(-(context + 32) // 64) * 64
+    prompts = [np.arange(context, dtype=np.int32) % config.vocab_size] * batch
+    state = decode.init_state(spec, prompts, slots, np.full(batch, context + 8), sampling)
+    state = state.replace(cache=state.cache.replace(length=jnp.full(batch, context - 1)))
+
+    def verify(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
+        tokens = jnp.zeros((batch, drafted), jnp.int32)
+        logits, cache = decode.verify_pass(spec, params, state, tokens)
+        return jnp.argmax(logits, axis=-1), state.replace(cache=cache)
+
+    def draft(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
+        proposal = proposers.draft_pass(spec, params, draft_params, state)
+        return proposal.tokens, state.replace(cache=proposal.cache)
+
+    holder = [state]
+
+    def timed(function: Callable[..., Any], drafted: int) -> Callable[[], float]:
+        jitted = jax.jit(function, static_argnums=3, donate_argnums=2)
+
+        def call() -> float:
+            start = time.perf_counter()
+            tokens, holder[0] = jitted(lm.params, lm.draft_params, holder[0], drafted)
+            jax.block_until_ready((tokens, holder[0]))
+            return time.perf_counter() - start
+
+        return call
+
+    name = {n: "1 row" if n == 1 else f"{n} rows" for n in rows}
+    return {name[n]: timed(verify, n - 1) for n in rows} | {"draft": timed(draft, 4)}
+
+
+def read_run(num_bytes: int) -> tuple[Callable[[], float], int]:
+    """A read benchmark as a contestant, and the bytes that it reads."""
+    if jax.default_backend() != "cpu":
+        array = jnp.ones(num_bytes // 2, jnp.bfloat16)
+        total = jax.jit(functools.partial(jnp.sum, dtype=jnp.float32))
+
+        def on_device() -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(total(array))
+            return time.perf_counter() - start
+
+        return on_device, array.nbytes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = np.array_split(np.ones(num_bytes // 8, np.int64), cores or 1)
+    pool = concurrent.futures.ThreadPoolExecutor(cores)
+
+    def on_host() -> float:
+        start = time.perf_counter()
+        list(pool.map(np.bitwise_or.reduce, parts))  # numpy's fastest reduction
+        return time.perf_counter() - start
+
+    return on_host, sum(part.nbytes for part in parts)
+
+
+def hf_run(shape: dict[str, Any], precision: str, new_tokens: int) -> Callable[[], float]:
+    """Seconds per new token of HF's greedy `generate` behind 128 tokens, as a contestant."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_heads"],
+        num_key_value_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
+        dtype=precision,
+        eos_token_id=None,
+    )
+    torch.set_default_dtype(getattr(torch, precision))
+    model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    prompt = torch.arange(128)[None]
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options
+            )
+        return time.perf_counter() - start
+
+    return lambda: (seconds(new_tokens + 1) - seconds(1)) / new_tokens
+
+
+def measure(model: str, precision: str, repeats: int, against_hf: bool) -> dict[str, Any]:
+    """One model in one precision."""
+    lm = random_model(SHAPES[model], precision)
+    runs = pass_runs(lm, (1, 4, 5, 8))
+    weights = weight_bytes(lm.config)
+    read, read_bytes = read_run(min(weights, 1 << 30))
+    runs["read"] = read
+    if against_hf and precision != "int8":
+        runs["hf"] = hf_run(SHAPES[model], precision, 8)
+    seconds = median_seconds(runs, repeats)
+    bandwidth = read_bytes / seconds.pop("read")
+    # Of a table that is not the head as well, a step reads one row.
+    table = 0 if lm.config.tie_embeddings else _table_bytes(lm)
+    return {
+        "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
+        "over_ar": {name: s / seconds["1 row"] for name, s in seconds.items()},
+        "read_gb_per_second": bandwidth / 1e9,
+        "ar_share_of_bandwidth": (weights - table) / seconds["1 row"] / bandwidth,
+        "weight_gb": weights / 1e9,
+        "peak_memory_gb": peak_memory_bytes() / 1e9,
+    }
+
+
+def _table_bytes(lm: LM) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(lm.params["embed"]))
+
+
+def sweep(model: str, precision: str, repeats: int) -> dict[str, Any]:
+    """Milliseconds by batch, and by context."""
+    lm = random_model(SHAPES[model], precision)
+    slot = 2 * lm.config.num_kv_heads * lm.config.head_dim * lm.config.num_layers
+    slot *= jnp.dtype(lm.config.dtype).itemsize
+    report: dict[str, Any] = {"cache_bytes_per_token": slot, "batch": {}, "context": {}}
+    for kind, sizes in (("batch", BATCHES), ("context", CONTEXTS)):
+        for size in sizes:
+            seconds = median_seconds(pass_runs(lm, (1, 5), **{kind: size}), repeats)
+            report[kind][size] = {name: 1e3 * s for name, s in seconds.items()}
+    return report
+
+
+def machine() -> dict[str, str]:
+    """What the numbers belong to."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "date": date.today().isoformat(),
+        "device": f"{jax.devices()[0].device_kind} ({cpu}, {os.cpu_count()} cores)",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="MODEL", help=str([*SHAPES]))
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("float32", "bfloat16", "float16", "int8")
+    )
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="turns (default: 7)")
+    parser.add_argument("--hf", action="store_true", help="HF transformers too (needs torch)")
+    parser.add_argument(
+        "--sweep", action="store_true", help="batches of 1 to 16, contexts of 256 to 8192"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    runs = CPU_RUNS
+    if arguments.models or arguments.precisions:
+        models = arguments.models or ["llama-130m"]
+        runs = [(m, p) for m in models for p in arguments.precisions or ["bfloat16"]]
+    if arguments.json and len(runs) == 1:  # one of the processes below, or asked for
+        if arguments.sweep:
+            report = sweep(*runs[0], arguments.repeats)
+        else:
+            report = measure(*runs[0], arguments.repeats, arguments.hf)
+        print(json.dumps(report))
+        return 0
+
+    reports = {}
+    for model, precision in runs:
+        flags = ["--hf"] * arguments.hf + ["--sweep"] * arguments.sweep
+        command = [sys.executable, __file__, "--models", model, "--precisions", precision, "--json"]
+        command += [*flags, "--repeats", str(arguments.repeats)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode
+        reports[f"{model}, {precision}"] = json.loads(done.stdout)
+    if arguments.json:
+        print(json.dumps(reports))
+    else:
+        print(", ".join(f"{k} {v}" for k, v in machine().items()), end="\n\n")
+        (print_sweep if arguments.sweep else print_passes)(reports)
+    return 0
+
+
+def print_passes(reports: dict[str, Any]) -> None:
+    """As Markdown."""
+    names = list(next(iter(reports.values()))["milliseconds"])
+    print(f"| model | {' | '.join(names)} | GB | read GB/s | AR of that | peak GB |")
+    print("|---" * (len(names) + 5) + "|")
+    for model, r in reports.items():
+        cells = [
+            f"{r['milliseconds'][n]:.2f} ({r['over_ar'][n]:.2f})" if n in r["over_ar"] else ""
+            for n in names
+        ]
+        print(
+            f"| {model} | {' | '.join(cells)} | {r['weight_gb']:.2f} "
+            f"| {r['read_gb_per_second']:.1f} | {r['ar_share_of_bandwidth']:.0%} "
+            f"| {r['peak_memory_gb']:.2f} |"
+        )
+
+
+def print_sweep(reports: dict[str, Any]) -> None:
+    """As Markdown."""
+    for model, report in reports.items():
+        print(f"{model}: {report['cache_bytes_per_token']:,} bytes of cache per token\n")
+        for kind in ("batch", "context"):
+            names = list(next(iter(report[kind].values())))
+            print(
+                f"| {kind} | {' | '.join(f'{n}, ms' for n in names)} |\n|---{'|---' * len(names)}|"
+            )
+            for size, row in report[kind].items():
+                print(f"| {size} | {' | '.join(f'{row[n]:.2f}' for n in names)} |")
+            print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
