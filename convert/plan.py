@@ -13,7 +13,6 @@ from convert.outline import UNKNOWN
 from convert.to_native import (
     Model,
     by_group,
-    max_transposed,
     open_origin,
     raise_problems,
     tensor_problems,
@@ -116,14 +115,13 @@ def plan(
 
 
 def _peak_memory(model: Model, tensors: Mapping[str, hf.Tensor]) -> int:
-    """Two groups, one being written, and the place of the largest tensor that is transposed."""
+    """Two groups, one being written."""
     largest_group = max(
         sum(math.prod(native_shape(parts)) for parts in table.values())
         for table in by_group(model.table).values()
     )
-    itemsize = hf.DTYPES[model.config.dtype].itemsize
+    arrays = 2 * hf.DTYPES[model.config.dtype].itemsize * largest_group
     is_cast = any(tensors[name].dtype != model.config.dtype for name in model.shapes)
-    arrays = itemsize * (2 * largest_group + max_transposed(model.table))
     return _LIBRARIES + arrays + is_cast * _CAST * hf.CHUNK
 
 
@@ -194,6 +192,6 @@ def _places(parts: tuple[Part, ...]) -> list[tuple[Part, str]]:
     places, start = [], 0
     for part in parts:
         end = start + part.shape[0]
-        places.append((part, f"[:, {start}:{end}]" if part.transposed else f"[{start}:{end}]"))
+        places.append((part, f"[{start}:{end}]"))
         start = end
     return places

@@ -34,7 +34,6 @@ from s3d_jax.tokenizer import has_vocabulary
 NOT_ASKED = "not asked for"
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
 _MAX_LINES = 1000  # of a list of faulty tensors
-_BLOCK = 64  # rows that are transposed at a time, so that the columns written stay in the cache
 _CACHED = 1 << 18  # elements that are looked through at a time, for the same reason
 
 
@@ -451,11 +450,6 @@ def _measure(
         return measure_parity(hf_folder, out, num_params, model.config.vocab_size)
 
 
-def max_transposed(table: Table) -> int:
-    """Numbers in the largest tensor that is transposed, which needs a place beside its array."""
-    return max(math.prod(p.shape) for parts in table.values() for p in parts if p.transposed)
-
-
 def by_group(table: Table) -> dict[str, Table]:
     """The table by the top-level groups of the parameter tree."""
     groups: dict[str, Table] = {}
@@ -468,30 +462,25 @@ def _float_groups(
     model: Model, source: hf.Source, bar: Any = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The groups of the parameter tree in the model's float type, read one by one."""
-    scratch = np.empty(max_transposed(model.table), hf.DTYPES[model.config.dtype])
+    dtype = hf.DTYPES[model.config.dtype]
     for group, table in by_group(model.table).items():
-        yield group, _read_group(group, table, source, scratch, bar)
+        yield group, _read_group(group, table, source, dtype, bar)
 
 
 def _read_group(
-    group: str, table: Table, source: hf.Source, scratch: np.ndarray, bar: Any
+    group: str, table: Table, source: hf.Source, dtype: np.dtype, bar: Any
 ) -> dict[str, Any]:
-    """Reads each tensor into its piece of the native array, by `scratch` if it is transposed."""
+    """Reads each tensor into its piece of the native array."""
     arrays = {}
     for path, parts in table.items():
-        array = np.empty(native_shape(parts), scratch.dtype)
+        array = np.empty(native_shape(parts), dtype)
         for part, piece in pieces(parts, array):
-            tensor = scratch[: piece.size].reshape(part.shape) if part.transposed else piece
-            source.read(part.name, tensor)
-            if not _is_finite(tensor):
+            source.read(part.name, piece)
+            if not _is_finite(piece):
                 raise ConversionError(
                     f"{part.name} in {source.tensors[part.name].file} holds infinities or NaN: "
                     "it is damaged; get a good copy of the file, and convert again"
                 )
-            if part.transposed:
-                for start in range(0, len(tensor), _BLOCK):
-                    block = slice(start, start + _BLOCK)
-                    piece[block] = tensor[block]
             if bar is not None:
                 bar.update(piece.nbytes)
         arrays[path] = array

@@ -1,6 +1,6 @@
 """The native checkpoint folder: written and read group by group, whole or not at all.
 
-    config.json              {"format": "s3d_jax", "version": 1, "model": {...}, "source": {...}}
+    config.json              {"format": "s3d_jax", "version": 2, "model": {...}, "source": {...}}
     weights/<group>/         an orbax checkpoint for each top-level group of the parameter tree:
                              embed, layers_0, ..., final_norm, lm_head
     weights.json             shape and CRC-32 of each array, so that damage is noticed, and named
@@ -34,7 +34,7 @@ from s3d_jax.tokenizer import has_vocabulary, tokenizer_files
 if TYPE_CHECKING:
     from s3d_jax.model import Params
 
-FORMAT, VERSION = "s3d_jax", 1
+FORMAT, VERSION = "s3d_jax", 2
 
 # Fields of generation_config.json that ask for no computation: not using them needs no word.
 _SILENT_GENERATION_FIELDS = frozenset(

@@ -221,7 +221,7 @@ def merge(params: Params, draft: DraftParams) -> DraftParams:
             for linear, delta in factors.items():
                 arrays = layer[part][linear]
                 whole = int8.dequantize_tree(arrays, jnp.float32)
-                whole["weight"] += delta["down"].astype(jnp.float32) @ delta["up"]
+                whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
                 if "scale" in arrays:
                     layer[part][linear] = jax.device_put(int8.quantize_tree(jax.device_get(whole)))
                 else:

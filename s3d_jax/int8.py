@@ -1,7 +1,7 @@
 """int8 weights: how they are made, stored and multiplied.
 
-A quantised matrix is {"weight" (of a table "embedding"): int8 [out, in], "scale": float32 [out]},
-where a float one is [in, out]. docs/performance.md has the measurements behind the choices.
+A quantised matrix is {"weight" (of a table "embedding"): int8 [out, in], "scale": float32 [out]}.
+docs/performance.md has the measurements behind the choices.
 
 Where activations are rounded to int8 as well, a difference in the last bit of a float can become
 one of a whole step, and then of the output. So that a token gets the very logits in a block of
@@ -59,15 +59,14 @@ def quantize_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             out[name] = quantize_tree(value)
         elif value.ndim == 2:
-            matrix = value if name == "embedding" else value.T
-            out[name], out["scale"] = quantize(matrix)
+            out[name], out["scale"] = quantize(value)
         else:
             out[name] = value
     return out
 
 
 def dequantize_tree(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """The way back: a tree with all matrices in a float type and its layout.
+    """The way back: a tree with all matrices in a float type.
 
     Args:
         tree: a parameter tree or a part of it, numpy or jax arrays; float matrices are just cast.
@@ -81,17 +80,10 @@ def dequantize_tree(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
         elif value is scale:
             continue
         elif value.ndim == 2 and scale is not None:
-            matrix = (value.astype(np.float32) * scale[:, None]).astype(dtype)
-            out[name] = matrix if name == "embedding" else matrix.T
+            out[name] = (value.astype(np.float32) * scale[:, None]).astype(dtype)
         else:
             out[name] = value.astype(dtype) if value.ndim == 2 else value
     return out
-
-
-def features(linear: Mapping[str, Any]) -> tuple[int, int]:
-    """(in, out) of a linear layer's arrays, whatever their type."""
-    rows, columns = linear["weight"].shape
-    return (columns, rows) if "scale" in linear else (rows, columns)
 
 
 # --- in the model ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The one linear layer: storage layout, arithmetic, and all choices by backend.
 
-Weights are stored `[in, out]`; those in int8 as int8.py says. docs/performance.md has the
-measurements behind the choices.
+Weights are stored `[out, in]`, as in HF. docs/performance.md has the measurements behind the
+choices.
 """
 
 import functools
@@ -14,43 +14,53 @@ import jax.numpy as jnp
 from s3d_jax import int8
 
 INIT_DEVIATION = 0.02  # of random weights
+_FEW_ROWS = 64  # from where on turning the result costs more than repacking the weight
 # Attention of more query heads than this is not unrolled: each product is compiled on its own.
 _MAX_UNROLLED = 16
 
 
-def project(
-    x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype, *, transposed: bool = False
-) -> jax.Array:
-    """`x @ weight`, accumulated in float32.
+def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """`x @ weight.T`, accumulated in float32.
 
     Args:
         x: [..., in].
-        weight: [in, out]; [out, in] if `transposed` (an embedding table that is also the head).
+        weight: [out, in].
         out_dtype: of the result.
 
     Returns:
         [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    product = functools.partial(_matrix_product, transposed=transposed)
-    if rows.shape[0] == 1 and weight.dtype != jnp.float32:
-        # A single row of a 16-bit type costs a CPU seven times as much as two rows.
-        def padded(rows: jax.Array, weight: jax.Array) -> jax.Array:
-            return product(jnp.pad(rows, ((0, 1), (0, 0))), weight)[:1]
-
-        y = jax.lax.platform_dependent(rows, weight, cpu=padded, default=product)
+    if rows.shape[0] <= _FEW_ROWS:
+        product = jax.lax.platform_dependent(rows, weight, cpu=_weight_first, default=_rows_first)
     else:
-        y = product(rows, weight)
-    return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
+        product = _rows_first(rows, weight)
+    return product.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
-def _matrix_product(rows: jax.Array, weight: jax.Array, transposed: bool) -> jax.Array:
+def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    return _product(rows, weight, 1, 1)
+
+
+def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """On CPUs: of two operands the second one is repacked in each product, so it is the smaller.
+
+    The barrier keeps XLA from exchanging them again.
+    """
+    count = padded = rows.shape[0]
+    if weight.dtype == jnp.float32 and 4 < count < 8:
+        padded = 8  # takes less time than five
+    elif weight.dtype != jnp.float32 and count == 1:
+        padded = 2  # takes a seventh of the time of one
+    rows = jnp.pad(rows, ((0, padded - count), (0, 0)))
+    return jax.lax.optimization_barrier(_product(weight, rows, 1, 1)).T[:count]
+
+
+def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     # HIGHEST matters for float32 on GPUs, which would else multiply in TF32 and lose exactness.
     return jax.lax.dot_general(
-        rows,
-        weight,
-        (((1,), (1 if transposed else 0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
+        *(a, b, (((a_axis,), (b_axis,)), ((), ()))),
+        precision=jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
 
@@ -116,13 +126,15 @@ def low_rank(
     Returns:
         [..., out], of the type of `x`.
     """
-    features = project(x, factors["down"].astype(x.dtype), x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    features = _product(rows, factors["down"].astype(x.dtype), 1, 0).astype(x.dtype)
     features = features if activation is None else activation(features)
-    return project(features, factors["up"].astype(x.dtype), x.dtype)
+    out = _product(features, factors["up"].astype(x.dtype), 1, 0).astype(x.dtype)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 class Linear(nn.Module):
-    """A linear layer: weight [in, out], an optional bias [out], a low-rank delta if given one."""
+    """A linear layer: weight [out, in], an optional bias [out], a low-rank delta if given one."""
 
     features: int
     use_bias: bool
@@ -131,11 +143,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
+        shape = self.features, x.shape[-1]
         if self.quantized:
-            shape = (self.features, x.shape[-1])
             y = int8.project(x, *int8.declare(self, "weight", shape, INIT_DEVIATION), x.dtype)
         else:
-            init, shape = nn.initializers.normal(INIT_DEVIATION), (x.shape[-1], self.features)
+            init = nn.initializers.normal(INIT_DEVIATION)
             y = project(x, self.param("weight", init, shape, jnp.dtype(self.dtype)), x.dtype)
         if self.use_bias:
             y = y + self.param(

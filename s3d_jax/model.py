@@ -486,22 +486,22 @@ class Embedding(nn.Module):
         """What a head that is tied to the table makes of [B, T, D]: float32 [B, T, V]."""
         if self.config.quantization:
             return int8.project(x, self.embedding, self.scale, jnp.float32)
-        return project(x, self.embedding, jnp.float32, transposed=True)
+        return project(x, self.embedding, jnp.float32)
 
 
 class Head(nn.Module):
-    """The output head, weight [D, V]: from [B, T, D] to float32 [B, T, V]."""
+    """The output head, weight [V, D]: from [B, T, D] to float32 [B, T, V]."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
+        shape = (cfg.vocab_size, cfg.hidden_size)
         if cfg.quantization:
-            shape = (cfg.vocab_size, cfg.hidden_size)
             weight, scale = int8.declare(self, "weight", shape, INIT_DEVIATION)
             return int8.project(x, weight, scale, jnp.float32)
-        init, shape = nn.initializers.normal(INIT_DEVIATION), (cfg.hidden_size, cfg.vocab_size)
+        init = nn.initializers.normal(INIT_DEVIATION)
         return project(x, self.param("weight", init, shape, jnp.dtype(cfg.dtype)), jnp.float32)
 
 

@@ -12,21 +12,19 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 40])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_project(rows, dtype, transposed):
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 40, 100])
+def test_project(rows, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, rows, 50)), dtype)
-    weight = jnp.asarray(rng.normal(size=(70, 50) if transposed else (50, 70)), dtype)
-    operands = [np.asarray(a, np.float64) for a in (x[0], weight.T if transposed else weight)]
+    weight = jnp.asarray(rng.normal(size=(70, 50)), dtype)
+    operands = [np.asarray(a, np.float64) for a in (x[0], weight.T)]
     exact = np.matmul(*operands)
     scale = np.matmul(*map(np.abs, operands))
-    jitted = jax.jit(project, static_argnums=2, static_argnames="transposed")
-    for run in (project, jitted):
-        same = run(x, weight, x.dtype, transposed=transposed)
+    for run in (project, jax.jit(project, static_argnums=2)):
+        same = run(x, weight, x.dtype)
         assert same.shape == (1, rows, 70) and same.dtype == x.dtype
         assert (np.abs(np.asarray(same, np.float64)[0] - exact) / scale).max() <= TOLERANCE[dtype]
-        wide = np.asarray(run(x, weight, jnp.float32, transposed=transposed), np.float64)[0]
+        wide = np.asarray(run(x, weight, jnp.float32), np.float64)[0]
         assert (np.abs(wide - exact) / scale).max() <= 1e-6  # accumulated in float32
 
 

@@ -39,30 +39,26 @@ class Part:
     Attributes:
         name: HF's name.
         shape: HF's shape.
-        transposed: the native array holds it [in, out], and HF [out, in].
     """
 
     name: str
     shape: tuple[int, ...]
-    transposed: bool = False
 
 
-# Path in the native parameter tree -> the HF tensors that, side by side along `out`, are the array.
+# Path in the native parameter tree -> the HF tensors that, one below the other, are the array.
 Table = dict[str, tuple[Part, ...]]
 
 
 def native_shape(parts: Sequence[Part]) -> tuple[int, ...]:
     """The shape of the array that the parts make up."""
-    out, rest = sum(part.shape[0] for part in parts), parts[0].shape[1:]
-    return (*rest, out) if parts[0].transposed else (out, *rest)
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
 def pieces(parts: Iterable[Part], array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
-    """Each part with its piece of the native array: a view, in HF's orientation."""
+    """Each part with its piece of the native array: a view."""
     start = 0
     for part in parts:
-        rows = array.T if part.transposed else array
-        yield part, rows[start : start + part.shape[0]]
+        yield part, array[start : start + part.shape[0]]
         start += part.shape[0]
 
 
@@ -275,12 +271,10 @@ def decoder_table(config: ModelConfig, layer: Mapping[str, Sequence[str]], names
             if len(hf) == 1:
                 rows = (sum(rows),)
             both = list(zip(hf, rows, strict=True))
-            weights = (Part(f"{n}.weight", (r, columns), transposed=True) for n, r in both)
-            table[f"{native}/weight"] = tuple(weights)
+            table[f"{native}/weight"] = tuple(Part(f"{n}.weight", (r, columns)) for n, r in both)
             if has_bias:
                 table[f"{native}/bias"] = tuple(Part(f"{n}.bias", (r,)) for n, r in both)
     table["final_norm/scale"] = (Part(f"{names.model}norm.weight", (c.hidden_size,)),)
     if not c.tie_embeddings:
-        head = Part(names.head, (c.vocab_size, c.hidden_size), transposed=True)
-        table["lm_head/weight"] = (head,)
+        table["lm_head/weight"] = (Part(names.head, (c.vocab_size, c.hidden_size)),)
     return table

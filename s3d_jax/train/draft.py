@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.int8 import features
 from s3d_jax.model import DraftParams, Params, float_dtype, token_embeddings, untrained_draft
 from s3d_jax.train.objective import (
     Mean,
@@ -83,7 +82,10 @@ def init_draft(
         for i in kept:
             layer = params[f"layers_{i}"]
             deltas[f"layers_{i}"] = {
-                part: {name: factors(features(layer[part][name]), adapter.rank) for name in names}
+                part: {
+                    name: factors(layer[part][name]["weight"].shape[::-1], adapter.rank)
+                    for name in names
+                }
                 for part, names in (("attention", ("qkv", "out")), ("mlp", ("gate_up", "down")))
             }
     bridges: dict[str, Any] = {}

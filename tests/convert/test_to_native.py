@@ -43,7 +43,7 @@ def test_every_number_arrives(tmp_path, shards):
     tensors = random_tensors()
     arrays = convert_folder(write_folder(tmp_path / "hf", tensors, shards=shards), tmp_path / "out")
     t = {name.removeprefix("model."): x for name, x in tensors.items()}
-    used = {"embed/embedding": t["embed_tokens.weight"], "lm_head/weight": t["lm_head.weight"].T}
+    used = {"embed/embedding": t["embed_tokens.weight"], "lm_head/weight": t["lm_head.weight"]}
     used["final_norm/scale"] = t["norm.weight"]
     for i in range(3):
         hf = {n.removeprefix(f"layers.{i}."): x for n, x in t.items()}
@@ -56,7 +56,7 @@ def test_every_number_arrives(tmp_path, shards):
             "mlp_norm/scale": ["post_attention_layernorm.weight"],
         }
         for path, names in stacks.items():
-            used[f"layers_{i}/{path}"] = np.concatenate([hf[name] for name in names]).T
+            used[f"layers_{i}/{path}"] = np.concatenate([hf[name] for name in names])
     assert arrays.keys() == used.keys()
     for path, expected in used.items():
         np.testing.assert_array_equal(arrays[path], expected, err_msg=path)
