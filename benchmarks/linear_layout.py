@@ -1,59 +1,47 @@
-"""Which way to multiply a few rows with a weight is fastest here: the reason for linear.py.
+"""Which way to multiply a few rows with a weight is fastest here: why linear.py is as it is.
 
-    python benchmarks/linear_layout.py [--dtype float32|bfloat16] [--repeats N]
+    python benchmarks/linear_layout.py [--dtype float32|bfloat16|int8] [--repeats N]
 
 Prints microseconds per product (the minimum of the repeats, the ways in turns). The weights of one
 line together exceed the caches, as in decoding. Ways, with a weight W and rows x:
 
-    x@[in,out]    W stored [in, out], right operand of a matrix product
-    x@[out,in].T  W stored [out, in], right operand
-    [out,in]@x    W stored [out, in], left operand
-    row by row    W stored [out, in], one matrix-vector product per row
-    sum, pad 4    W stored [out, in], sum(W[None] * x[:, None], -1), rows padded to a multiple of 4
-    sum, pad 8    the same with 8
+    x@[in,out]      W stored [in, out], right operand of a matrix product
+    x@[out,in].T    W stored [out, in], right operand
+    [out,in]@x.T    W stored [out, in], left operand, which XLA exchanges with the right one
+    ... kept        the same behind a barrier, so that it cannot
 """
 
 import argparse
-import functools
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 SHAPES = ((704, 128), (4096, 768), (768, 2048), (32000, 768))  # [out, in]
-ROWS = (1, 2, 4, 5, 8, 12, 16, 24)
+ROWS = (1, 2, 4, 5, 8, 16, 64)
 MINIMUM_BYTES = 6e7
 
 
-def product(x: jax.Array, w: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
-
-
-def row_by_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.stack([product(w, x[i], (1, 0)) for i in range(x.shape[0])])
-
-
-def fused_sum(x: jax.Array, w: jax.Array, multiple: int) -> jax.Array:
-    padded = jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))).astype(jnp.float32)
-    return jnp.sum(padded[:, None] * w[None].astype(jnp.float32), axis=-1)[: x.shape[0]]
+    kind = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=kind)
 
 
 WAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "x@[in,out]": lambda x, w: product(x, w, (1, 0)),
     "x@[out,in].T": lambda x, w: product(x, w, (1, 1)),
-    "[out,in]@x": lambda x, w: product(w, x, (1, 1)).T,
-    "row by row": row_by_row,
-    "sum, pad 4": functools.partial(fused_sum, multiple=4),
-    "sum, pad 8": functools.partial(fused_sum, multiple=8),
+    "[out,in]@x.T": lambda x, w: product(w, x, (1, 1)).T,
+    "... kept": lambda x, w: jax.lax.optimization_barrier(product(w, x, (1, 1))).T,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     print("| [out, in] | rows | " + " | ".join(WAYS) + " |")
@@ -62,7 +50,7 @@ def main() -> int:
         size = shape[0] * shape[1] * jnp.dtype(arguments.dtype).itemsize
         count = max(2, min(64, round(MINIMUM_BYTES / size)))
         keys = jax.random.split(jax.random.key(0), count)
-        weights = [jax.random.normal(key, shape, arguments.dtype) for key in keys]
+        weights = [random(key, shape, arguments.dtype) for key in keys]
         for rows in ROWS:
             times = measure(weights, rows, arguments.repeats)
             cells = (f"{times[way]:.0f}" for way in WAYS)
@@ -70,16 +58,22 @@ def main() -> int:
     return 0
 
 
+def random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if jnp.dtype(dtype) == jnp.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return jax.random.normal(key, shape, dtype)
+
+
 def measure(weights: list[jax.Array], rows: int, repeats: int) -> dict[str, float]:
     """Microseconds per product of each way."""
-    x = jax.random.normal(jax.random.key(1), (rows, weights[0].shape[1]), weights[0].dtype)
+    x = random(jax.random.key(1), (rows, weights[0].shape[1]), weights[0].dtype)
     transposed = [jnp.asarray(w.T.copy()) for w in weights]
     runs = {}
     for way, function in WAYS.items():
 
         def chain(x: jax.Array, ws: list[jax.Array], function: Callable = function) -> jax.Array:
             for w in ws:  # each product waits for the one before, as layers do
-                x = x + jnp.tanh(function(x, w)[:, :1]).astype(x.dtype)
+                x = x + jnp.tanh(jnp.max(function(x, w), axis=1, keepdims=True)).astype(x.dtype)
             return x
 
         used = transposed if way == "x@[in,out]" else weights

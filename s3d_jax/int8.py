@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
-# A CPU takes up to six times as long for one row of int8 as for two, and often less for four.
-_FEWEST_ROWS = 4
 _WIDE, _WIDE_PER_ROW = 512, 64  # inputs from which on turning the result costs less than it saves
 _AT_ONCE = 1 << 20  # numbers that are quantised; what numpy needs beside them stays small
 
@@ -133,12 +131,11 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     count, rows = rows.shape[0], rows.astype(jnp.float32)
     step = row_max(jnp.abs(rows)) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
-    if count < _FEWEST_ROWS:
-        rounded = jnp.pad(rounded, ((0, _FEWEST_ROWS - count), (0, 0)))
+    weight_first = rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count)
+    missing = max(0, (2 if weight_first else 4) - count)  # one row takes up to 16 times as long
+    rounded = jnp.pad(rounded, ((0, missing), (0, 0)))
     contracted = (((1,), (1,)), ((), ()))
-    if rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count):
-        # The weight comes first: of two operands the second one is repacked in each product, and
-        # the rows are the smaller. The barrier keeps XLA from exchanging them again.
+    if weight_first:  # as in linear.py
         sums = jax.lax.dot_general(weight, rounded, contracted, preferred_element_type=jnp.int32)
         sums = jax.lax.optimization_barrier(sums).T
     else:

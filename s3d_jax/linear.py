@@ -15,8 +15,6 @@ from s3d_jax import int8
 
 INIT_DEVIATION = 0.02  # of random weights
 _FEW_ROWS = 64  # from where on turning the result costs more than repacking the weight
-# Attention of more query heads than this is not unrolled: each product is compiled on its own.
-_MAX_UNROLLED = 16
 
 
 def project(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -65,50 +63,60 @@ def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     )
 
 
-def attention_product(
-    equation: str, rows: jax.Array, cached: jax.Array, one_token: bool, reproducible: bool = False
-) -> jax.Array:
-    """The product of each head's rows with its keys or values, accumulated in float32.
+def attention_scores(rows: jax.Array, keys: jax.Array, reproducible: bool = False) -> jax.Array:
+    """The products of each head's queries with its keys, accumulated in float32.
 
     Args:
-        equation: "bkqh,bksh->bkqs" or "bkqs,bksh->bkqh".
-        rows, cached: its two operands, [B, K, Q, ...] and [B, K, S, H].
-        one_token: whether the rows are the query heads of a single token per batch row.
+        rows: [B, K, Q, H], the queries that share a key head.
+        keys: [B, K, S, H].
         reproducible: a row's result has the same bits, however many rows there are, and, if their
-            number is a multiple of 64, however many slots that weigh nothing.
+            number is a multiple of 64, however many slots.
 
     Returns:
-        float32, as the equation says.
+        float32 [B, K, Q, S].
     """
-    b, k, q, _ = rows.shape
-    batched = functools.partial(_batched, equation)
-    if reproducible:  # on CPUs two rows or more are, and a single one is not
-        missing = max(0, 2 - q)
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
-        return batched(rows, cached)[:, :, :q]
-    if one_token and rows.dtype == jnp.float32 and b * k * q <= _MAX_UNROLLED:
-        by_row = functools.partial(_row_by_row, equation)
-        return jax.lax.platform_dependent(rows, cached, cpu=by_row, default=batched)
-    return batched(rows, cached)
+    count, slots = rows.shape[2], keys.shape[2]
+    plain = functools.partial(_batched, "bkqh,bksh->bkqs")
+    if reproducible:
+        return plain(_two_or_more(rows), keys)[:, :, :count]
+    if count > 4 and slots < 64 * count:
+        return plain(rows, keys)
+
+    def keys_first(rows: jax.Array, keys: jax.Array) -> jax.Array:  # as `_weight_first`
+        return jax.lax.optimization_barrier(_batched("bksh,bkqh->bksq", keys, rows)).swapaxes(2, 3)
+
+    return jax.lax.platform_dependent(rows, keys, cpu=keys_first, default=plain)
 
 
-def _batched(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
+def attention_mix(weights: jax.Array, values: jax.Array, reproducible: bool = False) -> jax.Array:
+    """The sums of each head's values by weight, accumulated in float32.
+
+    Args:
+        weights: [B, K, Q, S].
+        values: [B, K, S, H].
+        reproducible: as in `attention_scores`.
+
+    Returns:
+        float32 [B, K, Q, H].
+    """
+    count = weights.shape[2]
+    weights = _two_or_more(weights) if reproducible else weights
+    return _batched("bkqs,bksh->bkqh", weights, values)[:, :, :count]
+
+
+def _two_or_more(rows: jax.Array) -> jax.Array:
+    """[B, K, Q, ...] with Q ≥ 2: a CPU sums a single row in an order of its own."""
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, 2 - rows.shape[2])), (0, 0)))
+
+
+def _batched(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(
         equation,
-        rows,
-        cached,
-        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        a,
+        b,
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def _row_by_row(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
-    """One matrix-vector product per row: XLA's batched ones are 2 to 5 times slower on CPUs."""
-    one = equation.replace("bkq", "").replace("bk", "")
-    b, k, q, _ = rows.shape
-    heads = [(i, j) for i in range(b) for j in range(k)]
-    products = [jnp.einsum(one, rows[h][r], cached[h]) for h in heads for r in range(q)]
-    return jnp.stack(products).reshape(b, k, q, -1)
 
 
 def low_rank(

@@ -16,7 +16,14 @@ import numpy as np
 from s3d_jax import int8
 from s3d_jax.cache import KVCache, init_cache, write
 from s3d_jax.config import ModelConfig, RopeConfig
-from s3d_jax.linear import INIT_DEVIATION, Linear, attention_product, low_rank, project
+from s3d_jax.linear import (
+    INIT_DEVIATION,
+    Linear,
+    attention_mix,
+    attention_scores,
+    low_rank,
+    project,
+)
 from s3d_jax.rope import rotary_table, rotate
 
 Params = Mapping[str, Any]
@@ -198,7 +205,7 @@ def attend(
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, K, G, T, slots]"""
-        x = attention_product("bkqh,bksh->bkqs", rows, keys, t == 1, reproducible)
+        x = attention_scores(rows, keys, reproducible)
         x = x.reshape(b, kv, n // kv, t, -1) * scale
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
@@ -207,7 +214,7 @@ def attend(
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
         """[B, K, G, T, H]"""
         weights = weights.astype(values.dtype).reshape(b, kv, n // kv * t, -1)
-        out = attention_product("bkqs,bksh->bkqh", weights, values, t == 1, reproducible)
+        out = attention_mix(weights, values, reproducible)
         return out.reshape(b, kv, n // kv, t, h)
 
     bytes_per_slot = 4 * b * n * t

@@ -91,7 +91,7 @@ def test_wrong_folders(saved, tmp_path, data_dir):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda d: edit(d / "config.json", version=2), "format version 2"),
+        (lambda d: edit(d / "config.json", version=1), "format version 1"),
         (lambda d: edit(d / "config.json", model={}), "missing fields"),
         (lambda d: edit(d / "config.json", model=3), "expected a JSON object"),
         (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.linear import attention_product, project
+from s3d_jax.linear import attention_mix, attention_scores, project
 
 # Of the result over the size of its terms: float32 rounding, and one rounding to 16 bits.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
@@ -29,18 +29,21 @@ def test_project(rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2, 2), (2, 6, 2)])  # B, K, Q: 6, 12 and 24 rows
-def test_attention_product(shape, dtype):
+@pytest.mark.parametrize("shape", [(1, 2, 1), (1, 2, 3), (3, 2, 2), (2, 6, 9)])  # B, K, Q
+def test_attention_products(shape, dtype):
     rng = np.random.default_rng(0)
     b, k, q = shape
     queries = jnp.asarray(rng.normal(size=(b, k, q, 10)), dtype)
     cached = jnp.asarray(rng.normal(size=(b, k, 33, 10)), dtype)
     weights = jnp.asarray(rng.uniform(size=(b, k, q, 33)), dtype)
-    for equation, rows in (("bkqh,bksh->bkqs", queries), ("bkqs,bksh->bkqh", weights)):
+    for equation, function, rows in (
+        ("bkqh,bksh->bkqs", attention_scores, queries),
+        ("bkqs,bksh->bkqh", attention_mix, weights),
+    ):
         operands = (np.asarray(rows, np.float64), np.asarray(cached, np.float64))
         exact = np.einsum(equation, *operands)
         scale = np.einsum(equation, *map(np.abs, operands))
-        for one_token in (True, False):
-            product = attention_product(equation, rows, cached, one_token)
+        for reproducible in (True, False):
+            product = function(rows, cached, reproducible)
             assert product.dtype == jnp.float32
             assert (np.abs(np.asarray(product) - exact) / scale).max() <= 1e-6

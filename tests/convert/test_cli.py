@@ -61,8 +61,8 @@ def test_parity_says_that_a_cast_is_included(tmp_path, data_dir, capsys):
     source = data_dir / "checkpoints" / "babyllama-1m"
     assert main([str(source), str(tmp_path / "native"), "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if "the cast" in line)
-    assert "include the cast of the weights from float32 to bfloat16" in line
+    line = next(line for line in out.splitlines() if "the rounding" in line)
+    assert "include the rounding of the weights from float32 to bfloat16" in line
     assert "--dtype float32" in line
 
 
