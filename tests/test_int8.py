@@ -220,7 +220,7 @@ def test_merged_deltas_draft_as_the_others(kind):
     ]
     p, q, other = map(jax.nn.log_softmax, logits)
     kl, apart = (float(jnp.mean(jnp.sum(jnp.exp(p) * (p - x), axis=-1))) for x in (q, other))
-    assert kl <= (1e-9 if kind == "float32" else 0.02) and apart > 0.05
+    assert kl <= (1e-6 if kind == "float32" else 0.02) and apart > 0.05
 
 
 def test_a_full_draft_needs_float_weights():
