@@ -66,6 +66,7 @@ CPU_RUNS = [
     ("llama-1.1b", "bfloat16"),
     ("llama-1.1b", "int8"),
 ]
+COLUMNS = ("1 row", "4 rows", "5 rows", "8 rows", "draft", "hf")
 BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -294,6 +295,11 @@ def main() -> int:
         return 0
 
     reports = {}
+    if not arguments.json:
+        print(", ".join(f"{k} {v}" for k, v in machine().items()), end="\n\n")
+        if not arguments.sweep:
+            print(f"| model | {' | '.join(COLUMNS)} | GB | read GB/s | AR of that | peak GB |")
+            print("|---" * (len(COLUMNS) + 5) + "|", flush=True)
     for model, precision in runs:
         flags = ["--hf"] * arguments.hf + ["--sweep"] * arguments.sweep
         command = [sys.executable, __file__, "--models", model, "--precisions", precision, "--json"]
@@ -301,44 +307,40 @@ def main() -> int:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return done.returncode
-        reports[f"{model}, {precision}"] = json.loads(done.stdout)
+        report = json.loads(done.stdout)
+        reports[f"{model}, {precision}"] = report
+        if not arguments.json:
+            (print_sweep if arguments.sweep else print_passes)(f"{model}, {precision}", report)
     if arguments.json:
         print(json.dumps(reports))
-    else:
-        print(", ".join(f"{k} {v}" for k, v in machine().items()), end="\n\n")
-        (print_sweep if arguments.sweep else print_passes)(reports)
     return 0
 
 
-def print_passes(reports: dict[str, Any]) -> None:
-    """As Markdown."""
-    names = list(next(iter(reports.values()))["milliseconds"])
-    print(f"| model | {' | '.join(names)} | GB | read GB/s | AR of that | peak GB |")
-    print("|---" * (len(names) + 5) + "|")
-    for model, r in reports.items():
-        cells = [
-            f"{r['milliseconds'][n]:.2f} ({r['over_ar'][n]:.2f})" if n in r["over_ar"] else ""
-            for n in names
-        ]
-        print(
-            f"| {model} | {' | '.join(cells)} | {r['weight_gb']:.2f} "
-            f"| {r['read_gb_per_second']:.1f} | {r['ar_share_of_bandwidth']:.0%} "
-            f"| {r['peak_memory_gb']:.2f} |"
-        )
+def print_passes(model: str, report: dict[str, Any]) -> None:
+    """A line of a Markdown table: milliseconds, and in parentheses over AR."""
+    cells = [
+        f"{report['milliseconds'][name]:.2f} ({report['over_ar'][name]:.2f})"
+        if name in report["over_ar"]
+        else ""
+        for name in COLUMNS
+    ]
+    print(
+        f"| {model} | {' | '.join(cells)} | {report['weight_gb']:.2f} "
+        f"| {report['read_gb_per_second']:.1f} | {report['ar_share_of_bandwidth']:.0%} "
+        f"| {report['peak_memory_gb']:.2f} |",
+        flush=True,
+    )
 
 
-def print_sweep(reports: dict[str, Any]) -> None:
-    """As Markdown."""
-    for model, report in reports.items():
-        print(f"{model}: {report['cache_bytes_per_token']:,} bytes of cache per token\n")
-        for kind in ("batch", "context"):
-            names = list(next(iter(report[kind].values())))
-            print(
-                f"| {kind} | {' | '.join(f'{n}, ms' for n in names)} |\n|---{'|---' * len(names)}|"
-            )
-            for size, row in report[kind].items():
-                print(f"| {size} | {' | '.join(f'{row[n]:.2f}' for n in names)} |")
-            print()
+def print_sweep(model: str, report: dict[str, Any]) -> None:
+    """Two Markdown tables."""
+    print(f"{model}: {report['cache_bytes_per_token']:,} bytes of cache per token\n")
+    for kind in ("batch", "context"):
+        names = list(next(iter(report[kind].values())))
+        print(f"| {kind} | {' | '.join(f'{n}, ms' for n in names)} |\n|---{'|---' * len(names)}|")
+        for size, row in report[kind].items():
+            print(f"| {size} | {' | '.join(f'{row[n]:.2f}' for n in names)} |")
+        print(flush=True)
 
 
 if __name__ == "__main__":
