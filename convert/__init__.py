@@ -73,8 +73,7 @@ def convert(
     """
     from convert import to_native
     from convert.quantization import read_text
-    from convert.recast import recast
-    from s3d_jax.checkpoint import is_native
+    from convert.recast import is_native, recast
     from s3d_jax.config import DTYPES, QUANTIZATIONS
     from s3d_jax.errors import ConfigError
 

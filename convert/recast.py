@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.hf import DTYPES
+from convert.hf import DTYPES, read_json
 from convert.quantization import measure_loss
 from convert.to_native import NOT_ASKED, Report, progress_bar, tokenizer_folder, write_groups
 from convert.tokenizer import write_tokenizer
 from s3d_jax.checkpoint import (
+    FORMAT,
     cast,
     checkpoint_writer,
     flatten,
@@ -22,6 +23,14 @@ from s3d_jax.errors import ConversionError
 from s3d_jax.model import num_params, weight_bytes
 from s3d_jax.staging import check_apart
 from s3d_jax.tokenizer import has_vocabulary
+
+
+def is_native(source: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder that says that it is a native checkpoint."""
+    try:
+        return read_json(Path(source) / "config.json").get("format") == FORMAT
+    except ConversionError:
+        return False
 
 
 def recast(

@@ -273,15 +273,6 @@ def load(
     return Checkpoint(header, config, params)
 
 
-def is_native(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder says that it is a native checkpoint."""
-    file = Path(path) / "config.json"
-    try:
-        return read_json(file).get("format") == FORMAT
-    except CheckpointError:
-        return False
-
-
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads everything but the weights, and checks that the folder is whole.
 
