@@ -1,6 +1,7 @@
 """Quantising on the way: what is written, what it costs, and what is refused."""
 
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -13,11 +14,12 @@ from convert.__main__ import main
 from convert.plan import plan
 from convert.quantization import _loss, read_text
 from s3d_jax import checkpoint, int8
-from s3d_jax.drafts import read_draft
+from s3d_jax.config import DraftConfig
+from s3d_jax.drafts import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError, InputError
-from s3d_jax.generate import EMBEDDED
 from tests.conftest import need
 from tests.convert.hf_folder import random_tensors, write_folder
+from tests.train.test_objective import noisy_draft
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +82,20 @@ def test_a_native_checkpoint_is_recast_with_its_drafts(tmp_path, stories):
     assert checkpoint.read_header(tmp_path / "int8").source == (
         checkpoint.read_header(folder / "int8").source
     )
-    half = convert.convert(EMBEDDED, tmp_path / "half", dtype="float16", parity=False)
-    assert half.drafts == ("default",) and half.config.dtype == "float16"
-    config = checkpoint.read_header(EMBEDDED).config
-    ours, theirs = (
-        read_draft(model, "default", config.replace(dtype="float32"))
-        for model in (tmp_path / "half", EMBEDDED)
+    shutil.copytree(folder / "float", tmp_path / "trained")
+    loaded = checkpoint.load(tmp_path / "trained")
+    draft = DraftConfig((False, True, True, False, False), 3)
+    arrays = noisy_draft(loaded.config, loaded.params, draft)
+    save_draft(tmp_path / "trained", "mine", draft, arrays, {"steps": 7})
+    options = dict(dtype="float16", quantization="int8", parity=False)
+    half = convert.convert(tmp_path / "trained", tmp_path / "half", **options)
+    assert half.drafts == ("mine",) and (half.config.dtype, half.config.precision) == (
+        *("float16", "int8"),
     )
-    assert (ours.config, ours.training) == (theirs.config, theirs.training)
-    np.testing.assert_allclose(
-        ours.params.mask_embeddings, theirs.params.mask_embeddings, rtol=2**-10, atol=1e-6
-    )
+    ours = read_draft(tmp_path / "half", "mine", half.config)
+    assert (ours.config, ours.training) == (draft, {"steps": 7})
+    for x, y in zip(jax.tree.leaves(ours.params), jax.tree.leaves(arrays), strict=True):
+        np.testing.assert_array_equal(x, y.astype("float16"))
 
 
 def test_exports_hold_float_weights(tmp_path, stories):
