@@ -39,6 +39,8 @@ class GenerateOptions(TypedDict, total=False):
             methods 4.
         skip: one entry per layer, True = the draft jumps over it; None is as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
+        adaptive: of "s3d": each row verifies fewer draft tokens where the draft is unsure, and
+            decodes plainly for a while where S3D is slower (default); False always drafts γ tokens.
         ngram: of "prompt-lookup": the last tokens that are looked for in the text, at most (3).
         stop: strings that end a text; they are not part of it.
         eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
@@ -53,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
     method: Method
     gamma: int | None
     skip: Sequence[bool] | None
+    adaptive: bool | None
     ngram: int | None
     stop: str | Sequence[str]
     eos_token_ids: Sequence[int] | None
@@ -75,11 +78,10 @@ class Stats:
         prompt_tokens, new_tokens: tokens in and out.
         iterations: passes of the full model behind the prefill, those that the row's tokens came
             from.
-        drafted: draft tokens proposed, γ per iteration.
+        drafted: draft tokens proposed, γ per iteration; fewer where that is adaptive.
         accepted: draft tokens accepted and kept: not those behind an end-of-text token, a stop
             string or the row's end.
-        accepted_per_position: the same for each of the γ positions; each was proposed `iterations`
-            times.
+        drafted_per_position, accepted_per_position: the same for each of the γ positions.
         prefill_seconds, decode_seconds: without compilation.
         compile_seconds: spent on programs that did not exist yet.
         cached_tokens: prompt tokens that were in the cache already, from a conversation's turn
@@ -93,6 +95,7 @@ class Stats:
     iterations: int
     drafted: int
     accepted: int
+    drafted_per_position: tuple[int, ...]
     accepted_per_position: tuple[int, ...]
     prefill_seconds: float
     decode_seconds: float
@@ -106,6 +109,11 @@ class Stats:
         return self.new_tokens / self.iterations if self.iterations else 0.0
 
     @property
+    def plain_iterations(self) -> int:
+        """Iterations without a draft pass: all of plain decoding, and where S3D fell back to it."""
+        return self.iterations - max(self.drafted_per_position, default=0)
+
+    @property
     def tokens_per_second(self) -> float:
         """Of this row, while decoding."""
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
@@ -113,6 +121,7 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         derived = {
+            "plain_iterations": self.plain_iterations,
             "tokens_per_iteration": self.tokens_per_iteration,
             "tokens_per_second": self.tokens_per_second,
         }
@@ -269,14 +278,15 @@ class Batch:
             if stopped_by is None and tokens and tokens[-1] in self._spec.stop_ids:
                 stopped_by = tokens[-1]
             gamma, prompt_tokens = self._spec.gamma, len(self._prompts[b])
-            iterations, accepted = decode.statistics(passes[b], prompt_tokens, len(tokens), gamma)
+            counts = decode.statistics(passes[b], prompt_tokens, len(tokens), gamma)
             stats = Stats(
                 prompt_tokens=prompt_tokens,
                 new_tokens=len(tokens),
-                iterations=iterations,
-                drafted=iterations * gamma,
-                accepted=sum(accepted),
-                accepted_per_position=accepted,
+                iterations=counts.iterations,
+                drafted=sum(counts.drafted),
+                accepted=sum(counts.accepted),
+                drafted_per_position=counts.drafted,
+                accepted_per_position=counts.accepted,
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._decode_seconds,
                 compile_seconds=self._compile_seconds,
@@ -391,6 +401,7 @@ def checked_options(
     method: Method = "s3d",
     gamma: int | None = None,
     skip: Sequence[bool] | None = None,
+    adaptive: bool | None = None,
     ngram: int | None = None,
     stop: str | Sequence[str] = (),
     eos_token_ids: Sequence[int] | None = None,
@@ -402,7 +413,7 @@ def checked_options(
     Raises:
         InputError, ConfigError: an option that is unknown or out of range.
     """
-    draft, proposer = drafting(lm, method, gamma=gamma, skip=skip, ngram=ngram)
+    how = drafting(lm, method, gamma=gamma, skip=skip, adaptive=adaptive, ngram=ngram)
     stops = _stop_strings(stop)
     if stops and lm.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this model has none")
@@ -416,10 +427,9 @@ def checked_options(
     ids = checked_ids(lm.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
     spec = decode.DecodeSpec(
         config=lm.config,
-        draft=draft,
         features=features,
         stop_ids=tuple(sorted(set(ids))),  # equal sets of them share a program
-        proposer=proposer,
+        **how._asdict(),
     )
     return Request([min(n, lm.max_length) for n in new_tokens], spec, params, stops)
 

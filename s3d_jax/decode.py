@@ -5,12 +5,14 @@ draft; the stream is the loop with one iteration per call. The state is donated,
 is ever alive. Token ids only: the texts are made in batch.py and text.py.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.adaptive import best_width, full_budget, settle, widths
 from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import ModelConfig, TwoModelConfig
 from s3d_jax.model import Params, forward
@@ -89,7 +91,10 @@ def init_state(
         cache = cache.replace(prompt_length=jnp.asarray(lengths))
     if isinstance(spec.draft, TwoModelConfig):
         draft_cache = init_cache(spec.draft.model, batch, slots, lengths, largest_block)
-    return DecodeState(cache=cache, sampling=sampling, draft_cache=draft_cache, **arrays)
+    budget = None if spec.costs is None else full_budget(batch)
+    return DecodeState(
+        cache=cache, sampling=sampling, draft_cache=draft_cache, budget=budget, **arrays
+    )
 
 
 # --- prefill --------------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ def verify_pass(
     draft: jax.Array,
     visible: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """The full model over x_n and the draft: logits float32 [B, γ+1, V], and cache."""
+    """The full model over x_n and w draft tokens: logits float32 [B, w+1, V], and cache."""
     block = jnp.concatenate([last_token(state), draft], axis=1)
     logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
     assert logits is not None
@@ -173,28 +178,39 @@ def verify_pass(
 
 
 def accept(
-    spec: DecodeSpec, state: DecodeState, proposal: Proposal, logits: jax.Array
+    spec: DecodeSpec,
+    state: DecodeState,
+    proposal: Proposal,
+    logits: jax.Array,
+    width: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How many draft tokens stand, and the bonus token: int32 [B] each."""
+    """How many of each row's first `width` draft tokens stand, and its bonus token: int32 [B]."""
     if not spec.features.sampled:
-        return accept_greedy(proposal.tokens, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        target = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return accept_greedy(proposal.tokens, target, width)
     p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
     if proposal.logits is None:
         q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
     else:
         q = jax.nn.softmax(proposal.logits, axis=-1)
     keys = row_keys(state, ACCEPT), row_keys(state, BONUS)
-    return accept_sampled(proposal.tokens, q, p, *keys)
+    return accept_sampled(proposal.tokens, q, p, *keys, width)
 
 
 def commit(
-    spec: DecodeSpec, state: DecodeState, draft: jax.Array, accepted: jax.Array, bonus: jax.Array
+    spec: DecodeSpec,
+    state: DecodeState,
+    draft: jax.Array,
+    accepted: jax.Array,
+    bonus: jax.Array,
+    width: jax.Array | None = None,
 ) -> DecodeState:
     """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token."""
-    gamma = spec.gamma
-    length = state.cache.length
+    record, length = 1 + accepted, state.cache.length
+    if width is not None:
+        record += (spec.gamma + 1) * (spec.gamma - width)
     block = jnp.pad(draft, ((0, 0), (0, 1)))
-    column = jnp.arange(gamma + 1, dtype=jnp.int32)
+    column = jnp.arange(block.shape[1], dtype=jnp.int32)
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
     count = jnp.minimum(accepted + 1, state.limit - (length + 1))
     stops = jnp.isin(block, jnp.asarray(spec.stop_ids, jnp.int32)) & (column < count[:, None])
@@ -216,7 +232,7 @@ def commit(
         passes=jnp.where(
             state.done[:, None],
             state.passes,
-            put(state.passes, 1 + accepted[:, None], length + 1),
+            put(state.passes, record[:, None], length + 1),
         ),
     )
 
@@ -230,21 +246,70 @@ def step(
 ) -> DecodeState:
     """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens.
 
+    With `spec.costs` each row drafts or not, and verifies fewer or all of its draft tokens
+    (`adaptive`); what no row needs is not computed.
+
     Args:
         spec, params, draft_params, state: what decodes, and how far it is.
         visible: static, slots to read, at least length + γ + 1 of every unfinished row; None reads
             all.
     """
-    if spec.draft is None:
+
+    def finish(
+        state: DecodeState, proposal: Proposal, width: jax.Array | None = None
+    ) -> DecodeState:
+        logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
+        state = state.replace(cache=cache)
+        accepted, bonus = accept(spec, state, proposal, logits, width)
+        state = commit(spec, state, proposal.tokens, accepted, bonus, width)
+        if width is None or state.budget is None:
+            return state
+        assert spec.costs is not None
+        return state.replace(budget=settle(spec.costs, state.budget, width, accepted))
+
+    def plain(state: DecodeState) -> DecodeState:
         nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
-        proposal = Proposal(nothing, None, state.cache)
-    else:
+        width = None if state.budget is None else jnp.zeros_like(state.cache.length)
+        return finish(state, Proposal(nothing, None, state.cache), width)
+
+    def speculative(state: DecodeState) -> DecodeState:
         proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
         state = state.replace(cache=proposal.cache, draft_cache=proposal.draft_cache)
-    logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
-    state = state.replace(cache=cache)
-    accepted, bonus = accept(spec, state, proposal, logits)
-    return commit(spec, state, proposal.tokens, accepted, bonus)
+        if spec.costs is None or state.budget is None:
+            return finish(state, proposal)
+        choices: tuple[int, ...] = (spec.gamma,)
+        width = jnp.full_like(state.cache.length, spec.gamma)
+        if proposal.confidence is not None:
+            choices, width = widths(spec.costs), best_width(spec.costs, proposal.confidence)
+        width = jnp.where(state.budget.drafts, width, 0)
+        if len(choices) == 1:
+            return finish(state, proposal, width)
+        few, _ = choices
+        enough = jnp.all((width <= few) | state.done)
+        state = _when(enough, lambda state: finish(state, proposal.first(few), width), state)
+        return _when(~enough, lambda state: finish(state, proposal, width), state)
+
+    if spec.draft is None:
+        return plain(state)
+    if state.budget is None:
+        return speculative(state)
+    drafts = jnp.any(state.budget.drafts & ~state.done)
+    return _when(~drafts, plain, _when(drafts, speculative, state))
+
+
+def _when(
+    condition: jax.Array, function: Callable[[DecodeState], DecodeState], state: DecodeState
+) -> DecodeState:
+    """function(state) where the condition (bool scalar) holds, and else the state as it is.
+
+    A loop that runs once or never: around a conditional XLA copies the cache, around a loop not.
+    """
+    run_once = jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), function(carry[1])),
+        (condition, state),
+    )
+    return run_once[1]
 
 
 def decode(
@@ -279,25 +344,38 @@ def decode(
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
-def statistics(
-    passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: int
-) -> tuple[int, tuple[int, ...]]:
+class Counts(NamedTuple):
+    """What a row cost.
+
+    Attributes:
+        iterations: those that committed its tokens.
+        drafted: for each of the γ positions, in how many of them its draft token was proposed.
+        accepted: and how often it was accepted, and is one of the tokens.
+    """
+
+    iterations: int
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+def statistics(passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: int) -> Counts:
     """What the first `new_tokens` tokens of a row cost.
 
     Args:
         passes: int [S], the row's part of `DecodeState.passes`.
         prompt_tokens, new_tokens: tokens in and out.
-        gamma: draft tokens per iteration.
-
-    Returns:
-        (iterations, accepted): iterations that committed one of these tokens; and for each of the γ
-        positions, how often its draft token was accepted and is one of them.
+        gamma: draft tokens per iteration, at most.
     """
     passes = passes[prompt_tokens : prompt_tokens + new_tokens]
     (starts,) = np.nonzero(passes)
     committed = np.diff(starts, append=new_tokens)
-    accepted = np.minimum(passes[starts] - 1, committed)  # less where a limit cut the block
-    return len(starts), tuple(int((accepted > position).sum()) for position in range(gamma))
+    fewer, accepted = np.divmod(passes[starts] - 1, gamma + 1)
+    accepted = np.minimum(accepted, committed)  # less where a limit cut the block
+
+    def by_position(counts: np.ndarray) -> tuple[int, ...]:
+        return tuple(int((counts > position).sum()) for position in range(gamma))
+
+    return Counts(len(starts), by_position(gamma - fewer), by_position(accepted))
 
 
 # For those who do not jit their own. Both donate what they return anew.

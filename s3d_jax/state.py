@@ -11,8 +11,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.adaptive import Budget
 from s3d_jax.cache import KVCache
-from s3d_jax.config import DraftConfig, ModelConfig, PromptLookupConfig, TwoModelConfig
+from s3d_jax.config import (
+    DraftConfig,
+    ModelConfig,
+    PassCosts,
+    PromptLookupConfig,
+    TwoModelConfig,
+)
 from s3d_jax.model import DraftParams, Params
 from s3d_jax.sampling import SamplingFeatures, SamplingParams, penalize
 
@@ -37,9 +44,11 @@ class DecodeState(flax.struct.PyTreeNode):
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
         passes: int32 [B, S], a record for `statistics`: where the first token of an iteration was
-            committed, 1 + the draft tokens accepted in it; 0 at the other committed tokens.
+            committed, 1 + the draft tokens accepted in it, and γ+1 more for each draft token that
+            it proposed less than γ; 0 at the other committed tokens.
         draft_cache: the cache of a second model that drafts, S slots as well; else None. Its length
             means nothing: what is committed is what `cache` says.
+        budget: what rows decide by whether they draft; None where they always do.
     """
 
     tokens: jax.Array
@@ -52,6 +61,7 @@ class DecodeState(flax.struct.PyTreeNode):
     output_counts: jax.Array
     passes: jax.Array
     draft_cache: KVCache | None = None
+    budget: Budget | None = None
 
 
 class Proposal(NamedTuple):
@@ -63,12 +73,20 @@ class Proposal(NamedTuple):
             where the tokens were chosen without chance.
         cache: the cache, whose scratch slots may have been written.
         draft_cache: the same of a second model, if there is one.
+        confidence: float32 [B, γ], at each place the probability that the draft gives its likeliest
+            token before temperature and filters; None where it has none.
     """
 
     tokens: jax.Array
     logits: jax.Array | None
     cache: KVCache
     draft_cache: KVCache | None = None
+    confidence: jax.Array | None = None
+
+    def first(self, width: int) -> "Proposal":
+        """The first `width` (static) of the draft tokens alone."""
+        logits = None if self.logits is None else self.logits[:, :width]
+        return self._replace(tokens=self.tokens[:, :width], logits=logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +100,8 @@ class DecodeSpec:
         stop_ids: tokens that end a row (they are committed, nothing behind them is).
         proposer: who proposes the γ tokens: one of proposers.py, or something with its arguments.
             None is S3D's `draft_pass`.
+        costs: of the passes, by which each row decides how many draft tokens to verify and whether
+            to draft; None verifies γ of them in every iteration.
     """
 
     config: ModelConfig
@@ -89,6 +109,10 @@ class DecodeSpec:
     features: SamplingFeatures = SamplingFeatures()
     stop_ids: tuple[int, ...] = ()
     proposer: "Callable[..., Proposal] | None" = None
+    costs: PassCosts | None = None
+
+    def __post_init__(self) -> None:
+        assert self.costs is None or len(self.costs.verify) == self.gamma + 1
 
     @property
     def gamma(self) -> int:

@@ -180,11 +180,17 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
     """τ and acceptance, which do not change from turn to turn: decoding is greedy."""
     iterations = sum(run.iterations for run in runs)
     if not iterations:
-        return {"tokens_per_iteration": None, "acceptance_per_position": None}
-    accepted = [sum(position) for position in zip(*(run.accepted for run in runs), strict=True)]
+        return dict.fromkeys(("tokens_per_iteration", "acceptance_per_position", "plain_share"))
+    drafted, accepted = (
+        [sum(position) for position in zip(*(getattr(run, name) for run in runs), strict=True)]
+        for name in ("drafted", "accepted")
+    )
     return {
         "tokens_per_iteration": sum(len(run.tokens) for run in runs) / iterations,
-        "acceptance_per_position": [count / iterations for count in accepted],
+        "acceptance_per_position": [
+            count / max(proposed, 1) for count, proposed in zip(accepted, drafted, strict=True)
+        ],
+        "plain_share": 1 - max(drafted, default=0) / iterations,
     }
 
 
