@@ -34,7 +34,7 @@ def prompts_of(name: str, lm: s3d_jax.LM, count: int, new_tokens: int) -> list[n
 def compare(
     lm: s3d_jax.LM, prompts: list[np.ndarray], turns: int, options: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """By contestant: tokens per second, τ, and shares of iterations that were plain or narrow."""
+    """By contestant: tokens per second, τ, and the share of iterations that were plain."""
     times: dict[tuple[str, int], list[float]] = {}
     stats: dict[tuple[str, int], Any] = {}
     for turn in range(turns + 1):  # the first one compiles
@@ -52,13 +52,10 @@ def compare(
         iterations, tokens = (
             sum(getattr(s, field) for s in rows) for field in ("iterations", "new_tokens")
         )
-        drafted = np.sum([s.drafted_per_position for s in rows], axis=0)
-        narrow = drafted[0] - drafted[-1] if name != "AR" else 0
         found[name] = {
             "speed": tokens / seconds,
             "tau": tokens / iterations,
             "plain": sum(s.plain_iterations for s in rows) / iterations,
-            "narrow": narrow / iterations,
         }
     return found
 
@@ -86,10 +83,10 @@ def main() -> None:
                     *(suite, f"{temperature:g}", f"{ar['speed']:.0f}", f"{fixed['speed']:.0f}"),
                     *(f"{ours['speed']:.0f}", f"{ours['speed'] / fixed['speed']:.3f}"),
                     *(f"{ours['speed'] / ar['speed']:.2f}", f"{fixed['tau']:.2f}"),
-                    *(f"{ours['tau']:.2f}", f"{ours['plain']:.2f}", f"{ours['narrow']:.2f}"),
+                    *(f"{ours['tau']:.2f}", f"{ours['plain']:.2f}"),
                 )
             )
-    head = "suite,temperature,AR,fixed,adaptive,over fixed,over AR,τ fixed,τ adaptive,plain,narrow"
+    head = "suite,temperature,AR,fixed,adaptive,over fixed,over AR,τ fixed,τ adaptive,plain"
     print("\n".join(markdown(head.split(","), rows)))
     print(about())
 

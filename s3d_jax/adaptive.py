@@ -1,19 +1,17 @@
-"""Dynamic draft length: how many draft tokens are worth verifying, and whether to draft at all.
+"""Whether to draft at all: γ draft tokens or none, as it pays on the text at hand.
 
-Both are decided by each row for itself, from what its passes cost (`PassCosts`), and never from the
-draft tokens that were drawn: from the draft's distributions and from what was accepted before. So a
-row's output does not depend on its neighbours, and under sampling it stays that of the target.
+Each row decides for itself, from what its passes cost (`PassCosts`) and from what was accepted
+before, never from the draft that is to be judged. So a row's output does not depend on its
+neighbours, and under sampling it stays that of the target. docs/performance.md says why there are
+no lengths between.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.config import PassCosts
-
-_CAPACITY = 8.0  # steps of plain decoding that a row may lose before it drafts no more
+_CAPACITY = 12.0  # steps of plain decoding that a row may lose before it drafts no more
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # iterations; powers of two, so that pauses end together
-_CALIBRATION = 0.7  # chance of acceptance ≈ confidence ** 0.7; docs/performance.md
 
 
 class Budget(flax.struct.PyTreeNode):
@@ -54,41 +52,20 @@ def full_budget(batch: int) -> Budget:
     )
 
 
-def settle(costs: PassCosts, budget: Budget, width: jax.Array, accepted: jax.Array) -> Budget:
+def settle(cost: float, budget: Budget, drafted: jax.Array, accepted: jax.Array) -> Budget:
     """The budget behind an iteration.
 
     Args:
-        costs: of the passes.
+        cost: of an iteration with a draft, in steps of plain decoding.
         budget: before it.
-        width: int32 [B], draft tokens that were verified; 0 where a row did not draft.
-        accepted: int32 [B], of these.
+        drafted: bool [B], rows that drafted in it.
+        accepted: int32 [B], their draft tokens that stood.
     """
-    cost = costs.draft + jnp.asarray(costs.verify, jnp.float32)[width]
-    gained = jnp.where(width > 0, accepted + 1 - cost, 0.0)
+    gained = jnp.where(drafted, accepted + 1 - cost, 0.0)
     steps = jnp.clip(budget.steps + gained, 0.0, _CAPACITY)
-    longer = jnp.where((width > 0) & (steps == 0), 2 * budget.pause, budget.pause)
+    longer = jnp.where(drafted & (steps == 0), 2 * budget.pause, budget.pause)
     return Budget(
         steps=steps,
         iterations=budget.iterations + 1,
         pause=jnp.where(steps == _CAPACITY, _FIRST_PAUSE, jnp.minimum(longer, _LONGEST_PAUSE)),
     )
-
-
-def widths(costs: PassCosts) -> tuple[int, ...]:
-    """The numbers of draft tokens that a program can verify: γ, and half of it where that saves."""
-    gamma = len(costs.verify) - 1
-    half = gamma // 2
-    return (half, gamma) if half and costs.verify[half] < costs.verify[gamma] else (gamma,)
-
-
-def best_width(costs: PassCosts, confidence: jax.Array) -> jax.Array:
-    """Which of `widths` promises most tokens per cost, int32 [B].
-
-    Args:
-        costs: of the passes.
-        confidence: float32 [B, γ], the draft's own probability of its likeliest token.
-    """
-    chance = jnp.cumprod(confidence**_CALIBRATION, axis=1)
-    choices = widths(costs)
-    rates = [(1 + jnp.sum(chance[:, :w], axis=1)) / costs.iteration(w) for w in choices]
-    return jnp.asarray(choices, jnp.int32)[jnp.argmax(jnp.stack(rates, axis=1), axis=1)]

@@ -39,8 +39,8 @@ class GenerateOptions(TypedDict, total=False):
             methods 4.
         skip: one entry per layer, True = the draft jumps over it; None is as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
-        adaptive: of "s3d": each row verifies fewer draft tokens where the draft is unsure, and
-            decodes plainly for a while where S3D is slower (default); False always drafts γ tokens.
+        adaptive: of "s3d": each row decodes plainly for a while where drafting does not pay
+            (default); False always drafts.
         ngram: of "prompt-lookup": the last tokens that are looked for in the text, at most (3).
         stop: strings that end a text; they are not part of it.
         eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
@@ -78,14 +78,16 @@ class Stats:
         prompt_tokens, new_tokens: tokens in and out.
         iterations: passes of the full model behind the prefill, those that the row's tokens came
             from.
-        drafted: draft tokens proposed, γ per iteration; fewer where that is adaptive.
+        drafted: draft tokens proposed, γ per iteration with a draft.
         accepted: draft tokens accepted and kept: not those behind an end-of-text token, a stop
             string or the row's end.
-        drafted_per_position, accepted_per_position: the same for each of the γ positions.
+        accepted_per_position: the same for each of the γ positions; each was proposed `iterations -
+            plain_iterations` times.
         prefill_seconds, decode_seconds: without compilation.
         compile_seconds: spent on programs that did not exist yet.
         cached_tokens: prompt tokens that were in the cache already, from a conversation's turn
             before; they are not prefilled.
+        plain_iterations: iterations without a draft; where a method drafts, how often it fell back.
         peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
             the peak resident set of this process.
     """
@@ -95,23 +97,18 @@ class Stats:
     iterations: int
     drafted: int
     accepted: int
-    drafted_per_position: tuple[int, ...]
     accepted_per_position: tuple[int, ...]
     prefill_seconds: float
     decode_seconds: float
     compile_seconds: float
     peak_memory_bytes: int
     cached_tokens: int = 0
+    plain_iterations: int = 0
 
     @property
     def tokens_per_iteration(self) -> float:
         """τ, mean tokens committed per iteration, the bonus token counted."""
         return self.new_tokens / self.iterations if self.iterations else 0.0
-
-    @property
-    def plain_iterations(self) -> int:
-        """Iterations without a draft pass: all of plain decoding, and where S3D fell back to it."""
-        return self.iterations - max(self.drafted_per_position, default=0)
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,7 +118,6 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         derived = {
-            "plain_iterations": self.plain_iterations,
             "tokens_per_iteration": self.tokens_per_iteration,
             "tokens_per_second": self.tokens_per_second,
         }
@@ -283,15 +279,15 @@ class Batch:
                 prompt_tokens=prompt_tokens,
                 new_tokens=len(tokens),
                 iterations=counts.iterations,
-                drafted=sum(counts.drafted),
+                drafted=(counts.iterations - counts.plain) * gamma,
                 accepted=sum(counts.accepted),
-                drafted_per_position=counts.drafted,
                 accepted_per_position=counts.accepted,
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._decode_seconds,
                 compile_seconds=self._compile_seconds,
                 peak_memory_bytes=memory,
                 cached_tokens=self._known,
+                plain_iterations=counts.plain,
             )
             text = self.texts[b].text if self.texts else None
             reason: Literal["stop", "length"] = "length" if stopped_by is None else "stop"

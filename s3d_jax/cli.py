@@ -136,8 +136,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adaptive",
         action=argparse.BooleanOptionalAction,
-        help="of s3d: verify fewer draft tokens where the draft is unsure, and decode plainly for "
-        "a while where drafting is slower (default: yes)",
+        help="of s3d: decode plainly for a while where drafting does not pay (default: yes)",
     )
     group.add_argument(
         "--ngram",

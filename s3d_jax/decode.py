@@ -5,14 +5,13 @@ draft; the stream is the loop with one iteration per call. The state is donated,
 is ever alive. Token ids only: the texts are made in batch.py and text.py.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.adaptive import best_width, full_budget, settle, widths
+from s3d_jax.adaptive import full_budget, settle
 from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import ModelConfig, TwoModelConfig
 from s3d_jax.model import Params, forward
@@ -182,19 +181,22 @@ def accept(
     state: DecodeState,
     proposal: Proposal,
     logits: jax.Array,
-    width: jax.Array | None = None,
+    drafts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How many of each row's first `width` draft tokens stand, and its bonus token: int32 [B]."""
+    """How many draft tokens stand, and the bonus token: int32 [B] each.
+
+    `drafts` (bool [B]) are the rows whose draft counts; None is all.
+    """
     if not spec.features.sampled:
         target = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return accept_greedy(proposal.tokens, target, width)
+        return accept_greedy(proposal.tokens, target, drafts)
     p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
     if proposal.logits is None:
         q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
     else:
         q = jax.nn.softmax(proposal.logits, axis=-1)
     keys = row_keys(state, ACCEPT), row_keys(state, BONUS)
-    return accept_sampled(proposal.tokens, q, p, *keys, width)
+    return accept_sampled(proposal.tokens, q, p, *keys, drafts)
 
 
 def commit(
@@ -203,12 +205,11 @@ def commit(
     draft: jax.Array,
     accepted: jax.Array,
     bonus: jax.Array,
-    width: jax.Array | None = None,
+    drafts: jax.Array | None = None,
 ) -> DecodeState:
     """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token."""
-    record, length = 1 + accepted, state.cache.length
-    if width is not None:
-        record += (spec.gamma + 1) * (spec.gamma - width)
+    length = state.cache.length
+    record = 1 + accepted if drafts is None else jnp.where(drafts, 1 + accepted, -1)
     block = jnp.pad(draft, ((0, 0), (0, 1)))
     column = jnp.arange(block.shape[1], dtype=jnp.int32)
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
@@ -246,70 +247,48 @@ def step(
 ) -> DecodeState:
     """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens.
 
-    With `spec.costs` each row drafts or not, and verifies fewer or all of its draft tokens
-    (`adaptive`); what no row needs is not computed.
+    Without `spec.draft` it is one of plain decoding. A row whose budget says that it does not draft
+    (`adaptive`) takes nothing of the draft, and advances by one token.
 
     Args:
         spec, params, draft_params, state: what decodes, and how far it is.
         visible: static, slots to read, at least length + γ + 1 of every unfinished row; None reads
             all.
     """
-
-    def finish(
-        state: DecodeState, proposal: Proposal, width: jax.Array | None = None
-    ) -> DecodeState:
-        logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
-        state = state.replace(cache=cache)
-        accepted, bonus = accept(spec, state, proposal, logits, width)
-        state = commit(spec, state, proposal.tokens, accepted, bonus, width)
-        if width is None or state.budget is None:
-            return state
-        assert spec.costs is not None
-        return state.replace(budget=settle(spec.costs, state.budget, width, accepted))
-
-    def plain(state: DecodeState) -> DecodeState:
-        nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
-        width = None if state.budget is None else jnp.zeros_like(state.cache.length)
-        return finish(state, Proposal(nothing, None, state.cache), width)
-
-    def speculative(state: DecodeState) -> DecodeState:
-        proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
-        state = state.replace(cache=proposal.cache, draft_cache=proposal.draft_cache)
-        if spec.costs is None or state.budget is None:
-            return finish(state, proposal)
-        choices: tuple[int, ...] = (spec.gamma,)
-        width = jnp.full_like(state.cache.length, spec.gamma)
-        if proposal.confidence is not None:
-            choices, width = widths(spec.costs), best_width(spec.costs, proposal.confidence)
-        width = jnp.where(state.budget.drafts, width, 0)
-        if len(choices) == 1:
-            return finish(state, proposal, width)
-        few, _ = choices
-        enough = jnp.all((width <= few) | state.done)
-        state = _when(enough, lambda state: finish(state, proposal.first(few), width), state)
-        return _when(~enough, lambda state: finish(state, proposal, width), state)
-
     if spec.draft is None:
-        return plain(state)
-    if state.budget is None:
-        return speculative(state)
-    drafts = jnp.any(state.budget.drafts & ~state.done)
-    return _when(~drafts, plain, _when(drafts, speculative, state))
+        return _plain_step(spec, params, state, visible)
+    proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
+    state = state.replace(cache=proposal.cache, draft_cache=proposal.draft_cache)
+    drafts = None if state.budget is None else state.budget.drafts
+    return _finish(spec, params, state, proposal, drafts, visible)
 
 
-def _when(
-    condition: jax.Array, function: Callable[[DecodeState], DecodeState], state: DecodeState
+def _plain_step(
+    spec: DecodeSpec, params: Params, state: DecodeState, visible: int | None
 ) -> DecodeState:
-    """function(state) where the condition (bool scalar) holds, and else the state as it is.
+    """An iteration in which no row drafts."""
+    nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
+    drafts = None if state.budget is None else jnp.zeros_like(state.done)
+    return _finish(spec, params, state, Proposal(nothing, None, state.cache), drafts, visible)
 
-    A loop that runs once or never: around a conditional XLA copies the cache, around a loop not.
-    """
-    run_once = jax.lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.bool_(False), function(carry[1])),
-        (condition, state),
-    )
-    return run_once[1]
+
+def _finish(
+    spec: DecodeSpec,
+    params: Params,
+    state: DecodeState,
+    proposal: Proposal,
+    drafts: jax.Array | None,
+    visible: int | None,
+) -> DecodeState:
+    """Verifies, accepts and commits; `drafts` as in `accept`."""
+    logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
+    state = state.replace(cache=cache)
+    accepted, bonus = accept(spec, state, proposal, logits, drafts)
+    state = commit(spec, state, proposal.tokens, accepted, bonus, drafts)
+    if drafts is None or state.budget is None or spec.costs is None:
+        return state
+    cost = spec.costs.iteration(spec.gamma)
+    return state.replace(budget=settle(cost, state.budget, drafts, accepted))
 
 
 def decode(
@@ -328,8 +307,9 @@ def decode(
 
     A pure function; `decode_jit` is the compiled one, which donates the state.
     """
+    Carry = tuple[jax.Array, DecodeState]
 
-    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+    def unfinished(carry: Carry) -> jax.Array:
         i, state = carry
         go_on = (i < max_iterations) & ~jnp.all(state.done)
         if visible is None or visible >= state.cache.slots:
@@ -337,11 +317,28 @@ def decode(
         fits = state.cache.length + state.padding + spec.gamma + 1 <= visible
         return go_on & jnp.all(fits | state.done)
 
-    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+    def speculate(carry: Carry) -> Carry:
         i, state = carry
         return i + 1, step(spec, params, draft_params, state, visible)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    if state.budget is None:
+        return jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+
+    def drafting(carry: Carry) -> jax.Array:
+        _, state = carry
+        assert state.budget is not None
+        return jnp.any(state.budget.drafts & ~state.done)
+
+    def go_plainly(carry: Carry) -> Carry:
+        i, state = carry
+        return i + 1, _plain_step(spec, params, state, visible)
+
+    def alternate(carry: Carry) -> Carry:
+        # Two loops and no conditional, around which XLA copies the cache in every iteration.
+        carry = jax.lax.while_loop(lambda c: unfinished(c) & drafting(c), speculate, carry)
+        return jax.lax.while_loop(lambda c: unfinished(c) & ~drafting(c), go_plainly, carry)
+
+    return jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
 
 
 class Counts(NamedTuple):
@@ -349,12 +346,13 @@ class Counts(NamedTuple):
 
     Attributes:
         iterations: those that committed its tokens.
-        drafted: for each of the γ positions, in how many of them its draft token was proposed.
-        accepted: and how often it was accepted, and is one of the tokens.
+        plain: of these, those in which it did not draft, though the program can.
+        accepted: for each of the γ positions, how often its draft token was accepted and is one of
+            the tokens.
     """
 
     iterations: int
-    drafted: tuple[int, ...]
+    plain: int
     accepted: tuple[int, ...]
 
 
@@ -364,18 +362,17 @@ def statistics(passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: i
     Args:
         passes: int [S], the row's part of `DecodeState.passes`.
         prompt_tokens, new_tokens: tokens in and out.
-        gamma: draft tokens per iteration, at most.
+        gamma: draft tokens per iteration.
     """
     passes = passes[prompt_tokens : prompt_tokens + new_tokens]
     (starts,) = np.nonzero(passes)
     committed = np.diff(starts, append=new_tokens)
-    fewer, accepted = np.divmod(passes[starts] - 1, gamma + 1)
-    accepted = np.minimum(accepted, committed)  # less where a limit cut the block
-
-    def by_position(counts: np.ndarray) -> tuple[int, ...]:
-        return tuple(int((counts > position).sum()) for position in range(gamma))
-
-    return Counts(len(starts), by_position(gamma - fewer), by_position(accepted))
+    accepted = np.minimum(passes[starts] - 1, committed)  # less where a limit cut the block
+    return Counts(
+        iterations=len(starts),
+        plain=int((passes[starts] < 0).sum()),
+        accepted=tuple(int((accepted > position).sum()) for position in range(gamma)),
+    )
 
 
 # For those who do not jit their own. Both donate what they return anew.

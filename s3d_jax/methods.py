@@ -78,7 +78,7 @@ class Drafting(NamedTuple):
 
 
 def drafting(lm: "LM", method: str, **options: Any) -> Drafting:
-    """How `DecodeSpec` drafts, who does, and by what costs it is decided how much.
+    """How `DecodeSpec` drafts, who does, and by what costs it is decided when.
 
     Args:
         lm: the model.

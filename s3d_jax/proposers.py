@@ -51,9 +51,7 @@ def draft_pass(
         visible=visible,
     )
     assert logits is not None
-    logits = _processed(spec, logits, state)
-    confidence = None if spec.costs is None else _confidence(logits)
-    return Proposal(*_chosen(spec, logits, state), cache, confidence=confidence)
+    return Proposal(*_chosen(spec, logits, state), cache)
 
 
 def self_draft(
@@ -145,22 +143,13 @@ def prompt_lookup(
     return Proposal(jnp.take_along_axis(tokens, at, axis=1), None, state.cache)
 
 
-def _processed(spec: DecodeSpec, logits: jax.Array, state: DecodeState) -> jax.Array:
-    """A draft's logits [B, T, V] as numbers, with bias and penalties."""
-    # A broken draft may cost speed but never correctness: without this, NaN would reach the
-    # residual.
-    return process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
-
-
-def _confidence(logits: jax.Array) -> jax.Array:
-    """The largest probability of each place, [B, T, V] -> [B, T]."""
-    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
-
-
 def _chosen(
     spec: DecodeSpec, logits: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Draft tokens from processed logits [B, T, V], and what they were drawn from."""
+    """Draft tokens from logits [B, T, V], and what they were drawn from, as in Proposal."""
+    # A broken draft may cost speed but never correctness: without this, NaN would reach the
+    # residual.
+    logits = process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
     if not spec.features.sampled:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
     logits = warp(logits, state.sampling, spec.features)
@@ -194,7 +183,7 @@ def _one_by_one(
         # Keys of the token's own position: those of a draft token that was looked at are never used
         # again, since the next iteration begins behind it.
         here = state.replace(cache=state.cache.replace(length=n + i), output_counts=counts)
-        token, q = _chosen(spec, _processed(spec, logits, here), here)
+        token, q = _chosen(spec, logits, here)
         if spec.features.penalized:
             counts = counts.at[rows, token[:, 0]].add(1)
         return token, q, counts

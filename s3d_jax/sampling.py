@@ -192,24 +192,24 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
 
 
 def accept_greedy(
-    draft: jax.Array, target: jax.Array, width: jax.Array | None = None
+    draft: jax.Array, target: jax.Array, drafts: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The longest prefix of the draft that the target would have chosen itself.
 
     Args:
         draft: int [B, γ].
         target: int [B, γ+1], the target's choice at each position.
-        width: int [B], how many of the draft tokens are proposed; the others count as if they were
-            not there. None is γ of each row.
+        drafts: bool [B], rows whose draft counts; the others take one token of the target's. None
+            is all.
 
     Returns:
-        (accepted, bonus): int [B] in 0 … width, and the target's token behind the accepted prefix,
-        int [B].
+        (accepted, bonus): int [B] in 0 … γ, and the target's token behind the accepted prefix, int
+        [B].
     """
     gamma = draft.shape[1]
     ok = draft == target[:, :gamma]
-    if width is not None:
-        ok &= jnp.arange(gamma) < width[:, None]
+    if drafts is not None:
+        ok &= drafts[:, None]
     accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
     bonus = jnp.take_along_axis(target, accepted[:, None], axis=1)[:, 0]
     return accepted, bonus
@@ -221,21 +221,21 @@ def accept_sampled(
     p: jax.Array,
     accept_keys: jax.Array,
     bonus_keys: jax.Array,
-    width: jax.Array | None = None,
+    drafts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rejection sampling of a draft (Leviathan et al., arXiv 2211.17192).
 
     Draft token i is accepted with probability min(1, p_i / q_i); at the first rejection the bonus
-    token is drawn from norm(max(0, p - q)), after γ acceptances from the last row of p (where only
-    some are proposed, after these from the row of p behind them). The committed tokens are then
-    distributed as p, whatever q is, provided that the draft was drawn from q.
+    token is drawn from norm(max(0, p - q)), after γ acceptances from the last row of p. The
+    committed tokens are then distributed as p, whatever q is, provided that the draft was drawn
+    from q.
 
     Args:
         draft: int [B, γ], drawn from q.
         q: float32 [B, γ, V], probabilities the draft was drawn from.
         p: float32 [B, γ+1, V], the target's probabilities.
         accept_keys, bonus_keys: typed PRNG keys [B].
-        width: as in `accept_greedy`. It may depend on q, and must not depend on the draft.
+        drafts: as in `accept_greedy`. It must not depend on the draft.
 
     Returns:
         (accepted, bonus), as in `accept_greedy`.
@@ -247,10 +247,9 @@ def accept_sampled(
     # to 0.
     u = jax.vmap(lambda key: jax.random.uniform(key, (gamma,)))(accept_keys)
     ok = u * q_draft < p_draft
-    if width is not None:
-        proposed = jnp.arange(gamma) < width[:, None]
-        ok &= proposed
-        q = jnp.where(proposed[..., None], q, 0.0)  # nothing was rejected there: the bonus is p's
+    if drafts is not None:
+        ok &= drafts[:, None]
+        q = jnp.where(drafts[:, None, None], q, 0.0)  # nothing was rejected: the bonus is p's own
     accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
 
     row = accepted[:, None, None]

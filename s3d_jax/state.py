@@ -44,8 +44,8 @@ class DecodeState(flax.struct.PyTreeNode):
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
         passes: int32 [B, S], a record for `statistics`: where the first token of an iteration was
-            committed, 1 + the draft tokens accepted in it, and γ+1 more for each draft token that
-            it proposed less than γ; 0 at the other committed tokens.
+            committed, 1 + the draft tokens accepted in it, or -1 if the row did not draft; 0 at the
+            other committed tokens.
         draft_cache: the cache of a second model that drafts, S slots as well; else None. Its length
             means nothing: what is committed is what `cache` says.
         budget: what rows decide by whether they draft; None where they always do.
@@ -73,20 +73,12 @@ class Proposal(NamedTuple):
             where the tokens were chosen without chance.
         cache: the cache, whose scratch slots may have been written.
         draft_cache: the same of a second model, if there is one.
-        confidence: float32 [B, γ], at each place the probability that the draft gives its likeliest
-            token before temperature and filters; None where it has none.
     """
 
     tokens: jax.Array
     logits: jax.Array | None
     cache: KVCache
     draft_cache: KVCache | None = None
-    confidence: jax.Array | None = None
-
-    def first(self, width: int) -> "Proposal":
-        """The first `width` (static) of the draft tokens alone."""
-        logits = None if self.logits is None else self.logits[:, :width]
-        return self._replace(tokens=self.tokens[:, :width], logits=logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +92,8 @@ class DecodeSpec:
         stop_ids: tokens that end a row (they are committed, nothing behind them is).
         proposer: who proposes the γ tokens: one of proposers.py, or something with its arguments.
             None is S3D's `draft_pass`.
-        costs: of the passes, by which each row decides how many draft tokens to verify and whether
-            to draft; None verifies γ of them in every iteration.
+        costs: of the passes, by which each row decides whether to draft (`adaptive`); None always
+            drafts.
     """
 
     config: ModelConfig

@@ -181,16 +181,12 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
     iterations = sum(run.iterations for run in runs)
     if not iterations:
         return dict.fromkeys(("tokens_per_iteration", "acceptance_per_position", "plain_share"))
-    drafted, accepted = (
-        [sum(position) for position in zip(*(getattr(run, name) for run in runs), strict=True)]
-        for name in ("drafted", "accepted")
-    )
+    accepted = [sum(position) for position in zip(*(run.accepted for run in runs), strict=True)]
+    plain = sum(run.plain_iterations for run in runs)
     return {
         "tokens_per_iteration": sum(len(run.tokens) for run in runs) / iterations,
-        "acceptance_per_position": [
-            count / max(proposed, 1) for count, proposed in zip(accepted, drafted, strict=True)
-        ],
-        "plain_share": 1 - max(drafted, default=0) / iterations,
+        "acceptance_per_position": [count / max(iterations - plain, 1) for count in accepted],
+        "plain_share": plain / iterations,
     }
 
 

@@ -57,8 +57,8 @@ def ranges(numbers: Sequence[int]) -> str:
 def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown: one table over all prompts, and one by category where there are some.
 
-    ± is the standard deviation over the repeats, "plain" the share of iterations without a draft,
-    and acceptance that of the tokens that were proposed.
+    ± is the standard deviation over the repeats, "plain" the share of iterations in which a method
+    that drafts did not; acceptance is that of the others.
     """
     rows = report["rows"]
     whole = [row for row in rows if row["category"] == "all"]
@@ -118,7 +118,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{_number(first, first_spread, 1)} ms",
         f"{row['compile_seconds']:.1f} s",
         "" if tau is None else f"{tau:.2f}",
-        "" if tau is None else f"{100 * row['plain_share']:.0f} %",
+        f"{100 * row['plain_share']:.0f} %" if row["plain_share"] else "",
         " ".join(f"{a:.2f}" for a in accepted or ()),
         f"{100 * row['identical_to_ar']:.0f} %",
         f"{_gib(row['mean_memory_bytes'])} / {_gib(row['max_memory_bytes'])} GiB",
