@@ -140,7 +140,7 @@ def test_a_losing_row_drafts_ever_more_rarely():
 
 @pytest.fixture(scope="module")
 def lm() -> LM:
-    tuned = Tuning(GAMMA, DRAFT.skip, FAIR.replace(draft=2.0), 0.9)
+    tuned = Tuning(GAMMA, DRAFT.skip, FAIR.replace(draft=3.0), 0.9)
     return LM(CONFIG, PARAMS, draft_config=DRAFT, tuning=tuned, eos_token_ids=(3,))
 
 
