@@ -48,13 +48,13 @@ def ours(lm: LM, ids: list[int], new_tokens: int, **options: Any) -> tuple[Any, 
 
 def against_hf(lm: LM, hf: Any, ids: list[int], new_tokens: int, repeats: int) -> dict[str, Any]:
     """Plain decoding here and there, and S3D with the draft of the checkpoint."""
-    first = {m: ours(lm, ids, new_tokens, method=m)[0] for m in ("ar", "s3d")}
+    first = {m: ours(lm, ids, new_tokens, method=m, adaptive=False)[0] for m in ("ar", "s3d")}
     theirs = hf_generate(hf, ids, new_tokens)[0]
 
     contestants = {
         "hf": lambda: hf_generate(hf, ids, new_tokens)[1],
         "ar": lambda: ours(lm, ids, new_tokens, method="ar")[1],
-        "s3d": lambda: ours(lm, ids, new_tokens, method="s3d")[1],
+        "s3d": lambda: ours(lm, ids, new_tokens, method="s3d", adaptive=False)[1],
     }
     seconds = median_seconds(contestants, repeats)
     speed = {name: new_tokens / value for name, value in seconds.items()}

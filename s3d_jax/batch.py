@@ -39,6 +39,8 @@ class GenerateOptions(TypedDict, total=False):
             methods 4.
         skip: one entry per layer, True = the draft jumps over it; None is as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
+        adaptive: of "s3d": each row decodes plainly for a while where drafting does not pay
+            (default); False always drafts.
         ngram: of "prompt-lookup": the last tokens that are looked for in the text, at most (3).
         stop: strings that end a text; they are not part of it.
         eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
@@ -53,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
     method: Method
     gamma: int | None
     skip: Sequence[bool] | None
+    adaptive: bool | None
     ngram: int | None
     stop: str | Sequence[str]
     eos_token_ids: Sequence[int] | None
@@ -75,15 +78,16 @@ class Stats:
         prompt_tokens, new_tokens: tokens in and out.
         iterations: passes of the full model behind the prefill, those that the row's tokens came
             from.
-        drafted: draft tokens proposed, γ per iteration.
+        drafted: draft tokens proposed, γ per iteration with a draft.
         accepted: draft tokens accepted and kept: not those behind an end-of-text token, a stop
             string or the row's end.
-        accepted_per_position: the same for each of the γ positions; each was proposed `iterations`
-            times.
+        accepted_per_position: the same for each of the γ positions; each was proposed `iterations -
+            plain_iterations` times.
         prefill_seconds, decode_seconds: without compilation.
         compile_seconds: spent on programs that did not exist yet.
         cached_tokens: prompt tokens that were in the cache already, from a conversation's turn
             before; they are not prefilled.
+        plain_iterations: iterations without a draft; where a method drafts, how often it fell back.
         peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
             the peak resident set of this process.
     """
@@ -99,6 +103,7 @@ class Stats:
     compile_seconds: float
     peak_memory_bytes: int
     cached_tokens: int = 0
+    plain_iterations: int = 0
 
     @property
     def tokens_per_iteration(self) -> float:
@@ -269,19 +274,20 @@ class Batch:
             if stopped_by is None and tokens and tokens[-1] in self._spec.stop_ids:
                 stopped_by = tokens[-1]
             gamma, prompt_tokens = self._spec.gamma, len(self._prompts[b])
-            iterations, accepted = decode.statistics(passes[b], prompt_tokens, len(tokens), gamma)
+            counts = decode.statistics(passes[b], prompt_tokens, len(tokens), gamma)
             stats = Stats(
                 prompt_tokens=prompt_tokens,
                 new_tokens=len(tokens),
-                iterations=iterations,
-                drafted=iterations * gamma,
-                accepted=sum(accepted),
-                accepted_per_position=accepted,
+                iterations=counts.iterations,
+                drafted=(counts.iterations - counts.plain) * gamma,
+                accepted=sum(counts.accepted),
+                accepted_per_position=counts.accepted,
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._decode_seconds,
                 compile_seconds=self._compile_seconds,
                 peak_memory_bytes=memory,
                 cached_tokens=self._known,
+                plain_iterations=counts.plain,
             )
             text = self.texts[b].text if self.texts else None
             reason: Literal["stop", "length"] = "length" if stopped_by is None else "stop"
@@ -391,6 +397,7 @@ def checked_options(
     method: Method = "s3d",
     gamma: int | None = None,
     skip: Sequence[bool] | None = None,
+    adaptive: bool | None = None,
     ngram: int | None = None,
     stop: str | Sequence[str] = (),
     eos_token_ids: Sequence[int] | None = None,
@@ -402,7 +409,7 @@ def checked_options(
     Raises:
         InputError, ConfigError: an option that is unknown or out of range.
     """
-    draft, proposer = drafting(lm, method, gamma=gamma, skip=skip, ngram=ngram)
+    how = drafting(lm, method, gamma=gamma, skip=skip, adaptive=adaptive, ngram=ngram)
     stops = _stop_strings(stop)
     if stops and lm.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this model has none")
@@ -416,10 +423,9 @@ def checked_options(
     ids = checked_ids(lm.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
     spec = decode.DecodeSpec(
         config=lm.config,
-        draft=draft,
         features=features,
         stop_ids=tuple(sorted(set(ids))),  # equal sets of them share a program
-        proposer=proposer,
+        **how._asdict(),
     )
     return Request([min(n, lm.max_length) for n in new_tokens], spec, params, stops)
 

@@ -134,6 +134,11 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         "draft's own; 4 for other methods)",
     )
     group.add_argument(
+        "--adaptive",
+        action=argparse.BooleanOptionalAction,
+        help="of s3d: decode plainly for a while where drafting does not pay (default: yes)",
+    )
+    group.add_argument(
         "--ngram",
         type=int,
         metavar="N",
@@ -189,8 +194,8 @@ def _load(arguments: argparse.Namespace) -> "LM":
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = """method gamma ngram max_new_tokens temperature top_k top_p min_p repetition_penalty
-        presence_penalty frequency_penalty seed stop"""
+    names = """method gamma adaptive ngram max_new_tokens temperature top_k top_p min_p
+        repetition_penalty presence_penalty frequency_penalty seed stop"""
     return {name: getattr(arguments, name) for name in names.split()}
 
 
@@ -229,9 +234,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         stats = [result.stats for result in results]
         new, iterations = sum(s.new_tokens for s in stats), sum(s.iterations for s in stats)
         seconds = stats[0].decode_seconds
+        share = sum(s.plain_iterations for s in stats) / max(iterations, 1)
+        plain = f", {share:.0%} of them plain" if arguments.method != "ar" and share else ""
         print(
             f"[{arguments.method}: {new} tokens in {seconds:.2f} s ({new / seconds:.1f}/s), "
-            f"{new / max(iterations, 1):.2f} per iteration; "
+            f"{new / max(iterations, 1):.2f} per iteration{plain}; "
             f"prefill {stats[0].prefill_seconds:.2f} s, "
             f"compilation {stats[0].compile_seconds:.1f} s]",
             file=sys.stderr,

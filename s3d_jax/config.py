@@ -465,6 +465,16 @@ class PassCosts(_Record):
             f"{self.verify!r:.80}",
         )
 
+    @classmethod
+    def estimated(cls, draft: DraftConfig) -> Self:
+        """What the passes of S3D cost by the layers whose weights they read, and by nothing else.
+
+        So it is on an ideal device that is bound by memory: a draft pass costs its share of the
+        layers, and a verify pass a step. Nearly everywhere both cost more, so where S3D does not
+        pay by this estimate, it does not pay.
+        """
+        return cls(draft.draft_depth, (1.0,) * (draft.gamma + 1))
+
     def iteration(self, gamma: int) -> float:
         """The draft pass, and the verify pass with `gamma` draft tokens."""
         return self.draft + self.verify[gamma]

@@ -5,12 +5,13 @@ draft; the stream is the loop with one iteration per call. The state is donated,
 is ever alive. Token ids only: the texts are made in batch.py and text.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.adaptive import full_budget, settle
 from s3d_jax.cache import KVCache, grown, init_cache
 from s3d_jax.config import ModelConfig, TwoModelConfig
 from s3d_jax.model import Params, forward
@@ -89,7 +90,10 @@ def init_state(
         cache = cache.replace(prompt_length=jnp.asarray(lengths))
     if isinstance(spec.draft, TwoModelConfig):
         draft_cache = init_cache(spec.draft.model, batch, slots, lengths, largest_block)
-    return DecodeState(cache=cache, sampling=sampling, draft_cache=draft_cache, **arrays)
+    budget = None if spec.costs is None else full_budget(batch)
+    return DecodeState(
+        cache=cache, sampling=sampling, draft_cache=draft_cache, budget=budget, **arrays
+    )
 
 
 # --- prefill --------------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ def verify_pass(
     draft: jax.Array,
     visible: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """The full model over x_n and the draft: logits float32 [B, γ+1, V], and cache."""
+    """The full model over x_n and w draft tokens: logits float32 [B, w+1, V], and cache."""
     block = jnp.concatenate([last_token(state), draft], axis=1)
     logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
     assert logits is not None
@@ -173,28 +177,41 @@ def verify_pass(
 
 
 def accept(
-    spec: DecodeSpec, state: DecodeState, proposal: Proposal, logits: jax.Array
+    spec: DecodeSpec,
+    state: DecodeState,
+    proposal: Proposal,
+    logits: jax.Array,
+    drafts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How many draft tokens stand, and the bonus token: int32 [B] each."""
+    """How many draft tokens stand, and the bonus token: int32 [B] each.
+
+    `drafts` (bool [B]) are the rows whose draft counts; None is all.
+    """
     if not spec.features.sampled:
-        return accept_greedy(proposal.tokens, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        target = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return accept_greedy(proposal.tokens, target, drafts)
     p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
     if proposal.logits is None:
         q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
     else:
         q = jax.nn.softmax(proposal.logits, axis=-1)
     keys = row_keys(state, ACCEPT), row_keys(state, BONUS)
-    return accept_sampled(proposal.tokens, q, p, *keys)
+    return accept_sampled(proposal.tokens, q, p, *keys, drafts)
 
 
 def commit(
-    spec: DecodeSpec, state: DecodeState, draft: jax.Array, accepted: jax.Array, bonus: jax.Array
+    spec: DecodeSpec,
+    state: DecodeState,
+    draft: jax.Array,
+    accepted: jax.Array,
+    bonus: jax.Array,
+    drafts: jax.Array | None = None,
 ) -> DecodeState:
     """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token."""
-    gamma = spec.gamma
     length = state.cache.length
+    record = 1 + accepted if drafts is None else jnp.where(drafts, 1 + accepted, -1)
     block = jnp.pad(draft, ((0, 0), (0, 1)))
-    column = jnp.arange(gamma + 1, dtype=jnp.int32)
+    column = jnp.arange(block.shape[1], dtype=jnp.int32)
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
     count = jnp.minimum(accepted + 1, state.limit - (length + 1))
     stops = jnp.isin(block, jnp.asarray(spec.stop_ids, jnp.int32)) & (column < count[:, None])
@@ -216,7 +233,7 @@ def commit(
         passes=jnp.where(
             state.done[:, None],
             state.passes,
-            put(state.passes, 1 + accepted[:, None], length + 1),
+            put(state.passes, record[:, None], length + 1),
         ),
     )
 
@@ -230,21 +247,48 @@ def step(
 ) -> DecodeState:
     """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens.
 
+    Without `spec.draft` it is one of plain decoding. A row whose budget says that it does not draft
+    (`adaptive`) takes nothing of the draft, and advances by one token.
+
     Args:
         spec, params, draft_params, state: what decodes, and how far it is.
         visible: static, slots to read, at least length + γ + 1 of every unfinished row; None reads
             all.
     """
     if spec.draft is None:
-        nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
-        proposal = Proposal(nothing, None, state.cache)
-    else:
-        proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
-        state = state.replace(cache=proposal.cache, draft_cache=proposal.draft_cache)
+        return _plain_step(spec, params, state, visible)
+    proposal = (spec.proposer or draft_pass)(spec, params, draft_params, state, visible)
+    state = state.replace(cache=proposal.cache, draft_cache=proposal.draft_cache)
+    drafts = None if state.budget is None else state.budget.drafts
+    return _finish(spec, params, state, proposal, drafts, visible)
+
+
+def _plain_step(
+    spec: DecodeSpec, params: Params, state: DecodeState, visible: int | None
+) -> DecodeState:
+    """An iteration in which no row drafts."""
+    nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
+    drafts = None if state.budget is None else jnp.zeros_like(state.done)
+    return _finish(spec, params, state, Proposal(nothing, None, state.cache), drafts, visible)
+
+
+def _finish(
+    spec: DecodeSpec,
+    params: Params,
+    state: DecodeState,
+    proposal: Proposal,
+    drafts: jax.Array | None,
+    visible: int | None,
+) -> DecodeState:
+    """Verifies, accepts and commits; `drafts` as in `accept`."""
     logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
     state = state.replace(cache=cache)
-    accepted, bonus = accept(spec, state, proposal, logits)
-    return commit(spec, state, proposal.tokens, accepted, bonus)
+    accepted, bonus = accept(spec, state, proposal, logits, drafts)
+    state = commit(spec, state, proposal.tokens, accepted, bonus, drafts)
+    if drafts is None or state.budget is None or spec.costs is None:
+        return state
+    cost = spec.costs.iteration(spec.gamma)
+    return state.replace(budget=settle(cost, state.budget, drafts, accepted))
 
 
 def decode(
@@ -263,8 +307,9 @@ def decode(
 
     A pure function; `decode_jit` is the compiled one, which donates the state.
     """
+    Carry = tuple[jax.Array, DecodeState]
 
-    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+    def unfinished(carry: Carry) -> jax.Array:
         i, state = carry
         go_on = (i < max_iterations) & ~jnp.all(state.done)
         if visible is None or visible >= state.cache.slots:
@@ -272,32 +317,62 @@ def decode(
         fits = state.cache.length + state.padding + spec.gamma + 1 <= visible
         return go_on & jnp.all(fits | state.done)
 
-    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+    def speculate(carry: Carry) -> Carry:
         i, state = carry
         return i + 1, step(spec, params, draft_params, state, visible)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    if state.budget is None:
+        return jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+
+    def drafting(carry: Carry) -> jax.Array:
+        _, state = carry
+        assert state.budget is not None
+        return jnp.any(state.budget.drafts & ~state.done)
+
+    def go_plainly(carry: Carry) -> Carry:
+        i, state = carry
+        return i + 1, _plain_step(spec, params, state, visible)
+
+    def alternate(carry: Carry) -> Carry:
+        # Two loops and no conditional, around which XLA copies the cache in every iteration.
+        carry = jax.lax.while_loop(lambda c: unfinished(c) & drafting(c), speculate, carry)
+        return jax.lax.while_loop(lambda c: unfinished(c) & ~drafting(c), go_plainly, carry)
+
+    return jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
 
 
-def statistics(
-    passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: int
-) -> tuple[int, tuple[int, ...]]:
+class Counts(NamedTuple):
+    """What a row cost.
+
+    Attributes:
+        iterations: those that committed its tokens.
+        plain: of these, those in which it did not draft, though the program can.
+        accepted: for each of the γ positions, how often its draft token was accepted and is one of
+            the tokens.
+    """
+
+    iterations: int
+    plain: int
+    accepted: tuple[int, ...]
+
+
+def statistics(passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: int) -> Counts:
     """What the first `new_tokens` tokens of a row cost.
 
     Args:
         passes: int [S], the row's part of `DecodeState.passes`.
         prompt_tokens, new_tokens: tokens in and out.
         gamma: draft tokens per iteration.
-
-    Returns:
-        (iterations, accepted): iterations that committed one of these tokens; and for each of the γ
-        positions, how often its draft token was accepted and is one of them.
     """
     passes = passes[prompt_tokens : prompt_tokens + new_tokens]
     (starts,) = np.nonzero(passes)
     committed = np.diff(starts, append=new_tokens)
     accepted = np.minimum(passes[starts] - 1, committed)  # less where a limit cut the block
-    return len(starts), tuple(int((accepted > position).sum()) for position in range(gamma))
+    return Counts(
+        iterations=len(starts),
+        plain=int((passes[starts] < 0).sum()),
+        accepted=tuple(int((accepted > position).sum()) for position in range(gamma)),
+    )
 
 
 # For those who do not jit their own. Both donate what they return anew.

@@ -1,12 +1,13 @@
 """The methods by name: who drafts, what each may be told, and what it does where it is not."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s3d_jax import proposers
 from s3d_jax.config import (
     METHODS,
     DraftConfig,
+    PassCosts,
     PromptLookupConfig,
     TwoModelConfig,
     symmetric_skip,
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
     from s3d_jax.generate import LM
 
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "s3d": ("gamma", "skip"),
-    "ar": ("gamma", "skip", "ngram"),  # unused: the same call, with and without speculation
+    "s3d": ("gamma", "skip", "adaptive"),
+    "ar": (
+        "gamma",
+        "skip",
+        "ngram",
+        "adaptive",
+    ),  # unused: the same call, with and without speculation
     "prompt-lookup": ("gamma", "ngram"),
     "self-spec": ("gamma", "skip"),
     "early-exit": ("gamma", "skip"),
@@ -63,15 +69,21 @@ def default_settings(lm: "LM", method: str) -> Draft | None:
     return None
 
 
-def drafting(
-    lm: "LM", method: str, **options: Any
-) -> tuple[Draft | None, Callable[..., Proposal] | None]:
-    """How `DecodeSpec` drafts and who does.
+class Drafting(NamedTuple):
+    """Fields of a `DecodeSpec`."""
+
+    draft: Draft | None = None
+    proposer: Callable[..., Proposal] | None = None
+    costs: PassCosts | None = None
+
+
+def drafting(lm: "LM", method: str, **options: Any) -> Drafting:
+    """How `DecodeSpec` drafts, who does, and by what costs it is decided when.
 
     Args:
         lm: the model.
         method: one of METHODS.
-        **options: gamma, skip and ngram, None where they are not given.
+        **options: gamma, skip, ngram and adaptive, None where they are not given.
 
     Raises:
         ConfigError: an unknown method, an option that it does not take, or a wrong value. For "ar"
@@ -87,7 +99,10 @@ def drafting(
     if method == "ar":
         for other in ("s3d", "prompt-lookup"):
             drafting(lm, other, **{k: v for k, v in given.items() if k in OPTIONS[other]})
-        return None, None
+        return Drafting()
+    adaptive = given.pop("adaptive", True)
+    if not isinstance(adaptive, bool):
+        raise ConfigError(f"adaptive must be True or False, got {adaptive!r:.80}")
     draft = default_settings(lm, method)
     assert draft is not None
     draft = draft.replace(**given)
@@ -98,7 +113,18 @@ def drafting(
                 "method 'early-exit' skips the last layers and no others, got skip "
                 f"{[int(s) for s in draft.skip]}: use method 'self-spec'"
             )
-    return draft, _PROPOSERS[method]
+    if method != "s3d" or not adaptive:
+        return Drafting(draft, _PROPOSERS[method])
+    assert isinstance(draft, DraftConfig)
+    return Drafting(draft, _PROPOSERS[method], _costs(lm, draft))
+
+
+def _costs(lm: "LM", draft: DraftConfig) -> PassCosts:
+    """As measured, where the device was tuned to these settings; else as estimated."""
+    tuned = lm.tuning
+    if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
+        return tuned.costs
+    return PassCosts.estimated(draft)
 
 
 def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:

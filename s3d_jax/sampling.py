@@ -191,25 +191,37 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
 # --- acceptance -----------------------------------------------------------------------------------
 
 
-def accept_greedy(draft: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def accept_greedy(
+    draft: jax.Array, target: jax.Array, drafts: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The longest prefix of the draft that the target would have chosen itself.
 
     Args:
         draft: int [B, γ].
         target: int [B, γ+1], the target's choice at each position.
+        drafts: bool [B], rows whose draft counts; the others take one token of the target's. None
+            is all.
 
     Returns:
         (accepted, bonus): int [B] in 0 … γ, and the target's token behind the accepted prefix, int
         [B].
     """
     gamma = draft.shape[1]
-    accepted = jnp.sum(jnp.cumprod(draft == target[:, :gamma], axis=1, dtype=jnp.int32), axis=1)
+    ok = draft == target[:, :gamma]
+    if drafts is not None:
+        ok &= drafts[:, None]
+    accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
     bonus = jnp.take_along_axis(target, accepted[:, None], axis=1)[:, 0]
     return accepted, bonus
 
 
 def accept_sampled(
-    draft: jax.Array, q: jax.Array, p: jax.Array, accept_keys: jax.Array, bonus_keys: jax.Array
+    draft: jax.Array,
+    q: jax.Array,
+    p: jax.Array,
+    accept_keys: jax.Array,
+    bonus_keys: jax.Array,
+    drafts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rejection sampling of a draft (Leviathan et al., arXiv 2211.17192).
 
@@ -223,6 +235,7 @@ def accept_sampled(
         q: float32 [B, γ, V], probabilities the draft was drawn from.
         p: float32 [B, γ+1, V], the target's probabilities.
         accept_keys, bonus_keys: typed PRNG keys [B].
+        drafts: as in `accept_greedy`. It must not depend on the draft.
 
     Returns:
         (accepted, bonus), as in `accept_greedy`.
@@ -234,6 +247,9 @@ def accept_sampled(
     # to 0.
     u = jax.vmap(lambda key: jax.random.uniform(key, (gamma,)))(accept_keys)
     ok = u * q_draft < p_draft
+    if drafts is not None:
+        ok &= drafts[:, None]
+        q = jnp.where(drafts[:, None, None], q, 0.0)  # nothing was rejected: the bonus is p's own
     accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
 
     row = accepted[:, None, None]

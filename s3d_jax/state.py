@@ -11,8 +11,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.adaptive import Budget
 from s3d_jax.cache import KVCache
-from s3d_jax.config import DraftConfig, ModelConfig, PromptLookupConfig, TwoModelConfig
+from s3d_jax.config import (
+    DraftConfig,
+    ModelConfig,
+    PassCosts,
+    PromptLookupConfig,
+    TwoModelConfig,
+)
 from s3d_jax.model import DraftParams, Params
 from s3d_jax.sampling import SamplingFeatures, SamplingParams, penalize
 
@@ -37,9 +44,11 @@ class DecodeState(flax.struct.PyTreeNode):
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
         passes: int32 [B, S], a record for `statistics`: where the first token of an iteration was
-            committed, 1 + the draft tokens accepted in it; 0 at the other committed tokens.
+            committed, 1 + the draft tokens accepted in it, or -1 if the row did not draft; 0 at the
+            other committed tokens.
         draft_cache: the cache of a second model that drafts, S slots as well; else None. Its length
             means nothing: what is committed is what `cache` says.
+        budget: what rows decide by whether they draft; None where they always do.
     """
 
     tokens: jax.Array
@@ -52,6 +61,7 @@ class DecodeState(flax.struct.PyTreeNode):
     output_counts: jax.Array
     passes: jax.Array
     draft_cache: KVCache | None = None
+    budget: Budget | None = None
 
 
 class Proposal(NamedTuple):
@@ -82,6 +92,8 @@ class DecodeSpec:
         stop_ids: tokens that end a row (they are committed, nothing behind them is).
         proposer: who proposes the γ tokens: one of proposers.py, or something with its arguments.
             None is S3D's `draft_pass`.
+        costs: of the passes, by which each row decides whether to draft (`adaptive`); None always
+            drafts.
     """
 
     config: ModelConfig
@@ -89,6 +101,10 @@ class DecodeSpec:
     features: SamplingFeatures = SamplingFeatures()
     stop_ids: tuple[int, ...] = ()
     proposer: "Callable[..., Proposal] | None" = None
+    costs: PassCosts | None = None
+
+    def __post_init__(self) -> None:
+        assert self.costs is None or len(self.costs.verify) == self.gamma + 1
 
     @property
     def gamma(self) -> int:

@@ -16,7 +16,7 @@ class Model:
     def __init__(self):
         self.sizes, self.seen = [], set()
 
-    def generate(self, prompts, max_new_tokens, method, gamma=None):
+    def generate(self, prompts, max_new_tokens, method, gamma=None, adaptive=True):
         self.sizes.append(len(prompts))
         key = (method, *map(tuple, prompts))
         seconds = {"ar": 2.0, "s3d": 1.0}[method] + 100.0 * (key not in self.seen)

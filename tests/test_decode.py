@@ -344,11 +344,13 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
 def test_statistics_of_a_part():
     """Iterations of 3, 1 and 4 tokens (γ = 4) behind a prompt of two; EOS cut the last."""
     passes = np.array([9, 9, 3, 0, 0, 1, 5, 0, 0, 0, 7, 7])
-    assert decode.statistics(passes, 2, 8, 4) == (3, (2, 2, 1, 1))
-    assert decode.statistics(passes, 2, 7, 4) == (3, (2, 2, 1, 0))
-    assert decode.statistics(passes, 2, 4, 4) == (2, (1, 1, 0, 0))
-    assert decode.statistics(passes, 2, 1, 4) == (1, (1, 0, 0, 0))
-    assert decode.statistics(passes, 2, 0, 4) == (0, (0, 0, 0, 0))
+    assert decode.statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1))
+    assert decode.statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0))
+    assert decode.statistics(passes, 2, 4, 4) == (2, 0, (1, 1, 0, 0))
+    assert decode.statistics(passes, 2, 1, 4) == (1, 0, (1, 0, 0, 0))
+    assert decode.statistics(passes, 2, 0, 4) == (0, 0, (0, 0, 0, 0))
+    passes = np.array([9, 9, 3, 0, 0, -1, -1, 5, 0])
+    assert decode.statistics(passes, 2, 7, 4) == (4, 2, (2, 2, 0, 0))
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 17, 512, 513, 1300])

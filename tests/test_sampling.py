@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax import proposers, sampling
-from s3d_jax.config import DraftConfig, PromptLookupConfig, SamplingConfig, TwoModelConfig
+from s3d_jax import adaptive, proposers, sampling
+from s3d_jax.config import (
+    DraftConfig,
+    PassCosts,
+    PromptLookupConfig,
+    SamplingConfig,
+    TwoModelConfig,
+)
 from s3d_jax.decode import Proposal
 from s3d_jax.errors import InputError
 from s3d_jax.model import forward_logits
@@ -296,6 +302,17 @@ def test_hostile_drafts_do_not_bend_the_distribution():
     for proposer in (constant, skewed):
         for row, tokens in zip(rows, sampled_tokens(rows, proposer), strict=True):
             check_distribution(tokens, exact_distribution(row))
+
+
+def test_falling_back_and_drafting_again_do_not_bend_the_distribution(monkeypatch):
+    """Rows draft or not by what was accepted before, in one batch; half of the time they do."""
+    monkeypatch.setattr(adaptive, "_CAPACITY", 1.0)
+    monkeypatch.setattr(adaptive, "_FIRST_PAUSE", 2)
+    rows = [SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.6, top_k=3)]
+    draft = DraftConfig((False, True, False), gamma=1)
+    tokens = sampled_tokens(rows, draft=draft, costs=PassCosts(1.0, (1, 1.0)))
+    for row, sampled in zip(rows, tokens, strict=True):
+        check_distribution(sampled, exact_distribution(row))
 
 
 OTHER = tiny_config(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax import decode
-from s3d_jax.config import ModelConfig, SamplingConfig, TwoModelConfig
+from s3d_jax.config import ModelConfig, PassCosts, SamplingConfig, TwoModelConfig
 from s3d_jax.generate import LM
 from s3d_jax.model import Params, forward_logits, init_params, untrained_draft
 from s3d_jax.sampling import batch_sampling
@@ -44,12 +44,13 @@ def run(
     seed: int = 0,
     slots: int | None = None,
     stop_ids: tuple[int, ...] = (),
+    costs: PassCosts | None = None,
 ) -> DecodeState:
     """The pure functions alone, as somebody would use them who jits his own."""
     rows = rows or [SamplingConfig()] * len(prompts)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     sampling, features = batch_sampling(rows, keys, config.vocab_size)
-    spec = DecodeSpec(config, draft, features, stop_ids, proposer)
+    spec = DecodeSpec(config, draft, features, stop_ids, proposer, costs)
     arrays = [np.asarray(p, np.int32) for p in prompts]
     longest = max(map(len, arrays))
     chunks = decode.prefill_chunks(longest - 1)
@@ -81,7 +82,7 @@ def counted(
     """Iterations [B], and accepted draft tokens [B, γ]."""
     rows = zip(np.asarray(state.passes), prompts, outputs(state, prompts), strict=True)
     counts = [decode.statistics(row, len(p), len(out), gamma) for row, p, out in rows]
-    return np.array([n for n, _ in counts]), np.array([accepted for _, accepted in counts])
+    return np.array([c.iterations for c in counts]), np.array([c.accepted for c in counts])
 
 
 def greedy_reference(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _DEFAULT_METHODS = "ar,s3d,prompt-lookup,self-spec,early-exit"
 _CALIBRATION_PROMPTS = 4
 
-_OPTIONS = ("gamma", "ngram", "skip")
+_OPTIONS = ("gamma", "ngram", "skip", "adaptive")
 
 _DESCRIPTION = """\
 Runs prompts through several methods in one process, in turns, greedily and one at a time, and
@@ -27,7 +27,8 @@ _EPILOG = """\
 methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); and on the
 same weights HF transformers, where torch is installed: hf, hf-prompt-lookup. A method runs with the
 settings that are fastest on a few of the prompts, or with those given: s3d:gamma=4, or
-self-spec:gamma=2:skip=3-6, or prompt-lookup:gamma=4:ngram=2. Several settings are several rows.
+self-spec:gamma=2:skip=3-6, or prompt-lookup:gamma=4:ngram=2; s3d:gamma=4:adaptive=no always drafts.
+Several settings are several rows.
 
 examples:
   s3d bench --plot bench.png
@@ -100,13 +101,16 @@ def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
     try:
         if name in ("gamma", "ngram") and int(value) >= 1:
             return name, int(value)
+        if name == "adaptive":
+            return name, {"yes": True, "no": False}[value]
         if name == "skip":
             first, _, last = value.partition("-")
             return name, range(int(first), int(last or first) + 1)
-    except ValueError:
+    except (ValueError, KeyError):
         pass
     raise InputError(
-        f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3 and skip=3-6"
+        f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3, "
+        "skip=3-6 and adaptive=no"
     )
 
 

@@ -30,6 +30,7 @@ class Run:
         decoded: those tokens: all of ours, and of HF's all behind those that prefill gives.
         compile_seconds: spent on programs that did not exist yet.
         iterations: passes of the full model behind the prefill; 0 where it is not known.
+        plain_iterations: of these, those in which a method that drafts did not.
         accepted: for each draft position, how often its token was.
     """
 
@@ -40,6 +41,7 @@ class Run:
     decoded: int
     compile_seconds: float = 0.0
     iterations: int = 0
+    plain_iterations: int = 0
     accepted: tuple[int, ...] = ()
 
 
@@ -84,6 +86,7 @@ class Ours(Contestant):
             decoded=stats.new_tokens,
             compile_seconds=stats.compile_seconds,
             iterations=stats.iterations,
+            plain_iterations=stats.plain_iterations,
             accepted=stats.accepted_per_position,
         )
 

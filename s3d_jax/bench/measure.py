@@ -180,11 +180,13 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
     """τ and acceptance, which do not change from turn to turn: decoding is greedy."""
     iterations = sum(run.iterations for run in runs)
     if not iterations:
-        return {"tokens_per_iteration": None, "acceptance_per_position": None}
+        return dict.fromkeys(("tokens_per_iteration", "acceptance_per_position", "plain_share"))
     accepted = [sum(position) for position in zip(*(run.accepted for run in runs), strict=True)]
+    plain = sum(run.plain_iterations for run in runs)
     return {
         "tokens_per_iteration": sum(len(run.tokens) for run in runs) / iterations,
-        "acceptance_per_position": [count / iterations for count in accepted],
+        "acceptance_per_position": [count / max(iterations - plain, 1) for count in accepted],
+        "plain_share": plain / iterations,
     }
 
 

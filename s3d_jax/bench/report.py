@@ -36,6 +36,8 @@ def label(row: Mapping[str, Any]) -> str:
         if name == "skip":
             skipped = [i for i, s in enumerate(value) if s]
             words.append(f"skip {ranges(skipped)}")
+        elif name == "adaptive":
+            words.append("adaptive" if value else "fixed")
         else:
             words.append(f"{'γ' if name == 'gamma' else name}={value}")
     return " ".join([row["method"], ", ".join(words)]).strip()
@@ -55,14 +57,15 @@ def ranges(numbers: Sequence[int]) -> str:
 def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown: one table over all prompts, and one by category where there are some.
 
-    ± is the standard deviation over the repeats.
+    ± is the standard deviation over the repeats, "plain" the share of iterations in which a method
+    that drafts did not; acceptance is that of the others.
     """
     rows = report["rows"]
     whole = [row for row in rows if row["category"] == "all"]
     parts = [row for row in rows if row["category"] != "all"]
     head: tuple[str, ...] = (
         *("method", "tokens/s", "IF", "end to end", "first token", "compile", "τ"),
-        *("accepted by position", "same as AR", "memory, mean / max", "tokens/s per GiB"),
+        *("plain", "accepted by position", "same as AR", "memory, mean / max", "tokens/s per GiB"),
     )
     lines = [
         f"{report['model']}, {report['dtype']}: {whole[0]['prompts']} prompts "
@@ -115,6 +118,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{_number(first, first_spread, 1)} ms",
         f"{row['compile_seconds']:.1f} s",
         "" if tau is None else f"{tau:.2f}",
+        f"{100 * row['plain_share']:.0f} %" if row["plain_share"] else "",
         " ".join(f"{a:.2f}" for a in accepted or ()),
         f"{100 * row['identical_to_ar']:.0f} %",
         f"{_gib(row['mean_memory_bytes'])} / {_gib(row['max_memory_bytes'])} GiB",
@@ -124,7 +128,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _short_cells(row: Mapping[str, Any]) -> list[str]:
     _, speed, factor, whole, *_ = cells = _cells(row)
-    return [row["category"], cells[0], speed, factor, whole, cells[6], cells[8]]
+    return [row["category"], cells[0], speed, factor, whole, cells[6], cells[9]]
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

@@ -60,14 +60,14 @@ def measure_acceptance(
         lm: the model with the draft in question.
         prompts: ids.
         max_new_tokens: per prompt.
-        **options: of `LM.generate`.
+        **options: of `LM.generate`; γ tokens are drafted in every iteration.
 
     Returns:
         tokens_per_iteration: τ over all prompts together, new tokens over iterations;
         acceptance_per_position: how often the draft token at each position was accepted;
         prompts, new_tokens: what it was measured on.
     """
-    results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, **options)
+    results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, adaptive=False, **options)
     iterations = sum(r.stats.iterations for r in results)
     tokens = sum(r.stats.new_tokens for r in results)
     accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)

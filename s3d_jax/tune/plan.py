@@ -238,7 +238,10 @@ def _decoded(
     """
     contestants = [
         Ours("ar", {}, lm),
-        *(Ours("s3d", {"gamma": gamma, "skip": skip}, lm) for skip, gamma in settings),
+        *(
+            Ours("s3d", {"gamma": gamma, "skip": skip, "adaptive": False}, lm)
+            for skip, gamma in settings
+        ),
     ]
     step = progress(what, len(contestants) * len(prompts) * (1 + _TURNS))
     records = measure.take_turns(contestants, prompts, max_new_tokens, _TURNS, step)

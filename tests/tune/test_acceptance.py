@@ -53,7 +53,8 @@ def compare(lm, prompts, other_skip):
     judge = Judge(lm, texts, 4)
     taken = set()
     for skip, gamma in [(lm.draft_config.skip, 2), (other_skip, 4)]:
-        results = lm.generate(prompts, max_new_tokens=NEW, gamma=gamma, skip=skip)
+        options = dict(gamma=gamma, skip=skip, adaptive=False)
+        results = lm.generate(prompts, max_new_tokens=NEW, **options)
         accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)
         found = judge.acceptance(skip, gamma)
         assert found.iterations == sum(r.stats.iterations for r in results)
