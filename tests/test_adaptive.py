@@ -52,7 +52,8 @@ def test_greedy_output_is_that_of_plain_decoding_whatever_the_costs(truth, plain
     assert outputs(state, PROMPTS) == plain
     assert [row[:23] for row in plain] == truth
     for row in counts(state):
-        assert sum(row.accepted) + row.iterations == NEW
+        # One more where the limit cuts the last iteration: then its bonus is missing.
+        assert sum(row.accepted) + row.iterations in (NEW, NEW + 1)
         if name == "free":
             assert row.plain == 0
         if name == "dear":
