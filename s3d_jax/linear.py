@@ -6,6 +6,7 @@ choices.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -141,6 +142,15 @@ def low_rank(
     return out.reshape(*x.shape[:-1], -1)
 
 
+def random_weight(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """N(0, 0.02²), [out, in].
+
+    Drawn as [in, out], so that a seed gives the model that it gave when weights were stored so: the
+    recipes' logs are of such.
+    """
+    return jax.random.normal(key, shape[::-1], dtype).T * jnp.asarray(INIT_DEVIATION, dtype)
+
+
 class Linear(nn.Module):
     """A linear layer: weight [out, in], an optional bias [out], a low-rank delta if given one."""
 
@@ -155,8 +165,8 @@ class Linear(nn.Module):
         if self.quantized:
             y = int8.project(x, *int8.declare(self, "weight", shape, INIT_DEVIATION), x.dtype)
         else:
-            init = nn.initializers.normal(INIT_DEVIATION)
-            y = project(x, self.param("weight", init, shape, jnp.dtype(self.dtype)), x.dtype)
+            weight = self.param("weight", random_weight, shape, jnp.dtype(self.dtype))
+            y = project(x, weight, x.dtype)
         if self.use_bias:
             y = y + self.param(
                 "bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.dtype)

@@ -23,6 +23,7 @@ from s3d_jax.linear import (
     attention_scores,
     low_rank,
     project,
+    random_weight,
 )
 from s3d_jax.rope import rotary_table, rotate
 
@@ -508,8 +509,8 @@ class Head(nn.Module):
         if cfg.quantization:
             weight, scale = int8.declare(self, "weight", shape, INIT_DEVIATION)
             return int8.project(x, weight, scale, jnp.float32)
-        init = nn.initializers.normal(INIT_DEVIATION)
-        return project(x, self.param("weight", init, shape, jnp.dtype(cfg.dtype)), jnp.float32)
+        weight = self.param("weight", random_weight, shape, jnp.dtype(cfg.dtype))
+        return project(x, weight, jnp.float32)
 
 
 def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:

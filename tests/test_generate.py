@@ -390,7 +390,7 @@ def test_programs_are_compiled_once():
     lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=(2, 1))
     lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=[1, 2, 1])
     assert len(lm.programs) == 5
-    lm.generate([1] * 40, max_new_tokens=40)  # another bucket, and a cache of another size
+    lm.generate([1] * 40, max_new_tokens=80)  # another bucket, and a cache of another size
     assert len(lm.programs) == 7
 
 
@@ -446,7 +446,7 @@ def test_other_parameters_of_the_draft_get_programs_of_their_own():
 def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capability, warns):
     config = tiny_config(dtype="bfloat16")
     s3d_jax.checkpoint.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
-    device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
+    device = SimpleNamespace(compute_capability=capability, device_kind="T4", platform="gpu")
     monkeypatch.setattr("s3d_jax.generate.jax.devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -247,7 +247,7 @@ def test_other_optimizers_teach_a_real_draft(name, model):
         adapter=AdapterConfig(4, 8),
     )
     loop = config(
-        120, optimizer=name, learning_rate={"lion": 3e-3, "adafactor": 3e-2}[name], save_every=0
+        80, optimizer=name, learning_rate={"lion": 3e-3, "adafactor": 3e-2}[name], save_every=0
     )
     fit(task, Batches(rows, 8, seed=0), loop, model / f"run-{name}", options={})
     lines = [x for x in read_metrics(model / f"run-{name}/metrics.jsonl") if "loss" in x]
