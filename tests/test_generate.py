@@ -446,7 +446,7 @@ def test_other_parameters_of_the_draft_get_programs_of_their_own():
 def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capability, warns):
     config = tiny_config(dtype="bfloat16")
     s3d_jax.checkpoint.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
-    device = SimpleNamespace(compute_capability=capability, device_kind="T4", platform="gpu")
+    device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4", platform="gpu")
     monkeypatch.setattr("s3d_jax.generate.jax.devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

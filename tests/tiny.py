@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import decode
+import s3d_jax
+from s3d_jax import decode, int8
 from s3d_jax.config import ModelConfig, PassCosts, SamplingConfig, TwoModelConfig
-from s3d_jax.generate import LM
+from s3d_jax.drafts import read_draft
+from s3d_jax.generate import EMBEDDED, LM
 from s3d_jax.model import Params, forward_logits, init_params, untrained_draft
 from s3d_jax.sampling import batch_sampling
 from s3d_jax.state import DecodeSpec, DecodeState, Draft, DrafterParams, Proposal
@@ -29,6 +31,24 @@ def tiny_params(config: ModelConfig, seed: int = 0, scale: float = 8.0) -> Param
 def tiny_lm(seed: int = 0, **changes) -> LM:
     config = tiny_config(**changes)
     return LM(config, tiny_params(config, seed))
+
+
+def embedded_in_float() -> LM:
+    """The embedded model, widened to float32.
+
+    For comparisons of passes that differ in more than the length of a block: two int8 steps that
+    are rounded apart would else count.
+    """
+    lm = s3d_jax.load()
+    config = lm.config.replace(quantization=None)
+    return LM(
+        config,
+        int8.dequantize_tree(lm.params, config.dtype),
+        draft_config=lm.draft_config,
+        draft_params=read_draft(EMBEDDED, "default", config).params,
+        tokenizer=lm.tokenizer,
+        eos_token_ids=lm.eos_token_ids,
+    )
 
 
 def run(

@@ -144,7 +144,8 @@ def test_a_draft_is_judged_as_it_is_stored(bfloat16_model, monkeypatch):
     seen = decoded_drafts(monkeypatch)
     monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
     assert train(bfloat16_model, "wide", "--dtype", "float32", "--steps", "3") == 0
-    stored = s3d_jax.load(bfloat16_model / "model", dtype="float32", draft="wide").draft_params
+    config = checkpoint.read_header(bfloat16_model / "model").config.replace(dtype="float32")
+    stored = read_draft(bfloat16_model / "model", "wide", config).params
     assert len(seen) == 2
     jax.tree.map(np.testing.assert_array_equal, seen[-1], stored)
 
@@ -173,7 +174,8 @@ def test_pretraining_decodes_the_prompts_once_for_its_last_validation(texts, tmp
     # At the beginning, at the end, and the untrained one.
     assert [bool(draft.deltas) for draft in seen] == [True, True, False]
     lm = s3d_jax.load(tmp_path / "model", dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, seen[1], lm.draft_params)
-    stored = read_draft(tmp_path / "model", "default", lm.config).training
+    draft = read_draft(tmp_path / "model", "default", lm.config)
+    jax.tree.map(np.testing.assert_array_equal, seen[1], draft.params)
+    stored = draft.training
     assert stored["reached"]["tokens_per_iteration"] == said[-1]
     assert stored["compute_dtype"] == "bfloat16" and stored["remat"] is False

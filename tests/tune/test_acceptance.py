@@ -3,16 +3,13 @@
 import numpy as np
 import pytest
 
-import s3d_jax
-from s3d_jax import int8
 from s3d_jax.bench.suites import read_suites
 from s3d_jax.config import DraftConfig, symmetric_skip
-from s3d_jax.drafts import read_draft
 from s3d_jax.errors import InputError
-from s3d_jax.generate import EMBEDDED, LM
+from s3d_jax.generate import LM
 from s3d_jax.tune import acceptance
 from s3d_jax.tune.acceptance import Acceptance, Judge, Texts, fit_acceptance, replay, write_texts
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import embedded_in_float, tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
 PROMPTS = [np.array(p, np.int32) for p in ([3], [5, 9, 2], [*range(1, 12)], [7] * 20)]
@@ -33,11 +30,7 @@ def model(block_attention: str = "causal", trained: bool = False) -> LM:
 
 
 def test_counts_are_those_of_decoding_by_the_embedded_model():
-    # In float: two int8 steps that are rounded apart would count tokens apart, too.
-    lm = s3d_jax.load()
-    lm.params = int8.dequantize_tree(lm.params, lm.config.dtype)
-    lm.config = lm.config.replace(quantization=None)
-    lm.draft_params = read_draft(EMBEDDED, "default", lm.config).params
+    lm = embedded_in_float()
     prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 200, 2)]
     compare(lm, prompts, (False, True, True, True, True, True, False, False, False, False))
 
