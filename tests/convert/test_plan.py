@@ -94,7 +94,7 @@ def test_inspect_says_why_a_tensor_is_not_needed(tmp_path, capsys):
     line = next(line for line in lines if line.startswith(ROTARY))
     assert line.split("  ")[-1] == "not needed: rotary tables follow from the config"
     query = next(line for line in lines if "layers.1.self_attn.k_proj" in line)
-    assert "[20, 24]" in query and query.endswith("layers_1/attention/qkv/weight[:, 40:60]")
+    assert "[20, 24]" in query and query.endswith("layers_1/attention/qkv/weight[40:60]")
     assert lines[-1].endswith("2 are not needed, 0 at fault")
 
 
@@ -123,7 +123,7 @@ def test_inspect_shows_faults_and_returns_1(tmp_path, capsys):
 
 def test_inspect_lists_a_llama2c_file(data_dir, capsys):
     assert main(["inspect", str(data_dir / "llama2c" / "stories260K.bin")]) == 0
-    assert "layers_4/mlp/gate_up/weight[:, 172:344]" in capsys.readouterr().out
+    assert "layers_4/mlp/gate_up/weight[172:344]" in capsys.readouterr().out
 
 
 # --- from config and index alone ------------------------------------------------------------------
