@@ -56,6 +56,21 @@ def measure_loss(
     Returns:
         The loss; or None, and the reason why it was not measured.
     """
+    try:
+        return _measure(groups, config, native, words)
+    except KeyboardInterrupt:
+        return None, "interrupted; the checkpoint itself is complete"
+    except Exception as error:  # as with parity: the conversion is done, whatever ails this
+        reason = str(error).strip().partition("\n")[0]
+        return None, f"the comparison failed ({type(error).__name__}: {reason})"
+
+
+def _measure(
+    groups: Iterable[tuple[str, Mapping[str, Any]]],
+    config: ModelConfig,
+    native: Path,
+    words: str,
+) -> tuple[Loss | None, str]:
     import jax
 
     from s3d_jax import checkpoint

@@ -15,7 +15,6 @@ from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
 from s3d_jax.config import (
     DraftConfig,
     ModelConfig,
-    PassCosts,
     is_integer,
     is_list,
     plain,
@@ -180,11 +179,6 @@ class LM:
             DraftConfig(tuning.skip).validate_for(config)
         self.tuning = tuning
         self.programs: dict[tuple[Any, ...], Any] = {}
-
-    @property
-    def pass_costs(self) -> PassCosts | None:
-        """What the passes of the tuned settings cost on this device; None where not tuned."""
-        return None if self.tuning is None else self.tuning.costs
 
     @property
     def draft_model(self) -> "LM | None":

@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "s3d": ("gamma", "skip", "adaptive"),
-    "ar": (
-        "gamma",
-        "skip",
-        "ngram",
-        "adaptive",
-    ),  # unused: the same call, with and without speculation
+    # Unused: the same call, with and without speculation.
+    "ar": ("gamma", "skip", "ngram", "adaptive"),
     "prompt-lookup": ("gamma", "ngram"),
     "self-spec": ("gamma", "skip"),
     "early-exit": ("gamma", "skip"),

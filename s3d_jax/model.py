@@ -194,7 +194,8 @@ def attend(
         mask: bool [B, T, S], True where a query may look; at one slot at least.
         scale: multiplies the scores.
         softcap: c of c · tanh(scores / c), or None.
-        reproducible: a token's result has the same bits, however many tokens there are (int8.py).
+        reproducible: a token's result has the same bits, however many tokens there are (int8.py);
+            not where it goes block by block.
 
     Returns:
         [B, T, N, H].

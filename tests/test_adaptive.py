@@ -176,7 +176,7 @@ def test_what_decides(lm):
     """Measured costs only for the settings they were measured with; nothing where it is off."""
     from s3d_jax.methods import drafting
 
-    assert drafting(lm, "s3d").costs == lm.pass_costs
+    assert drafting(lm, "s3d").costs == lm.tuning.costs
     assert drafting(lm, "s3d", gamma=3).costs == PassCosts(0.5, (1.0,) * 4)
     assert drafting(lm, "s3d", adaptive=False).costs is None
     assert drafting(lm, "self-spec").costs is None

@@ -147,6 +147,21 @@ def test_the_text_is_the_users(tmp_path, stories):
     assert short.loss is None or short.loss.num_tokens >= 2
 
 
+def test_a_conversion_stands_whatever_ails_the_measurement(tmp_path, stories, monkeypatch):
+    folder, _ = stories
+    for error, reason in ((RuntimeError("out of luck"), "luck"), (KeyboardInterrupt, "interrupt")):
+
+        def raising(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr("convert.quantization._tokens", raising)
+        report = convert.convert(
+            folder / "float", tmp_path / "out", quantization="int8", overwrite=True
+        )
+        assert report.loss is None and reason in report.loss_skipped
+        assert checkpoint.load(tmp_path / "out").config.precision == "int8"
+
+
 def test_the_command(tmp_path, stories, capsys):
     folder, _ = stories
     words = [str(folder / "float"), str(tmp_path / "out"), "--quantize", "int8"]

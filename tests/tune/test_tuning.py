@@ -35,14 +35,14 @@ def model(tmp_path):
 def test_it_comes_back_and_loading_uses_it(model):
     config = tiny_config()
     before = s3d_jax.load(model)
-    assert before.tuning is None and before.pass_costs is None
+    assert before.tuning is None
     assert default_settings(before, "s3d") == OWN
     path = save_tuning(model, config, "default", CHOICE, {"about": about()})
     assert read_tuning(model, config, "default") == CHOICE
     assert json.loads(path.read_text())["entries"][0]["measured"]["about"]["versions"]["jax"]
 
     lm = s3d_jax.load(model)
-    assert lm.tuning == CHOICE and lm.pass_costs == CHOICE.costs and lm.draft_config == OWN
+    assert lm.tuning == CHOICE and lm.draft_config == OWN
     assert default_settings(lm, "s3d") == OWN.replace(gamma=2, skip=CHOICE.skip)
     assert {"gamma": 2} in candidate_settings(lm, "s3d")
     (result,) = lm.generate([3, 1, 4], max_new_tokens=8)
