@@ -132,7 +132,7 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     step = row_max(jnp.abs(rows)) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
     weight_first = rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count)
-    missing = max(0, (2 if weight_first else 4) - count)  # one row takes up to 16 times as long
+    missing = max(0, 2 - count)  # one row takes up to 16 times as long as two
     rounded = jnp.pad(rounded, ((0, missing), (0, 0)))
     contracted = (((1,), (1,)), ((), ()))
     if weight_first:  # as in linear.py

@@ -73,7 +73,8 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--start",
         metavar="NAME",
-        help="go on from this draft of the model, with its skip, gamma, block attention and ranks",
+        help="go on from this draft of the model, with its skip, gamma, block attention and ranks; "
+        "a higher --rank or --bridge-rank adds to it",
     )
     parser.add_argument("--out", metavar="DIR", help="mode full: the new checkpoint")
     parser.add_argument(

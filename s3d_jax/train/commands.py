@@ -43,8 +43,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if mode != "full":
         _refuse(arguments, ("next_token_weight",), f"belongs to --mode full, not {mode}")
     if arguments.start is not None:
-        names = ("gamma", "skip", "block_attention", "rank", "bridge_rank")
+        names = ("gamma", "skip", "block_attention")
         _refuse(arguments, names, "--start takes what that draft has")
+        _settle(arguments, {"rank": 0, "bridge_rank": 0})
     _check_run(arguments)
     _settle(arguments, DRAFT | DECODED)
     if arguments.learning_rate is None:

@@ -99,6 +99,13 @@ def init_draft(
     return DraftParams(mask_embeddings=masks, deltas=deltas, bridges=bridges)
 
 
+def _begun(new: Any, old: Any) -> Any:
+    """New arrays with old ones of at most their size in them; computes what the old ones do."""
+    if isinstance(new, Mapping):
+        return {k: _begun(x, old[k]) if k in old else x for k, x in new.items()}
+    return new.at[tuple(slice(n) for n in old.shape)].set(old)
+
+
 class DraftTask:
     """What `fit` needs to know to train a draft.
 
@@ -108,7 +115,8 @@ class DraftTask:
         config, params: the target.
         draft_config: skip, γ, block attention.
         mode, objective, adapter, next_token_weight, remat: as in `train_draft`.
-        start: a draft of these sizes to begin with; None begins as the untrained one.
+        start: a draft to begin with, whose ranks are at most those of `adapter`; None begins as the
+            untrained one.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -158,8 +166,11 @@ class DraftTask:
         """The tree that is trained, in float32."""
         draft = init_draft(self.config, self.frozen, self.draft_config, self.adapter, key)
         if self.start is not None:
-            # Copies, as below.
-            draft = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), self.start)
+            draft = DraftParams(
+                mask_embeddings=_begun(draft.mask_embeddings, self.start.mask_embeddings),
+                deltas=_begun(draft.deltas, self.start.deltas),
+                bridges=_begun(draft.bridges, self.start.bridges),
+            )
         tree: dict[str, Any] = {"draft": draft}
         if self.mode == "full":
             kept = [f"layers_{i}" for i, s in enumerate(self.draft_config.skip) if not s]

@@ -87,7 +87,7 @@ def train_draft(
     mode: str = "adapter",
     draft: DraftConfig | None = None,
     objective: ObjectiveConfig = ObjectiveConfig(),
-    adapter: AdapterConfig = AdapterConfig(),
+    adapter: AdapterConfig | None = None,
     start: str | None = None,
     next_token_weight: float = 1.0,
     row_length: int | None = None,
@@ -110,9 +110,11 @@ def train_draft(
         out: of mode "full", which changes the target: the folder of the new checkpoint.
         mode: "adapter", "mask" or "full".
         draft: skip, γ and block attention; None is the middle half, γ = 4, causal.
-        objective, adapter: what is trained for, and how large the low-rank parts are.
-        start: the name of a draft of the checkpoint to go on from, in mode "adapter"; its skip, γ,
-            block attention and ranks are taken, and `draft` and `adapter` are not looked at.
+        objective: what is trained for.
+        adapter: how large the low-rank parts are; None is `AdapterConfig()`, or as in `start`.
+        start: the name of a draft of the checkpoint to go on from, in mode "adapter"; its skip, γ
+            and block attention are taken, and `draft` is not looked at. Ranks of `adapter` that are
+            not 0 may be higher than its own: what is added begins as in an untrained draft.
         next_token_weight: of mode "full": of the next-token loss beside the draft's.
         row_length: tokens per row of a batch; None is what most documents need.
         valid: held-out files; without them a share of `data` is held out.
@@ -156,12 +158,14 @@ def train_draft(
     draft = draft or default_draft(config)
     begun: DraftParams | None = None
     if start is not None:
-        draft, begun, adapter = _begun(model, start, config, mode)
+        draft, begun, adapter = _begun(
+            *(model, start, config, mode), adapter or AdapterConfig(0, 0)
+        )
     task = DraftTask(
         *(config, lm.params, draft),
         mode=mode,
         objective=objective,
-        adapter=adapter,
+        adapter=adapter or AdapterConfig(),
         start=begun,
         next_token_weight=next_token_weight,
         remat=remat,
@@ -395,9 +399,13 @@ def _save_with_draft(
 
 
 def _begun(
-    model: str | os.PathLike[str], name: str, config: ModelConfig, mode: str
+    model: str | os.PathLike[str],
+    name: str,
+    config: ModelConfig,
+    mode: str,
+    adapter: AdapterConfig,
 ) -> tuple[DraftConfig, DraftParams, AdapterConfig]:
-    """A draft of the checkpoint to go on from."""
+    """A draft of the checkpoint to go on from, and the ranks of its successor."""
     if mode != "adapter":
         raise ConfigError(f"mode {mode!r} begins anew: leave out start (--start)")
     if name not in draft_names(model):
@@ -408,7 +416,13 @@ def _begun(
         max((x.shape[-1] for x in jax.tree.leaves(tree)[::2]), default=0)  # [down, up] each
         for tree in (draft.params.deltas, draft.params.bridges)
     ]
-    return draft.config, draft.params, AdapterConfig(*ranks)
+    wanted = (adapter.rank or ranks[0], adapter.bridge_rank or ranks[1])
+    if wanted[0] < ranks[0] or wanted[1] < ranks[1]:
+        raise ConfigError(
+            f"the draft {name!r} has rank {ranks[0]} and bridge rank {ranks[1]}, which can grow "
+            f"but not shrink: got {wanted[0]} and {wanted[1]} (--rank, --bridge-rank)"
+        )
+    return draft.config, draft.params, AdapterConfig(*wanted)
 
 
 def _check_row_length(row_length: int | None, limit: int) -> None:

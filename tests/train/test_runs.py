@@ -63,8 +63,18 @@ def test_a_draft_goes_on_from_another(model, capsys):
     assert second.config == reached.config and second.num_params == reached.num_params
     assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5}
     assert second.training["before"] == reached.training["reached"]  # where it began
-    assert run(*common, *validation, *run_folder, "--rank", "3") == 2
-    assert "--rank: --start takes what that draft has" in capsys.readouterr().err
+    run_folder = ("--run", model / "run-third", "--name", "third")
+    assert run(*common, *validation, *run_folder, "--rank", "7") == 0
+    third = s3d_jax.drafts.read_draft(model / "model", "third", tiny_config())
+    assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5}
+    assert third.training["before"] == reached.training["reached"]  # what is added begins at 0
+    added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
+    assert added.shape == (4, 24) and np.all(np.any(np.asarray(added) != 0, axis=1))  # and learns
+    run_folder = ("--run", model / "x", "--name", "y")
+    assert run(*common, *validation, *run_folder, "--rank", "2") == 2
+    assert "can grow but not shrink: got 2 and 5" in capsys.readouterr().err
+    assert run(*common, *validation, *run_folder, "--gamma", "3") == 2
+    assert "--gamma: --start takes what that draft has" in capsys.readouterr().err
     assert run(*common, "--start", "nobody", "--run", model / "x", "--name", "y") == 2
     assert "has no draft 'nobody'" in capsys.readouterr().err
 
