@@ -52,7 +52,9 @@ def full_budget(batch: int) -> Budget:
     )
 
 
-def settle(cost: float, budget: Budget, drafted: jax.Array, accepted: jax.Array) -> Budget:
+def settle(
+    cost: float, budget: Budget, drafted: jax.Array, accepted: jax.Array, done: jax.Array
+) -> Budget:
     """The budget behind an iteration.
 
     Args:
@@ -60,12 +62,15 @@ def settle(cost: float, budget: Budget, drafted: jax.Array, accepted: jax.Array)
         budget: before it.
         drafted: bool [B], rows that drafted in it.
         accepted: int32 [B], their draft tokens that stood.
+        done: bool [B], rows that only waited for the others; theirs stays as it is, since one that
+            waits at its turning point (LongRoPE) goes on later.
     """
     gained = jnp.where(drafted, accepted + 1 - cost, 0.0)
     steps = jnp.clip(budget.steps + gained, 0.0, _CAPACITY)
     longer = jnp.where(drafted & (steps == 0), 2 * budget.pause, budget.pause)
-    return Budget(
+    settled = Budget(
         steps=steps,
         iterations=budget.iterations + 1,
         pause=jnp.where(steps == _CAPACITY, _FIRST_PAUSE, jnp.minimum(longer, _LONGEST_PAUSE)),
     )
+    return jax.tree.map(lambda old, new: jnp.where(done, old, new), budget, settled)

@@ -284,11 +284,12 @@ def _finish(
     logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
     state = state.replace(cache=cache)
     accepted, bonus = accept(spec, state, proposal, logits, drafts)
+    budget = state.budget
+    if drafts is not None and budget is not None and spec.costs is not None:
+        cost = spec.costs.iteration(spec.gamma)
+        budget = settle(cost, budget, drafts, accepted, state.done)
     state = commit(spec, state, proposal.tokens, accepted, bonus, drafts)
-    if drafts is None or state.budget is None or spec.costs is None:
-        return state
-    cost = spec.costs.iteration(spec.gamma)
-    return state.replace(budget=settle(cost, state.budget, drafts, accepted))
+    return state.replace(budget=budget)
 
 
 def decode(

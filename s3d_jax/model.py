@@ -203,21 +203,22 @@ def attend(
     b, t, n, h = q.shape
     kv, s = k.shape[1], k.shape[2]
     # The G queries that share a key head become rows of one matrix product per (row, key head).
-    rows = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, n // kv * t, h)
+    # Token by token, as q lies in memory, so that with one key head nothing is moved.
+    rows = q.reshape(b, t, kv, n // kv, h).swapaxes(1, 2).reshape(b, kv, t * (n // kv), h)
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
-        """[B, K, G, T, slots]"""
+        """[B, K, T, G, slots]"""
         x = attention_scores(rows, keys, reproducible)
-        x = x.reshape(b, kv, n // kv, t, -1) * scale
+        x = x.reshape(b, kv, t, n // kv, -1) * scale
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
-        return jnp.where(mask[:, None, None], x, jnp.finfo(jnp.float32).min)
+        return jnp.where(mask[:, None, :, None], x, jnp.finfo(jnp.float32).min)
 
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-        """[B, K, G, T, H]"""
-        weights = weights.astype(values.dtype).reshape(b, kv, n // kv * t, -1)
+        """[B, K, T, G, H]"""
+        weights = weights.astype(values.dtype).reshape(b, kv, t * (n // kv), -1)
         out = attention_mix(weights, values, reproducible)
-        return out.reshape(b, kv, n // kv, t, h)
+        return out.reshape(b, kv, t, n // kv, h)
 
     bytes_per_slot = 4 * b * n * t
     if s * bytes_per_slot <= _WHOLE_BYTES:
@@ -225,8 +226,8 @@ def attend(
         out = mix(softmax(scores(k, mask)), v)
     else:
         block = min(s, max(_FEWEST_SLOTS, _BLOCK_BYTES // bytes_per_slot))
-        out = _block_by_block(scores, mix, k, v, mask, block, (b, kv, n // kv, t, h))
-    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+        out = _block_by_block(scores, mix, k, v, mask, block, (b, kv, t, n // kv, h))
+    return out.astype(q.dtype).swapaxes(1, 2).reshape(b, t, n, h)
 
 
 _WHOLE_BYTES = 64 * 2**20  # of scores that are computed all at once

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3d_jax import adaptive, decode, model, sampling
-from s3d_jax.config import DraftConfig, PassCosts, SamplingConfig, symmetric_skip
+from s3d_jax.config import DraftConfig, PassCosts, RopeConfig, SamplingConfig, symmetric_skip
 from s3d_jax.errors import ConfigError
 from s3d_jax.generate import LM
 from s3d_jax.sampling import batch_sampling
@@ -119,7 +119,8 @@ def test_no_more_is_lost_than_the_budget_and_the_attempts(accepted, draft):
     for a in accepted:
         drafts = bool(budget.drafts[0])
         attempts += drafts and float(budget.steps[0]) == 0
-        budget = settle(cost, budget, jnp.array([drafts]), jnp.array([a if drafts else 0]))
+        accepted_here = jnp.array([a if drafts else 0])
+        budget = settle(cost, budget, jnp.array([drafts]), accepted_here, jnp.array([False]))
         gained += a + 1 - cost if drafts else 0
         lowest = min(lowest, gained)
         peak = max(peak, gained)
@@ -135,7 +136,7 @@ def test_a_losing_row_drafts_ever_more_rarely():
     for i in range(600):
         drafts = bool(budget.drafts[0])
         drafted += [i] * drafts
-        budget = settle(2.25, budget, jnp.array([drafts]), jnp.array([0]))
+        budget = settle(2.25, budget, jnp.array([drafts]), jnp.array([0]), jnp.array([False]))
     assert drafted == [*range(10), 16, 32, 64, 128, 256, 384, 512]
 
 
@@ -161,6 +162,25 @@ def test_neighbours_do_not_matter_and_streams_give_the_same(lm, temperature):
             assert other.tokens == row.tokens
             for name in ("iterations", "plain_iterations", "accepted_per_position"):
                 assert getattr(other.stats, name) == getattr(row.stats, name)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_waits_at_its_turning_point_spends_nothing(temperature):
+    """Its neighbour goes on for 30 tokens before its keys are computed anew."""
+    factors = (1.0,) * (CONFIG.head_dim // 2)
+    rope = RopeConfig(
+        type="longrope", factor=4.0, original_max_position_embeddings=30,
+        short_factors=factors, long_factors=tuple(2 * f for f in factors),
+    )  # fmt: skip
+    config = CONFIG.replace(rope=rope)
+    tuned = Tuning(GAMMA, DRAFT.skip, FAIR.replace(draft=1.2), 0.9)
+    lm = LM(config, PARAMS, draft_config=DRAFT, tuning=tuned)
+    prompts, options = [[*range(1, 26)], [7, 3]], dict(max_new_tokens=60, temperature=temperature)
+    rows = lm.generate(prompts, seed=[1, 2], **options)
+    for prompt, seed, row in zip(prompts, [1, 2], rows, strict=True):
+        (alone,) = lm.generate([prompt], seed=[seed], **options)
+        assert alone.tokens == row.tokens
+        assert alone.stats.plain_iterations == row.stats.plain_iterations
 
 
 def test_int8_is_exact_with_and_without_drafts():
