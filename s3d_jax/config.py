@@ -466,14 +466,18 @@ class PassCosts(_Record):
         )
 
     @classmethod
-    def estimated(cls, draft: DraftConfig) -> Self:
-        """What the passes of S3D cost by the layers whose weights they read, and by nothing else.
+    def estimated(cls, draft: DraftConfig, bound_by_memory: bool) -> Self:
+        """What the passes of S3D cost by the layers that they run, where nothing was measured.
 
-        So it is on an ideal device that is bound by memory: a draft pass costs its share of the
-        layers, and a verify pass a step. Nearly everywhere both cost more, so where S3D does not
-        pay by this estimate, it does not pay.
+        Args:
+            draft: skip and γ.
+            bound_by_memory: the device multiplies a few tokens by a weight while it reads it. Then
+                a draft pass costs its share of the layers, and a verify pass a step, at the least.
+                Otherwise (CPUs in float32 and int8) more, about as much as docs/performance.md
+                measured for four and five tokens.
         """
-        return cls(draft.draft_depth, (1.0,) * (draft.gamma + 1))
+        draft_extra, verify = (0.0, 1.0) if bound_by_memory else (0.15, 1.3)
+        return cls(draft.draft_depth + draft_extra, (1.0, *(verify,) * draft.gamma))
 
     def iteration(self, gamma: int) -> float:
         """The draft pass, and the verify pass with `gamma` draft tokens."""

@@ -218,12 +218,22 @@ def row_sum(x: jax.Array, bound: float) -> jax.Array:
 _SUMMED_BITS, _SUMMED = 18, 4096
 
 
+@jax.custom_jvp
 def softmax(x: jax.Array) -> jax.Array:
-    """Over the last axis, float32."""
+    """Over the last axis, float32. Its derivative is that of the softmax without rounding."""
     weights = jnp.exp(x - row_max(x))
     return weights / row_sum(weights, 1.0)
 
 
+@softmax.defjvp
+def _softmax_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    y, (dx,) = softmax(*primals), tangents
+    return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def norm(x: jax.Array, eps: float) -> jax.Array:
     """x over the root of its mean square and eps, along the last axis, float32.
 
@@ -237,6 +247,16 @@ def norm(x: jax.Array, eps: float) -> jax.Array:
     total = row_sum(part * part, 4.0) * _power_of_two(2 * exponent)
     count = x.shape[-1]
     return x * (jax.lax.rsqrt(total + count * eps) * count**0.5)
+
+
+@norm.defjvp
+def _norm_jvp(
+    eps: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    factor = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    y = x * factor
+    return norm(x, eps), factor * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+
 from s3d_jax import proposers
 from s3d_jax.config import (
     METHODS,
@@ -120,7 +122,8 @@ def _costs(lm: "LM", draft: DraftConfig) -> PassCosts:
     tuned = lm.tuning
     if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
         return tuned.costs
-    return PassCosts.estimated(draft)
+    slow = jax.default_backend() == "cpu" and lm.config.precision in ("float32", "int8")
+    return PassCosts.estimated(draft, bound_by_memory=not slow)
 
 
 def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:

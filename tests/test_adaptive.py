@@ -197,7 +197,10 @@ def test_what_decides(lm):
     from s3d_jax.methods import drafting
 
     assert drafting(lm, "s3d").costs == lm.tuning.costs
-    assert drafting(lm, "s3d", gamma=3).costs == PassCosts(0.5, (1.0,) * 4)
+    # Elsewhere by the layers; on CPUs (these tests') more in float32, and not in 16 bits.
+    assert drafting(lm, "s3d", gamma=3).costs == PassCosts(0.65, (1.0, 1.3, 1.3, 1.3))
+    half = LM(CONFIG.replace(dtype="bfloat16"), PARAMS, draft_config=DRAFT)
+    assert drafting(half, "s3d", gamma=3).costs == PassCosts(0.5, (1.0,) * 4)
     assert drafting(lm, "s3d", adaptive=False).costs is None
     assert drafting(lm, "self-spec").costs is None
     with pytest.raises(ConfigError, match="no adaptive"):

@@ -133,6 +133,20 @@ def test_the_gradient_is_that_of_the_product_without_rounding():
 # --- sums -----------------------------------------------------------------------------------------
 
 
+def test_softmax_and_norm_have_the_derivatives_of_those_without_rounding():
+    """Drafts are trained through them; integers would have none."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 4, 192))
+    x *= 3
+
+    def rms_norm(x):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+
+    pairs = ((int8.softmax, jax.nn.softmax), (lambda x: int8.norm(x, 1e-5), rms_norm))
+    for ours, plain in pairs:
+        gradient, expected = (jax.grad(lambda x, f=f: jnp.sum(f(x) * t))(x) for f in (ours, plain))
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("count", [3, 192, 4096, 10_000])
 def test_sums_and_norms_are_those_of_numpy(count):
     rng = np.random.default_rng(0)
