@@ -134,7 +134,7 @@ def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:
         case "s3d":
             usual = default_settings(lm, method)
             assert usual is not None
-            return [{"gamma": g} for g in sorted({2, 4, 6, usual.gamma})]
+            return [{"gamma": g} for g in sorted({2, 3, 4, 6, usual.gamma})]
         case "prompt-lookup":
             return [{"gamma": g} for g in (2, 4, 8)]
         case "self-spec":

@@ -73,8 +73,8 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--start",
         metavar="NAME",
-        help="go on from this draft of the model, with its skip, gamma, block attention and ranks; "
-        "a higher --rank or --bridge-rank adds to it",
+        help="go on from this draft of the model, with its skip and block attention; a higher "
+        "--rank or --bridge-rank adds to it, and --gamma may be another",
     )
     parser.add_argument("--out", metavar="DIR", help="mode full: the new checkpoint")
     parser.add_argument(

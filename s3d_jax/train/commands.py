@@ -34,23 +34,30 @@ def add_commands(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from s3d_jax.checkpoint import read_header
+    from s3d_jax.drafts import choose_draft, read_draft
     from s3d_jax.train.draft import AdapterConfig
     from s3d_jax.train.runs import train_draft
 
+    config = read_header(arguments.model).config
     mode, weight = arguments.mode, arguments.next_token_weight
     if mode != "adapter":
         _refuse(arguments, ("rank", "bridge_rank"), f"belong to --mode adapter, not {mode}")
     if mode != "full":
         _refuse(arguments, ("next_token_weight",), f"belongs to --mode full, not {mode}")
+    begun = None
     if arguments.start is not None:
-        names = ("gamma", "skip", "block_attention")
+        names = ("skip", "block_attention")
         _refuse(arguments, names, "--start takes what that draft has")
-        _settle(arguments, {"rank": 0, "bridge_rank": 0})
+        choose_draft(arguments.model, arguments.start)  # says which there are
+        begun = read_draft(arguments.model, arguments.start, config, weights=False).config
+        _settle(arguments, {"rank": 0, "bridge_rank": 0, "gamma": begun.gamma})
     _check_run(arguments)
     _settle(arguments, DRAFT | DECODED)
     if arguments.learning_rate is None:
         arguments.learning_rate = 3e-4 if mode == "full" else 2e-3
-    config = read_header(arguments.model).config
+    draft = _draft(arguments, config)
+    if begun is not None:
+        draft = begun.replace(gamma=arguments.gamma)
     report = train_draft(
         arguments.model,
         arguments.data,
@@ -59,7 +66,7 @@ def _train(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         out=arguments.out,
         mode=arguments.mode,
-        draft=_draft(arguments, config),
+        draft=draft,
         objective=_objective(arguments),
         adapter=AdapterConfig(arguments.rank, arguments.bridge_rank),
         start=arguments.start,

@@ -100,10 +100,11 @@ def init_draft(
 
 
 def _begun(new: Any, old: Any) -> Any:
-    """New arrays with old ones of at most their size in them; computes what the old ones do."""
+    """New arrays with what they have room for of old ones."""
     if isinstance(new, Mapping):
         return {k: _begun(x, old[k]) if k in old else x for k, x in new.items()}
-    return new.at[tuple(slice(n) for n in old.shape)].set(old)
+    common = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape, strict=True))
+    return new.at[common].set(old[common])
 
 
 class DraftTask:
@@ -115,8 +116,8 @@ class DraftTask:
         config, params: the target.
         draft_config: skip, γ, block attention.
         mode, objective, adapter, next_token_weight, remat: as in `train_draft`.
-        start: a draft to begin with, whose ranks are at most those of `adapter`; None begins as the
-            untrained one.
+        start: a draft to begin with, with any γ and ranks of at most those of `adapter`; None
+            begins as the untrained one.
 
     Raises:
         ConfigError: settings that do not fit together.

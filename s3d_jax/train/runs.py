@@ -112,9 +112,9 @@ def train_draft(
         draft: skip, γ and block attention; None is the middle half, γ = 4, causal.
         objective: what is trained for.
         adapter: how large the low-rank parts are; None is `AdapterConfig()`, or as in `start`.
-        start: the name of a draft of the checkpoint to go on from, in mode "adapter"; its skip, γ
-            and block attention are taken, and `draft` is not looked at. Ranks of `adapter` that are
-            not 0 may be higher than its own: what is added begins as in an untrained draft.
+        start: the name of a draft of the checkpoint to go on from, in mode "adapter". `draft` may
+            then have another γ than it, and ranks of `adapter` may be higher: what is added begins
+            as in an untrained draft. None, or a rank of 0, is as it has.
         next_token_weight: of mode "full": of the next-token loss beside the draft's.
         row_length: tokens per row of a batch; None is what most documents need.
         valid: held-out files; without them a share of `data` is held out.
@@ -155,12 +155,10 @@ def train_draft(
     _check_row_length(row_length, limit)
     lm = load(model, dtype=dtype, progress=progress, use_draft=False)
     config = lm.config
-    draft = draft or default_draft(config)
     begun: DraftParams | None = None
     if start is not None:
-        draft, begun, adapter = _begun(
-            *(model, start, config, mode), adapter or AdapterConfig(0, 0)
-        )
+        draft, adapter, begun = _begun(model, start, config, mode, draft, adapter)
+    draft = draft or default_draft(config)
     task = DraftTask(
         *(config, lm.params, draft),
         mode=mode,
@@ -403,26 +401,31 @@ def _begun(
     name: str,
     config: ModelConfig,
     mode: str,
-    adapter: AdapterConfig,
-) -> tuple[DraftConfig, DraftParams, AdapterConfig]:
-    """A draft of the checkpoint to go on from, and the ranks of its successor."""
+    draft: DraftConfig | None,
+    adapter: AdapterConfig | None,
+) -> tuple[DraftConfig, AdapterConfig, DraftParams]:
+    """The settings of a draft that goes on from one of the checkpoint, and that one's arrays."""
     if mode != "adapter":
         raise ConfigError(f"mode {mode!r} begins anew: leave out start (--start)")
     if name not in draft_names(model):
         choose_draft(model, name)  # says which there are
-    draft = read_draft(model, name, config)
-    assert draft.params is not None
+    begun = read_draft(model, name, config)
+    assert begun.params is not None
+    draft = draft or begun.config
+    if draft.replace(gamma=begun.config.gamma) != begun.config:
+        raise ConfigError(f"start {name!r} has another skip or block attention: only γ may differ")
     ranks = [
         max((x.shape[-1] for x in jax.tree.leaves(tree)[::2]), default=0)  # [down, up] each
-        for tree in (draft.params.deltas, draft.params.bridges)
+        for tree in (begun.params.deltas, begun.params.bridges)
     ]
-    wanted = (adapter.rank or ranks[0], adapter.bridge_rank or ranks[1])
-    if wanted[0] < ranks[0] or wanted[1] < ranks[1]:
+    given = (0, 0) if adapter is None else (adapter.rank, adapter.bridge_rank)
+    wanted = AdapterConfig(*(g or rank for g, rank in zip(given, ranks, strict=True)))
+    if wanted.rank < ranks[0] or wanted.bridge_rank < ranks[1]:
         raise ConfigError(
             f"the draft {name!r} has rank {ranks[0]} and bridge rank {ranks[1]}, which can grow "
-            f"but not shrink: got {wanted[0]} and {wanted[1]} (--rank, --bridge-rank)"
+            f"but not shrink: got {wanted.rank} and {wanted.bridge_rank} (--rank, --bridge-rank)"
         )
-    return draft.config, draft.params, AdapterConfig(*wanted)
+    return draft, wanted, begun.params
 
 
 def _check_row_length(row_length: int | None, limit: int) -> None:

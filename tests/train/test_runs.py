@@ -73,8 +73,14 @@ def test_a_draft_goes_on_from_another(model, capsys):
     run_folder = ("--run", model / "x", "--name", "y")
     assert run(*common, *validation, *run_folder, "--rank", "2") == 2
     assert "can grow but not shrink: got 2 and 5" in capsys.readouterr().err
-    assert run(*common, *validation, *run_folder, "--gamma", "3") == 2
-    assert "--gamma: --start takes what that draft has" in capsys.readouterr().err
+    assert run(*common, *validation, *run_folder, "--skip", "2") == 2
+    assert "--skip: --start takes what that draft has" in capsys.readouterr().err
+    assert run(*common, *validation, *run_folder, "--gamma", "2") == 0
+    two = s3d_jax.drafts.read_draft(model / "model", "y", tiny_config())
+    assert two.config == reached.config.replace(gamma=2)
+    assert two.params.mask_embeddings.shape == (1, 24)
+    assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it begins with what is learnt
+    run_folder = ("--run", model / "z", "--name", "z")
     assert run(*common, "--start", "nobody", "--run", model / "x", "--name", "y") == 2
     assert "has no draft 'nobody'" in capsys.readouterr().err
 
