@@ -35,12 +35,12 @@ resume() { [ -f "$1/options.json" ] && echo --resume || true; }
 
 # Its own greedy output: stories from beginnings of two lengths, and answers.
 distill() {
-  [ -f "$work/own_$1.jsonl" ] || s3d distill --model "$work/model" --dtype float32 \
-    --out "$work/own_$1.jsonl" --sampled-fraction 0 --batch-size 64 "${@:2}"
+  [ -f "$work/own_$2.jsonl" ] || s3d distill --model "$work/$1" --dtype float32 \
+    --out "$work/own_$2.jsonl" --sampled-fraction 0 --batch-size 64 "${@:3}"
 }
-distill stories --prompts "$texts/stories_train.jsonl" --limit 1280 --prompt-tokens 16 --max-new-tokens 200
-distill middles --prompts "$texts/stories_train.jsonl" --limit 1280 --prompt-tokens 80 --max-new-tokens 160 --seed 1
-distill answers --prompts "$texts/questions_train.jsonl" --limit 3840 --max-new-tokens 80
+distill model stories --prompts "$texts/stories_train.jsonl" --limit 1280 --prompt-tokens 16 --max-new-tokens 200
+distill model middles --prompts "$texts/stories_train.jsonl" --limit 1280 --prompt-tokens 80 --max-new-tokens 160 --seed 1
+distill model answers --prompts "$texts/questions_train.jsonl" --limit 3840 --max-new-tokens 80
 
 [ -f "$work/draft/done" ] || {
   s3d train $(resume "$work/draft") --model "$work/model" --dtype float32 --run "$work/draft" \
@@ -52,5 +52,18 @@ distill answers --prompts "$texts/questions_train.jsonl" --limit 3840 --max-new-
   touch "$work/draft/done"
 }
 
-# As it is shipped: int8 is the fastest on CPUs, and what is not int8 is small.
+# As it is shipped: int8 is the fastest on most CPUs, and what is not int8 is small.
 [ -d "$work/int8" ] || s3d-convert "$work/model" "$work/int8" --quantize int8 --dtype float32
+
+# The draft goes on, of a higher rank and for four tokens, on the output of the int8 model.
+distill int8 int8_stories --prompts "$texts/stories_train.jsonl" --limit 1792 --prompt-tokens 16 --max-new-tokens 200
+distill int8 int8_answers --prompts "$texts/questions_train.jsonl" --limit 6400 --max-new-tokens 80
+[ -f "$work/draft_int8/done" ] || {
+  s3d train $(resume "$work/draft_int8") --model "$work/int8" --run "$work/draft_int8" \
+    --start default --overwrite --rank 48 --gamma 4 \
+    --data "$work/own_int8_stories.jsonl" --data "$work/own_int8_answers.jsonl" \
+    --valid "$texts/stories_check.jsonl" --valid "$texts/dialogues_check.jsonl" \
+    --valid-prompts 48 --valid-tokens 96 --validate-every 400 \
+    --steps 1600 --learning-rate 0.002 --batch-size 12 --row-length 256 --anchors 16 --decay 0.8
+  touch "$work/draft_int8/done"
+}
