@@ -68,7 +68,8 @@ def save_draft(
         The draft's folder.
 
     Raises:
-        CheckpointError: no such checkpoint, a name that cannot be one, or a draft of that name.
+        CheckpointError: no such checkpoint, a name that cannot be one, a draft of that name, or
+            one whose deltas are merged into its layers.
     """
     check_name(name)
     header = checkpoint.read_header(model)
@@ -92,7 +93,15 @@ def write_draft(
         folder: drafts/<name> of a checkpoint, or where that is being put together.
         model: the target's settings.
         config, params, training: as in `save_draft`.
+
+    Raises:
+        CheckpointError: the deltas are merged into the layers, which cannot be stored.
     """
+    if params.layers:
+        raise CheckpointError(
+            "the draft's deltas are merged into its layers, as load does for small models, and "
+            "cannot be stored: save the draft that drafts.read_draft gives"
+        )
     dtype = jnp.dtype(model.dtype)
     arrays = {
         path: checkpoint.cast(np.asarray(x), dtype, path)
