@@ -222,6 +222,9 @@ def merge(params: Params, draft: DraftParams) -> DraftParams:
 
     Returns:
         The draft with `layers`, and without deltas.
+
+    Raises:
+        CheckpointError: infinities or NaN in the deltas of an int8 model.
     """
     layers: dict[str, Any] = {}
     for name, deltas in draft.deltas.items():
@@ -232,7 +235,14 @@ def merge(params: Params, draft: DraftParams) -> DraftParams:
                 whole = int8.dequantize_tree(arrays, jnp.float32)
                 whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
                 if "scale" in arrays:
-                    layer[part][linear] = jax.device_put(int8.quantize_tree(jax.device_get(whole)))
+                    try:
+                        quantized = int8.quantize_tree(jax.device_get(whole))
+                    except ValueError as error:
+                        raise CheckpointError(
+                            f"the draft cannot be used, train it again: {name}/{part}/{linear} "
+                            f"with its delta: {error}"
+                        ) from error
+                    layer[part][linear] = jax.device_put(quantized)
                 else:
                     whole["weight"] = whole["weight"].astype(arrays["weight"].dtype)
                     layer[part][linear] = whole
