@@ -56,7 +56,7 @@ def convert(
         text: a .txt or .jsonl file, to measure on what quantisation costs; None takes stories and
             dialogues of the package.
         tokenizer: a folder to take the tokenizer from, where `source` has none.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; a native checkpoint has none.
         overwrite: replace an existing checkpoint folder, and all that it holds.
         parity: compare with HF transformers at the end, where torch is there and memory allows;
             and quantised weights with those they were made from.
@@ -67,7 +67,8 @@ def convert(
 
     Raises:
         ConfigError: config.json has settings that are wrong, unknown, or not supported.
-        ConversionError: the weights are damaged or do not fit; lists all faults at once.
+        ConversionError: the weights are damaged or do not fit (lists all faults at once), or a
+            native checkpoint cannot become what is asked for.
         CheckpointError: `out` exists or cannot be written.
         InputError: `text` cannot be read.
     """
@@ -89,13 +90,14 @@ def convert(
         quantization=quantization,
         words=read_text(text),
         tokenizer=tokenizer,
+        revision=revision,
         overwrite=overwrite,
         parity=parity,
         progress=progress,
     )
     if is_native(source):
         return recast(source, out, **options)
-    return to_native.convert(source, out, revision=revision, **options)
+    return to_native.convert(source, out, **options)
 
 
 def export(
@@ -106,7 +108,10 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Writes a HF folder (safetensors) from a native checkpoint, bit for bit.
+    """Writes a HF folder (safetensors) from a native checkpoint.
+
+    Float weights are the same bit for bit. Those of an int8 checkpoint are written in its dtype:
+    int8 times scale, which a dtype of 16 bits rounds once more.
 
     Args:
         native: a native checkpoint folder.

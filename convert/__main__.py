@@ -39,8 +39,9 @@ examples:
   s3d-convert export models/smollm smollm-hf --max-shard-size 500MB"""
 
 _EXPORT_DESCRIPTION = """\
-Writes a Hugging Face folder (config.json, safetensors, tokenizer) from a native checkpoint. The
-weights are the same bit for bit."""
+Writes a Hugging Face folder (config.json, safetensors, tokenizer) from a native checkpoint. Float
+weights are the same bit for bit; those of an int8 checkpoint are written in its dtype, int8 times
+scale, which 16 bits round once more."""
 
 _EXPORT_EPILOG = """\
 examples:
@@ -196,6 +197,8 @@ def _print_plan(plan: "Plan", out: str) -> None:
     print(f"  read       of these, {_size(plan.num_read)} of weights")
     for line in _counted(plan.unneeded):
         print(f"  skip       {line} (s3d-convert inspect lists them)")
+    if plan.drafts:
+        print(f"  drafts     {', '.join(plan.drafts)}")
     print(f"  tokenizer  {', '.join(plan.tokenizer) or 'none: the model would take token ids'}")
     print(
         f"  write      {out}: {_size(plan.num_written)}; the disk has {_size(plan.num_free)} free"

@@ -10,15 +10,19 @@ from typing import Any
 from convert import hf
 from convert.families import Part, native_shape
 from convert.outline import UNKNOWN
+from convert.recast import is_native, opened
 from convert.to_native import (
     Model,
     by_group,
     open_origin,
     raise_problems,
     tensor_problems,
+    tokenizer_folder,
     unneeded,
 )
 from s3d_jax.config import ModelConfig
+from s3d_jax.drafts import draft_names, read_draft
+from s3d_jax.model import num_params, weight_bytes
 from s3d_jax.staging import check_apart, check_replaceable, check_space, free_space
 from s3d_jax.tokenizer import tokenizer_files
 
@@ -39,6 +43,7 @@ class Plan:
         num_read: bytes of tensors to be read.
         unneeded: tensors that are not read, and why.
         tokenizer: names of the tokenizer's files.
+        drafts: names of the trained drafts that come along.
         num_written: bytes of weights to be written.
         num_free: bytes that the disk has free.
         memory: peak of the resident memory above the interpreter's own, in bytes, roughly.
@@ -57,6 +62,7 @@ class Plan:
     num_written: int
     num_free: int
     memory: int
+    drafts: tuple[str, ...] = ()
 
 
 def plan(
@@ -79,6 +85,8 @@ def plan(
             can be told without the weights.
     """
     check_replaceable(out, overwrite)
+    if is_native(source):
+        return _plan_native(source, out, dtype, quantization, tokenizer, revision)
     origin = open_origin(source, revision, tokenizer, outline=True)
     tensors = origin.source.tensors
     files = sorted({tensor.file for tensor in tensors.values()})
@@ -111,6 +119,47 @@ def plan(
         num_written=model.num_bytes,
         num_free=free_space(out),
         memory=_peak_memory(model, tensors),
+    )
+
+
+def _plan_native(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str | None,
+    quantization: str | None,
+    tokenizer: str | os.PathLike[str] | None,
+    revision: str | None,
+) -> Plan:
+    header, config = opened(source, dtype, quantization, revision)
+    own = None if tokenizer is None else tokenizer_folder(tokenizer)
+    check_apart(out, source, own)
+    drafts = [read_draft(source, name, config, weights=False) for name in draft_names(source)]
+    check_space(out, weight_bytes(config))
+    folders = [header.path / "weights" / name for name in header.groups]
+    sizes = {
+        folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in folders
+    }
+    largest_group = max(
+        sum(math.prod(shape) for path, shape in header.arrays.items() if path.split("/")[0] == name)
+        for name in header.groups
+    )
+    itemsizes = [hf.DTYPES[c.dtype].itemsize for c in (header.config, config)]
+    return Plan(
+        name=header.path.resolve().name,
+        model_type="native checkpoint",
+        config=config,
+        num_params=num_params(config),
+        files=dict[Path, int | None](sizes),
+        remote=(),
+        absent=(),
+        num_read=weight_bytes(header.config),
+        unneeded={},
+        tokenizer=tuple(p.name for p in tokenizer_files(own or header.path)),
+        num_written=weight_bytes(config),
+        num_free=free_space(out),
+        memory=_LIBRARIES + sum(itemsizes) * largest_group,
+        drafts=tuple(draft.name for draft in drafts),
     )
 
 

@@ -125,10 +125,16 @@ def _tokens(native: Path, vocab_size: int, words: str) -> np.ndarray:
 def read_text(text: str | os.PathLike[str] | None) -> str:
     """The words of a .txt or .jsonl file; without one, stories and dialogues of the package.
 
+    Of these in turns, since only the first tokens are run.
+
     Raises:
         InputError: it cannot be read.
     """
     if text is not None:
         return "\n".join(read_words([text]))
-    stories = [fields["prompt"] for _, fields in read_jsonl(HELD_OUT / "stories.jsonl")]
-    return "\n".join([*stories, *read_words([HELD_OUT / "dialogues.jsonl"])])
+    stories = (fields["prompt"] for _, fields in read_jsonl(HELD_OUT / "stories.jsonl"))
+    dialogues = (
+        "\n".join(message["content"] for message in fields["messages"])
+        for _, fields in read_jsonl(HELD_OUT / "dialogues.jsonl")
+    )
+    return "\n".join(text for pair in zip(stories, dialogues, strict=True) for text in pair)

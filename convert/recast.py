@@ -7,10 +7,18 @@ from typing import Any
 
 from convert.hf import DTYPES, read_json
 from convert.quantization import measure_loss
-from convert.to_native import NOT_ASKED, Report, progress_bar, tokenizer_folder, write_groups
+from convert.to_native import (
+    NOT_ASKED,
+    Report,
+    is_finite,
+    progress_bar,
+    tokenizer_folder,
+    write_groups,
+)
 from convert.tokenizer import write_tokenizer
 from s3d_jax.checkpoint import (
     FORMAT,
+    Header,
     cast,
     checkpoint_writer,
     flatten,
@@ -18,6 +26,7 @@ from s3d_jax.checkpoint import (
     read_header,
     unflatten,
 )
+from s3d_jax.config import ModelConfig
 from s3d_jax.drafts import draft_names, read_draft, write_draft
 from s3d_jax.errors import ConversionError
 from s3d_jax.model import num_params, weight_bytes
@@ -33,6 +42,39 @@ def is_native(source: str | os.PathLike[str]) -> bool:
         return False
 
 
+def opened(
+    source: str | os.PathLike[str],
+    dtype: str | None,
+    quantization: str | None,
+    revision: str | None,
+) -> tuple[Header, ModelConfig]:
+    """A native checkpoint's header, and the model that is to be made of it.
+
+    Raises:
+        ConversionError: it is quantised already, nothing is asked for, or a revision is.
+        CheckpointError: its header is damaged.
+    """
+    header = read_header(source)
+    if revision is not None:
+        raise ConversionError(
+            f"{source} is a native checkpoint on disk, which has no revision {revision!r}: leave "
+            "--revision out"
+        )
+    if header.config.quantization:
+        raise ConversionError(
+            f"{source} is in {header.config.quantization}, which is rounded already: convert what "
+            "it was made from; or, to have these weights in a float type, write a HF folder "
+            "(s3d-convert export) and convert that"
+        )
+    if dtype is None and quantization is None:
+        raise ConversionError(
+            f"{source} is a native checkpoint already: load it as it is, or say what to make of it "
+            "(--quantize int8, --dtype ...)"
+        )
+    config = header.config
+    return header, config.replace(dtype=dtype or config.dtype, quantization=quantization)
+
+
 def recast(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -41,25 +83,15 @@ def recast(
     quantization: str | None,
     words: str,
     tokenizer: str | os.PathLike[str] | None,
+    revision: str | None,
     overwrite: bool,
     parity: bool,
     progress: bool,
 ) -> Report:
-    header = read_header(source)
-    if header.config.quantization:
-        raise ConversionError(
-            f"{source} is in {header.config.quantization}, which is rounded already: convert what "
-            "it was made from"
-        )
-    if dtype is None and quantization is None:
-        raise ConversionError(
-            f"{source} is a native checkpoint already: load it as it is, or say what to make of it "
-            "(--quantize int8, --dtype ...)"
-        )
+    header, config = opened(source, dtype, quantization, revision)
     own = None if tokenizer is None else tokenizer_folder(tokenizer)
     check_apart(out, source, own)
-    dtype = dtype or header.config.dtype
-    config = header.config.replace(dtype=dtype, quantization=quantization)
+    float_type = DTYPES[config.dtype]
     drafts = [read_draft(source, name, config) for name in draft_names(source)]
     num_parameters = num_params(config)
 
@@ -67,11 +99,16 @@ def recast(
         for name in header.groups:
             arrays = {}
             for path, x in flatten(read_group(header, name), name).items():
-                arrays[path] = cast(x, DTYPES[dtype], path)
+                if not is_finite(x):
+                    raise ConversionError(
+                        f"{path} in {source} holds infinities or NaN: convert or train the model "
+                        "again"
+                    )
+                arrays[path] = cast(x, float_type, path)
                 bar.update(arrays[path].nbytes)
             yield name, unflatten(arrays)[name]
 
-    total = num_parameters * DTYPES[dtype].itemsize
+    total = num_parameters * float_type.itemsize
     with (
         checkpoint_writer(
             out,

@@ -476,7 +476,7 @@ def _read_group(
         array = np.empty(native_shape(parts), dtype)
         for part, piece in pieces(parts, array):
             source.read(part.name, piece)
-            if not _is_finite(piece):
+            if not is_finite(piece):
                 raise ConversionError(
                     f"{part.name} in {source.tensors[part.name].file} holds infinities or NaN: "
                     "it is damaged; get a good copy of the file, and convert again"
@@ -487,7 +487,7 @@ def _read_group(
     return unflatten(arrays)[group]
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def is_finite(array: np.ndarray) -> bool:
     """By the bits, which takes a fifth of the time of numpy's function for bfloat16."""
     unsigned = f"u{array.dtype.itemsize}"
     infinity = np.array(np.inf, array.dtype).view(unsigned)

@@ -468,7 +468,7 @@ def cache_slots(padded: list[int], new_tokens: list[int], max_length: int, gamma
 
     From the padded prompts, so that prompts within one bucket get equal caches; with slack for any
     usual γ, so that plain decoding and S3D do as well. Multiples of 64, of which products make no
-    rest that they compute in another way (`attention_product`).
+    rest that they compute in another way (`attention_scores`).
     """
     slack = max(_USUAL_SLACK, gamma + 1)
     longest = max(*padded, max_length)

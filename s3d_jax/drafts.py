@@ -68,7 +68,8 @@ def save_draft(
         The draft's folder.
 
     Raises:
-        CheckpointError: no such checkpoint, a name that cannot be one, or a draft of that name.
+        CheckpointError: no such checkpoint, a name that cannot be one, a draft of that name, or
+            one whose deltas are merged into its layers.
     """
     check_name(name)
     header = checkpoint.read_header(model)
@@ -92,7 +93,15 @@ def write_draft(
         folder: drafts/<name> of a checkpoint, or where that is being put together.
         model: the target's settings.
         config, params, training: as in `save_draft`.
+
+    Raises:
+        CheckpointError: the deltas are merged into the layers, which cannot be stored.
     """
+    if params.layers:
+        raise CheckpointError(
+            "the draft's deltas are merged into its layers, as load does for small models, and "
+            "cannot be stored: save the draft that drafts.read_draft gives"
+        )
     dtype = jnp.dtype(model.dtype)
     arrays = {
         path: checkpoint.cast(np.asarray(x), dtype, path)
@@ -213,6 +222,9 @@ def merge(params: Params, draft: DraftParams) -> DraftParams:
 
     Returns:
         The draft with `layers`, and without deltas.
+
+    Raises:
+        CheckpointError: infinities or NaN in the deltas of an int8 model.
     """
     layers: dict[str, Any] = {}
     for name, deltas in draft.deltas.items():
@@ -223,7 +235,14 @@ def merge(params: Params, draft: DraftParams) -> DraftParams:
                 whole = int8.dequantize_tree(arrays, jnp.float32)
                 whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
                 if "scale" in arrays:
-                    layer[part][linear] = jax.device_put(int8.quantize_tree(jax.device_get(whole)))
+                    try:
+                        quantized = int8.quantize_tree(jax.device_get(whole))
+                    except ValueError as error:
+                        raise CheckpointError(
+                            f"the draft cannot be used, train it again: {name}/{part}/{linear} "
+                            f"with its delta: {error}"
+                        ) from error
+                    layer[part][linear] = jax.device_put(quantized)
                 else:
                     whole["weight"] = whole["weight"].astype(arrays["weight"].dtype)
                     layer[part][linear] = whole

@@ -63,13 +63,19 @@ class DraftParams(flax.struct.PyTreeNode):
 
 def untrained_draft(params: Params) -> DraftParams:
     """The draft before any training: one mask embedding, the mean of the token embeddings."""
-    mean = jnp.mean(token_embeddings(params), axis=0, keepdims=True, dtype=jnp.float32)
-    return DraftParams(mask_embeddings=mean.astype(float_dtype(params)))
+    mean = mean_embedding(params).astype(float_dtype(params))
+    return DraftParams(mask_embeddings=mean[None])
 
 
-def token_embeddings(params: Params) -> jax.Array:
-    """The table of token embeddings [V, D], in the model's float type."""
-    return int8.dequantize_tree(params["embed"], float_dtype(params))["embedding"]
+def mean_embedding(params: Params, power: int = 1) -> jax.Array:
+    """The mean over the tokens of their embeddings, or of a power of each number: float32 [D]."""
+    return _mean_embedding(params["embed"], float_dtype(params), power)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # one loop: no table in float32 is made
+def _mean_embedding(embed: Params, dtype: jnp.dtype, power: int) -> jax.Array:
+    table = int8.dequantize_tree(embed, dtype)["embedding"]
+    return jnp.mean(table.astype(jnp.float32) ** power, axis=0)
 
 
 def float_dtype(params: Params) -> jnp.dtype:

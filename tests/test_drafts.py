@@ -45,6 +45,18 @@ def test_masks_alone_are_a_draft(model):
     assert stored is not None and stored.deltas == {} and stored.bridges == {}
 
 
+def test_a_merged_draft_is_refused(model):
+    params = draft_of(model)
+    save_draft(model, "default", DRAFT, params, {})
+    merged = s3d_jax.load(model).draft_params
+    assert merged.layers and not merged.deltas
+    with pytest.raises(CheckpointError, match=r"merged into its layers.*read_draft"):
+        save_draft(model, "default", DRAFT, merged, {}, overwrite=True)
+    jax.tree.map(
+        np.testing.assert_array_equal, read_draft(model, "default", tiny_config()).params, params
+    )
+
+
 def test_loading_takes_the_default_and_keeps_the_output(model):
     plain = s3d_jax.load(model).generate([5, 6, 7], max_new_tokens=30, method="ar")[0]
     save_draft(model, "default", DRAFT, draft_of(model), {})

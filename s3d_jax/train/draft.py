@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.model import DraftParams, Params, float_dtype, token_embeddings, untrained_draft
+from s3d_jax.model import DraftParams, Params, float_dtype, mean_embedding, untrained_draft
 from s3d_jax.train.objective import (
     Mean,
     ObjectiveConfig,
@@ -64,8 +64,7 @@ def init_draft(
     """
     masks_key, key = jax.random.split(key)
     mean = untrained_draft(params).mask_embeddings.astype(jnp.float32)
-    # Compiled, so that no copy of the table in float32 is made.
-    deviation = jax.jit(lambda x: jnp.std(x, dtype=jnp.float32))(token_embeddings(params))
+    deviation = jnp.sqrt(jnp.mean(mean_embedding(params, 2)) - jnp.mean(mean) ** 2)
     shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
     masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
 

@@ -12,13 +12,16 @@ import convert
 import s3d_jax
 from convert.__main__ import main
 from convert.plan import plan
-from convert.quantization import _loss, read_text
+from convert.quantization import _loss, _tokens, read_text
 from s3d_jax import checkpoint, int8
+from s3d_jax.bench.suites import HELD_OUT
 from s3d_jax.config import DraftConfig
 from s3d_jax.drafts import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError, InputError
+from s3d_jax.tokenizer import read_tokenizer
 from tests.conftest import need
 from tests.convert.hf_folder import random_tensors, write_folder
+from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
 
@@ -114,6 +117,11 @@ def test_what_is_refused(tmp_path, stories):
     folder, _ = stories
     refused = [
         (folder / "int8", dict(dtype="float32"), ConversionError, "is in int8, which is rounded"),
+        (folder / "int8", dict(quantization="int8"), ConversionError, "s3d-convert export"),
+        (
+            *(folder / "float", dict(quantization="int8", revision="main")),
+            *(ConversionError, "no revision 'main'"),
+        ),
         (folder / "float", {}, ConversionError, "native checkpoint already"),
         (folder / "float", dict(quantization="int4"), ConfigError, "'int4' is unknown"),
         (folder / "float", dict(dtype="int8"), ConfigError, "dtype 'int8' is unknown"),
@@ -126,10 +134,53 @@ def test_what_is_refused(tmp_path, stories):
     for source, options, kind, message in refused:
         with pytest.raises(kind, match=message):
             convert.convert(source, tmp_path / "out", **options)
+        if kind is ConversionError:
+            with pytest.raises(kind, match=message):
+                plan(source, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
     with pytest.raises((CheckpointError, ConversionError), match="float"):
         convert.convert(folder / "float", folder / "float", dtype="float16", overwrite=True)
     assert checkpoint.load(folder / "float").config.dtype == "float32"
+
+
+@pytest.mark.parametrize("options", [dict(quantization="int8"), dict(dtype="bfloat16")])
+def test_weights_that_are_not_finite_are_named(tmp_path, options):
+    config = tiny_config()
+    params = jax.device_get(tiny_params(config))
+    params["layers_1"]["mlp"]["down"]["weight"] = np.full_like(
+        params["layers_1"]["mlp"]["down"]["weight"], np.nan
+    )
+    source = checkpoint.save(tmp_path / "float", config, params)
+    with pytest.raises(ConversionError, match=r"layers_1/mlp/down/weight in .* infinities or NaN"):
+        convert.convert(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_plans_a_native_checkpoint_from_its_header(tmp_path, monkeypatch, capsys):
+    config = tiny_config()
+    params = tiny_params(config)
+    source = checkpoint.save(tmp_path / "float", config, params)
+    draft = DraftConfig((False, True, True, False), 3)
+    save_draft(source, "mine", draft, noisy_draft(config, params, draft), {})
+    words = [str(source), str(tmp_path / "out"), "--quantize", "int8", "--dtype", "bfloat16"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "restore_tree", None)  # no weights are read
+        assert main(["--dry-run", *words]) == 0
+        planned = plan(source, tmp_path / "out", dtype="bfloat16", quantization="int8")
+    out = capsys.readouterr().out
+    assert "float: native checkpoint, " in out and "to be written in int8" in out
+    assert "drafts     mine" in out and not (tmp_path / "out").exists()
+    report = convert.convert(
+        source, tmp_path / "out", dtype="bfloat16", quantization="int8", progress=False
+    )
+    assert (planned.config, planned.num_params) == (report.config, report.num_params)
+    assert (planned.num_written, planned.drafts) == (report.num_bytes, report.drafts)
+    assert planned.num_read == sum(x.nbytes for x in jax.tree.leaves(params))
+    assert sum(planned.files.values()) == sum(
+        file.stat().st_size for file in (source / "weights").rglob("*") if file.is_file()
+    )
+    with pytest.raises(CheckpointError, match="exists"):
+        plan(source, tmp_path / "out", quantization="int8")
 
 
 def test_the_text_is_the_users(tmp_path, stories):
@@ -139,12 +190,26 @@ def test_the_text_is_the_users(tmp_path, stories):
         folder / "float", tmp_path / "out", quantization="int8", text=tmp_path / "mine.txt"
     )
     assert mine.loss.perplexity != report.loss.perplexity
-    assert "Once upon" in read_text(None) and "restaurant" in read_text(None)
-    (tmp_path / "short.txt").write_text("a")
-    short = convert.convert(
-        *(folder / "float", tmp_path / "short"), quantization="int8", text=tmp_path / "short.txt"
-    )
-    assert short.loss is None or short.loss.num_tokens >= 2
+    for text, num_tokens in (("a", 3), ("", None)):  # with the token that begins a text
+        (tmp_path / "short.txt").write_text(text)
+        short = convert.convert(
+            *(folder / "float", tmp_path / "out"),
+            **dict(quantization="int8", text=tmp_path / "short.txt", overwrite=True),
+        )
+        assert (short.loss and short.loss.num_tokens) == num_tokens
+        assert short.loss_skipped == ("" if num_tokens else "the text is too short")
+
+
+def test_the_text_of_the_package_is_of_both_kinds(stories):
+    """Although the stories alone are more tokens than are run."""
+    folder, _ = stories
+    tokenizer = read_tokenizer(folder / "int8")
+    prompts = (HELD_OUT / "stories.jsonl").read_text().splitlines()
+    words = "\n".join(json.loads(line)["prompt"] for line in prompts)
+    ids = _tokens(folder / "int8", len(tokenizer), read_text(None))
+    assert ids.shape == (8, 256) and len(tokenizer.encode(words)) > ids.size
+    text = tokenizer.decode(ids.reshape(-1))
+    assert text.count("Once upon") >= 4 and "restaurant" in text and "United Airlines" in text
 
 
 def test_a_conversion_stands_whatever_ails_the_measurement(tmp_path, stories, monkeypatch):
