@@ -254,8 +254,9 @@ def _softmax_jvp(
 def norm(x: jax.Array, eps: float) -> jax.Array:
     """x over the root of its mean square and eps, along the last axis, float32.
 
-    Its derivative is that without rounding. Computed of x over a power of two, such that the largest square is between 1 and 4: their sum
-    is off by 2^-21 per number, 0.2 % of it at most for 4,096 numbers.
+    Its derivative is that without rounding. It is computed of x over a power of two, such that the
+    largest square is between 1 and 4: their sum is off by 2^-21 per number, 0.2 % of it at most for
+    4,096 numbers.
 
     XLA reorders products of three floats, and may round a product or not before it is added to
     something. So none is added to unless it is exact, by a power of two; and the last one is behind
