@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.bench.suites import Prompt
 from s3d_jax.cache import KVCache
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import InputError
@@ -49,23 +50,34 @@ class Texts:
         return sum(self.lengths) - sum(self.prompt_lengths)
 
 
-def write_texts(lm: LM, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Texts:
+def write_texts(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int) -> Texts:
     """Continues prompts by plain decoding.
 
     Args:
         lm: the model.
-        prompts: ids, int [n] each.
+        prompts: what is continued.
         max_new_tokens: per prompt.
+
+    Returns:
+        The texts, in an order of their own.
     """
     rows: list[np.ndarray] = []
-    for start in range(0, len(prompts), _ROWS):
-        part = list(prompts[start : start + _ROWS])
-        results = lm.generate(part, method="ar", max_new_tokens=max_new_tokens)
-        rows += [np.concatenate([p, r.tokens]) for p, r in zip(part, results, strict=True)]
+    lengths: list[int] = []
+    by_end: dict[Any, list[np.ndarray]] = {}  # the rows of a batch end by the same tokens
+    for prompt in prompts:
+        by_end.setdefault(prompt.eos_token_ids, []).append(prompt.tokens)
+    for ends, all_of_them in by_end.items():
+        for start in range(0, len(all_of_them), _ROWS):
+            part = all_of_them[start : start + _ROWS]
+            results = lm.generate(
+                part, method="ar", max_new_tokens=max_new_tokens, eos_token_ids=ends
+            )
+            rows += [np.concatenate([p, r.tokens]) for p, r in zip(part, results, strict=True)]
+            lengths += map(len, part)
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, text in zip(tokens, rows, strict=True):
         row[: len(text)] = text
-    return Texts(tokens, tuple(map(len, prompts)), tuple(map(len, rows)))
+    return Texts(tokens, tuple(lengths), tuple(map(len, rows)))
 
 
 @dataclasses.dataclass(frozen=True)

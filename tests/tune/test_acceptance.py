@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from s3d_jax.bench.suites import read_suites
+from s3d_jax.bench.suites import Prompt, read_suites
 from s3d_jax.config import DraftConfig, symmetric_skip
 from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
@@ -12,7 +12,7 @@ from s3d_jax.tune.acceptance import Acceptance, Judge, Texts, fit_acceptance, re
 from tests.tiny import embedded_in_float, tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
-PROMPTS = [np.array(p, np.int32) for p in ([3], [5, 9, 2], [*range(1, 12)], [7] * 20)]
+PROMPTS = [Prompt("a", np.array(p, np.int32)) for p in ([3], [5, 9, 2], [*range(1, 12)], [7] * 20)]
 NEW = 24
 
 
@@ -31,7 +31,7 @@ def model(block_attention: str = "causal", trained: bool = False) -> LM:
 
 def test_counts_are_those_of_decoding_by_the_embedded_model():
     lm = embedded_in_float()
-    prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 200, 2)]
+    prompts = read_suites(["stories", "dialogues"], lm, 200, 2)
     compare(lm, prompts, (False, True, True, True, True, True, False, False, False, False))
 
 
@@ -41,13 +41,14 @@ def test_counts_are_those_of_decoding_with_a_bidirectional_block():
 
 def compare(lm, prompts, other_skip):
     texts = write_texts(lm, prompts, NEW)
-    reference = lm.generate(prompts, method="ar", max_new_tokens=NEW)
+    rows = [p.tokens for p in prompts]
+    reference = lm.generate(rows, method="ar", max_new_tokens=NEW)
     assert texts.new_tokens == sum(len(r.tokens) for r in reference)
     judge = Judge(lm, texts, 4)
     taken = set()
     for skip, gamma in [(lm.draft_config.skip, 2), (other_skip, 4)]:
         options = dict(gamma=gamma, skip=skip, adaptive=False)
-        results = lm.generate(prompts, max_new_tokens=NEW, **options)
+        results = lm.generate(rows, max_new_tokens=NEW, **options)
         accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)
         found = judge.acceptance(skip, gamma)
         assert found.iterations == sum(r.stats.iterations for r in results)

@@ -51,7 +51,7 @@ def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert main([*command, "--no-save", "--json", "--plot", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert plot.stat().st_size > 10_000 and not (copy / "tuning.json").exists()
-    assert found["draft"] == "default" and found["dtype"] == "float32"
+    assert found["draft"] == "default" and found["precision"] == "int8"
     assert len(found["candidates"]) == 10 and found["calibration_prompts"] == 2
     own = next(
         c for c in found["candidates"] if c["skip"] == list(s3d_jax.load().draft_config.skip)
@@ -67,6 +67,7 @@ def test_the_embedded_model(tmp_path, monkeypatch, capsys):
         (["--gammas", "0,2"], "--gammas takes numbers from 1 to 64"),
         (["--gammas", "two"], "--gammas takes numbers"),
         (["--limit", "0"], "--limit must be at least 1"),
+        (["--max-new-tokens", "9999"], "--max-new-tokens leaves none for a prompt"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--check", "-1"], "--check must be at least 0"),
         (["--plot", "nowhere/t.png"], "--plot takes the name of a .png"),

@@ -94,7 +94,7 @@ def test_what_is_checked(count, expected):
 
 def test_the_clock_times_all_passes():
     lm = tiny_lm(num_layers=2)
-    texts = write_texts(lm, [np.arange(1, 9, dtype=np.int32)], 16)
+    texts = write_texts(lm, [Prompt("a", np.arange(1, 9, dtype=np.int32))], 16)
     skips = [symmetric_skip(2, 1), symmetric_skip(2, 0)]
     compiled = []
     clock = Clock(lm, skips, (2,), texts, 16, lambda: compiled.append(1))
@@ -128,7 +128,7 @@ def test_a_plan_of_a_tiny_model():
     assert len(plan.checks) == 1 and plan.check_prompts == plan.calibration_prompts == 2
     for check in plan.checks:
         # Greedy texts are the same, so τ of the check is that of its own prompts to the token.
-        texts = write_texts(lm, [p.tokens for p in prompts[1::2]], 12)
+        texts = write_texts(lm, prompts[1::2], 12)
         right = Judge(lm, texts, 2).right(check.skip, check.gamma)
         assert check.measured_tau == replay(right, check.gamma).tokens_per_iteration
         assert check.identical_to_ar == 1

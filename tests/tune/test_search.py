@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
+from s3d_jax.bench.suites import Prompt
 from s3d_jax.generate import LM
 from s3d_jax.tune.acceptance import Judge, write_texts
 from s3d_jax.tune.search import SEARCHES, num_judged, search
 from tests.tiny import tiny_config, tiny_params
 
 LAYERS, USELESS = 6, {1, 3, 4}
-PROMPTS = [np.array(p, np.int32) for p in ([3], [5, 9, 2], [*range(1, 18)])]
+PROMPTS = [Prompt("a", np.array(p, np.int32)) for p in ([3], [5, 9, 2], [*range(1, 18)])]
 
 
 def judge_of(useless) -> Judge:
