@@ -1,5 +1,7 @@
 """Acceptance from known texts, against the counts of decoding itself."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,45 @@ def test_the_program_is_the_same_for_all_sets_and_places():
     for i in range(3):
         judge.score(tuple(j == i for j in range(3)), 1 + i)
     assert acceptance._right_tokens._cache_size() == 1
+
+
+def test_texts_that_do_not_fit_are_computed_anew(monkeypatch):
+    lm = model()
+    texts = write_texts(lm, PROMPTS, NEW)
+    judge = Judge(lm, texts, 3)
+    skip = (False, True, False)
+    rows = []
+    generate = lm.generate
+
+    def counted(prompts, **options):
+        rows.append(len(prompts))
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(lm, "generate", counted)
+    each = acceptance.context_bytes(lm, texts.tokens.shape[1] + 85 * 3)  # 255 tokens of drafts
+    monkeypatch.setattr(acceptance, "MOST_BYTES", 2 * each)
+    few = Judge(lm, texts, 3)
+    assert (len(judge._kept), len(few._kept)) == (4, 2)
+    assert few.acceptance(skip, 3) == judge.acceptance(skip, 3)
+    assert few.score(skip, 2) == judge.score(skip, 2) > 0
+    monkeypatch.setattr(acceptance, "MOST_BYTES", 3 * acceptance.context_bytes(lm, 20 + NEW))
+    assert np.array_equal(write_texts(lm, PROMPTS, NEW).tokens, texts.tokens)
+    assert rows == [3, 1]
+
+
+def test_texts_end_by_tokens_of_their_own():
+    lm = model()
+    ends = [None, (), (5,), None]
+    prompts = [dataclasses.replace(p, eos_token_ids=e) for p, e in zip(PROMPTS, ends, strict=True)]
+    texts = write_texts(lm, prompts, NEW)
+    options = dict(method="ar", max_new_tokens=NEW)
+    expected = {
+        tuple([*p.tokens, *lm.generate([p.tokens], eos_token_ids=e, **options)[0].tokens])
+        for p, e in zip(PROMPTS, ends, strict=True)
+    }
+    found = zip(texts.tokens.tolist(), texts.lengths, strict=True)
+    assert {tuple(row[:n]) for row, n in found} == expected
+    assert sorted(texts.prompt_lengths) == sorted(len(p.tokens) for p in PROMPTS)
 
 
 def test_replay_walks_as_decoding_does():
