@@ -72,10 +72,10 @@ def take_turns(
         progress: called after each run.
     """
     records = []
-    orders = _orders(len(contestants), len(prompts) * repeats)
+    in_turns = orders(len(contestants), len(prompts) * repeats)
     for repeat in range(repeats + 1):
         for p, prompt in enumerate(prompts):
-            for c in next(orders) if repeat else range(len(contestants)):
+            for c in next(in_turns) if repeat else range(len(contestants)):
                 reset_peak()
                 run = contestants[c].run(prompt, max_new_tokens)
                 records.append(Record(c, p, repeat, run, peak_memory_bytes()))
@@ -83,7 +83,7 @@ def take_turns(
     return records
 
 
-def _orders(count: int, turns: int) -> Iterator[list[int]]:
+def orders(count: int, turns: int) -> Iterator[list[int]]:
     """For each turn an order of 0 … count-1, in which each follows each about equally often.
 
     The last of a turn is followed by the first of the next. Always that one comes which has been
@@ -222,7 +222,7 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
 def memory_kind(begun_anew: bool) -> str:
     """What the process's peaks are, where `reset_peak` said so."""
     if begun_anew:
-        return "resident set of the process"
+        return "the process's resident set"
     if "peak_bytes_in_use" in (jax.devices()[0].memory_stats() or {}):
-        return "allocator of the device, since the start of the process"
-    return "resident set of the process, since its start"
+        return "the device's allocator since the start of the process"
+    return "the process's resident set since its start"

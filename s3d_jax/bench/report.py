@@ -98,7 +98,7 @@ def table(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
-        f"Peak {report['memory_is']}, with all methods in it: "
+        f"Peak of {report['memory_is']}, with all methods in it: "
         f"{_gib(report['loaded_memory_bytes'])} GiB behind loading, "
         f"{_gib(max(row['max_process_bytes'] for row in whole))} GiB at most during a run.",
         f"{facts['machine']}; {versions}; {facts['date']}; `{facts['command']}`",
@@ -215,7 +215,9 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
                 color=colours[label(row)],
                 label=f"{label(row)}: τ = {row['tokens_per_iteration']:.2f}",
             )
-    accepted.set(ylim=(0, 1), xlabel="position in the draft", ylabel="share of iterations")
+    accepted.set(
+        ylim=(0, 1), xlabel="position in the draft", ylabel="share of iterations that drafted"
+    )
     accepted.set_title("Draft tokens accepted", fontsize="medium")
     accepted.xaxis.get_major_locator().set_params(integer=True)
     accepted.grid(alpha=0.3)
@@ -250,9 +252,9 @@ def check_plot(path: Path) -> None:
     """Says before an hour of measurements that its picture could not be drawn.
 
     Raises:
-        InputError: matplotlib is not installed, or there is no such folder.
+        InputError: matplotlib is not installed, or there is no such folder, or only a folder.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 's3d-jax[plots]'")
-    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+    if path.suffix != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"--plot takes the name of a .png file in an existing folder, got {path}")

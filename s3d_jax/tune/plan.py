@@ -140,7 +140,8 @@ def tune(
         progress: told of each stage and its number of steps, gives what is called after each.
 
     Raises:
-        InputError: no prompt, or the model continues none of them; a model of one layer.
+        InputError: no prompt, or the model continues none of them; a model of one layer; or the
+            search "dp" needs too much memory.
     """
     if not prompts:
         raise InputError("tuning needs a prompt")

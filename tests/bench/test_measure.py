@@ -1,8 +1,10 @@
 """Turns and sums, with contestants whose numbers are known."""
 
 import dataclasses
+import errno
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -187,7 +189,12 @@ def test_the_command_can_be_typed_again(monkeypatch):
     assert report.about()["command"].startswith("NPROC=1 python ")
 
 
-def test_table_and_picture(rows, tmp_path):
+def full_disk(figure, path, **_):
+    Path(path).write_text("a part")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_table_and_picture(rows, tmp_path, monkeypatch):
     found = {
         "about": {"date": "2026-01-01", "command": "s3d bench", "machine": "m", "versions": {}},
         **dict(model="tiny", precision="int8", suites=["x"], max_new_tokens=10, repeats=3),
@@ -206,9 +213,9 @@ def test_table_and_picture(rows, tmp_path):
     report.draw(found, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in tmp_path.iterdir()] == ["b.png"]
-    (tmp_path / "c.png").mkdir()
-    with pytest.raises(InputError, match=r"cannot write .*c\.png.*give --plot another place"):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
+    with pytest.raises(InputError, match=r"cannot write .*c\.png: .*give --plot another place"):
         report.draw(found, tmp_path / "c.png")
-    assert len([*tmp_path.iterdir()]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["b.png"]
     with pytest.raises(InputError, match=r"the name of a \.png file in an existing folder"):
         report.check_plot(tmp_path / "none" / "b.png")

@@ -11,6 +11,7 @@ from s3d_jax import checkpoint, generate
 from s3d_jax.cli import main
 from s3d_jax.errors import InputError
 from s3d_jax.tune.command import parse_gammas
+from tests.bench.test_measure import full_disk
 from tests.tiny import tiny_config, tiny_params
 
 
@@ -40,6 +41,18 @@ def test_settings_are_chosen_shown_and_kept(tiny, capsys):
     assert main(["info", "--model", model, "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["tuning"]
     assert entry["tuning"]["gamma"] == lm.tuning.gamma and entry["key"]["draft"] is None
+
+
+def test_what_was_measured_is_kept_before_it_is_drawn(tiny, tmp_path, monkeypatch, capsys):
+    model, suite = tiny
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
+    command = ["tune", "--model", model, "--suite", suite, "--limit", "1", "--check", "1"]
+    command += ["--max-new-tokens", "8", "--gammas", "1", "--plot", str(tmp_path / "t.png")]
+    assert main(command) == 2
+    shown, errors = capsys.readouterr()
+    assert "Predictions and measurements, on the same prompt, since" in shown
+    assert "Kept in " in shown and s3d_jax.load(model).tuning is not None
+    assert "cannot write" in errors and "give --plot another place" in errors
 
 
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):
