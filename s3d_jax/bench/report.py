@@ -139,7 +139,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{100 * row['plain_share']:.0f} %" if row["plain_share"] else "",
         " ".join(f"{a:.2f}" for a in accepted or ()),
         f"{100 * row['identical_to_ar']:.0f} %",
-        f"{_gib(row['memory_bytes'])} GiB",
+        f"{row['memory_bytes'] / 2**20:,.1f} MiB",
         f"{row['tokens_per_second_per_gib']:.0f}",
     ]
 

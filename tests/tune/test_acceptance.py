@@ -94,14 +94,16 @@ def test_texts_that_do_not_fit_are_computed_anew(monkeypatch):
 
 def test_texts_end_by_tokens_of_their_own():
     lm = model()
-    ends = [None, (), (5,), None]
+    rows = [p.tokens for p in PROMPTS]
+    endless = lm.generate(rows, method="ar", max_new_tokens=NEW, eos_token_ids=())
+    ends = [None, (), (endless[2].tokens[5],), None]
     prompts = [dataclasses.replace(p, eos_token_ids=e) for p, e in zip(PROMPTS, ends, strict=True)]
     texts = write_texts(lm, prompts, NEW)
-    options = dict(method="ar", max_new_tokens=NEW)
-    expected = {
-        tuple([*p.tokens, *lm.generate([p.tokens], eos_token_ids=e, **options)[0].tokens])
-        for p, e in zip(PROMPTS, ends, strict=True)
-    }
+    expected = set()
+    for prompt, result, end in zip(rows, endless, ends, strict=True):
+        new = result.tokens
+        stops = [new.index(e) + 1 for e in (lm.eos_token_ids if end is None else end) if e in new]
+        expected.add((*prompt.tolist(), *new[: min(stops, default=NEW)]))
     found = zip(texts.tokens.tolist(), texts.lengths, strict=True)
     assert {tuple(row[:n]) for row, n in found} == expected
     assert sorted(texts.prompt_lengths) == sorted(len(p.tokens) for p in PROMPTS)
