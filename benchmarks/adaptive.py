@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import s3d_jax
+from s3d_jax.bench.measure import orders
 from s3d_jax.bench.report import about, markdown
 from s3d_jax.bench.suites import read_suites
 from s3d_jax.methods import drafting
@@ -37,10 +38,11 @@ def compare(
     """By contestant: tokens per second, τ, and the share of iterations that were plain."""
     times: dict[tuple[str, int], list[float]] = {}
     stats: dict[tuple[str, int], Any] = {}
+    names = [*CONTESTANTS]
+    in_turns = orders(len(names), (turns + 1) * len(prompts))
     for turn in range(turns + 1):  # the first one compiles
         for p, prompt in enumerate(prompts):
-            names = [*CONTESTANTS]
-            for name in names[turn % 3 :] + names[: turn % 3]:
+            for name in (names[i] for i in next(in_turns)):
                 (result,) = lm.generate([prompt], seed=p, **CONTESTANTS[name], **options)
                 stats[name, p] = result.stats
                 if turn:

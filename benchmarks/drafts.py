@@ -12,9 +12,7 @@ token. Prints a Markdown table with one row per model, draft and γ.
 
 import argparse
 import json
-import platform
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import jax
 import numpy as np
 
 import s3d_jax
+from s3d_jax.bench.report import about
 from s3d_jax.checkpoint import read_header
 from s3d_jax.drafts import Draft, draft_names, read_draft
 from s3d_jax.generate import EMBEDDED, LM
@@ -148,14 +147,9 @@ def main() -> int:
         print("| " + " | ".join(cells) + " |")
     different = sum(row[d]["prompts"] - row[d]["identical"] for row in rows for d in domains)
     print(f"\noutputs that differ from AR's: {different}")
-    about = {
-        "date": date.today().isoformat(),
-        "command": sys.argv,
-        "machine": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
     if arguments.json:
-        write_atomically(Path(arguments.json), json.dumps({"about": about, "rows": rows}, indent=1))
+        found = {"about": about(), "rows": rows}
+        write_atomically(Path(arguments.json), json.dumps(found, indent=1))
     return 1 if different else 0
 
 

@@ -21,14 +21,13 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import decode, proposers
+from s3d_jax import decode, proposers, tuning
 from s3d_jax.batch import peak_memory_bytes
 from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig, symmetric_skip
 from s3d_jax.generate import LM
@@ -253,15 +252,9 @@ def sweep(model: str, precision: str, repeats: int) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """What the numbers belong to."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
         "date": date.today().isoformat(),
-        "device": f"{jax.devices()[0].device_kind} ({cpu}, {os.cpu_count()} cores)",
+        "device": tuning.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

@@ -294,6 +294,13 @@ class Batch:
             results.append(Result(tokens, text, reason, stopped_by, stats))
         return results
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the key/value caches of all rows, a second model's included."""
+        caches = (self._state.cache, self._state.draft_cache)
+        arrays = [x for cache in caches if cache for x in (*cache.keys, *cache.values)]
+        return sum(x.nbytes for x in arrays)
+
     def kept(self) -> Kept | None:
         """The cache of the only row, which may have been left in the middle of its text.
 

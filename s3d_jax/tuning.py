@@ -71,8 +71,16 @@ def machine() -> str:
     if info.exists():
         lines = info.read_text().splitlines()
         name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}, {platform.system()}"
+    cores = _cores()
+    return f"{cores} core{'s' * (cores != 1)} of {name}, {platform.system()}"
+
+
+def _cores() -> int:
+    """Those that XLA computes on: as many as the process may use, or as NPROC tells it to."""
+    usable = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
+    told = os.environ.get("NPROC", "")
+    return min(cores, int(told)) if told.isdecimal() and int(told) else cores
 
 
 def read_tuning(

@@ -87,7 +87,10 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
         name, *settings = entry.split(":")
         if name not in known:
             raise InputError(f"--methods names {name!r}; known are {', '.join(known)}")
-        options = dict(_parse_setting(setting, entry) for setting in settings)
+        pairs = [_parse_setting(setting, entry) for setting in settings]
+        options = dict(pairs)
+        if len(options) < len(pairs):
+            raise InputError(f"--methods: {entry!r} says the same setting twice: give several rows")
         takes = {"ar": (), "hf": (), "hf-prompt-lookup": ("gamma",)}.get(name, _OPTIONS)
         if foreign := sorted(set(options) - set(takes)):
             raise InputError(f"--methods: {name} has no {', '.join(foreign)}, got {entry!r}")
@@ -105,7 +108,8 @@ def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
             return name, {"yes": True, "no": False}[value]
         if name == "skip":
             first, _, last = value.partition("-")
-            return name, range(int(first), int(last or first) + 1)
+            if layers := range(int(first), int(last or first) + 1):
+                return name, layers
     except (ValueError, KeyError):
         pass
     raise InputError(
@@ -115,6 +119,7 @@ def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import jax
     from tqdm import tqdm
 
     from s3d_jax.batch import peak_memory_bytes
@@ -136,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         draft_model=arguments.draft_model,
         progress=True,
     )
+    begun_anew = measure.reset_peak()  # loading may have needed more than what is kept of it
     loaded = peak_memory_bytes()
     suites = arguments.suite or ["stories", "dialogues"]
     room = lm.max_length - arguments.max_new_tokens
@@ -145,7 +151,11 @@ def run(arguments: argparse.Namespace) -> int:
         sample = prompts[:: -(-len(prompts) // _CALIBRATION_PROMPTS)]
         with tqdm(candidates, desc="calibrating", disable=None, leave=False) as bar:
             chosen = [measure.fastest(group, sample, arguments.max_new_tokens) for group in bar]
-        contestants = [contestant for contestant, _ in chosen]
+        # Else programs that several share would be in nobody's compile time, or in that of one who
+        # is not the first to need them, and those of the losers in the peak of memory.
+        lm.programs.clear()
+        jax.clear_caches()
+        contestants = _different(chosen)
         runs = len(contestants) * len(prompts) * (1 + arguments.repeats)
         with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
             records = measure.take_turns(
@@ -158,18 +168,27 @@ def run(arguments: argparse.Namespace) -> int:
     found = {
         "about": report.about(),
         "model": Path(arguments.model or EMBEDDED).name,
-        "dtype": lm.config.dtype,
+        "precision": lm.config.precision,
         "suites": suites,
         "max_new_tokens": arguments.max_new_tokens,
         "repeats": arguments.repeats,
         "loaded_memory_bytes": loaded,
-        "memory_is": measure.memory_kind(),
-        "rows": measure.summary(contestants, prompts, records, [t for _, t in chosen]),
+        "memory_is": measure.memory_kind(begun_anew),
+        "rows": measure.summary(contestants, prompts, records, arguments.max_new_tokens),
     }
     print(json.dumps(found) if arguments.json else report.table(found))
     if arguments.plot:
         report.draw(found, arguments.plot)
     return 0
+
+
+def _different(contestants: list["Contestant"]) -> list["Contestant"]:
+    """Each once: what was chosen may be what was given in another entry."""
+    found: list[Contestant] = []
+    for one in contestants:
+        if all((one.method, one.in_full()) != (c.method, c.in_full()) for c in found):
+            found.append(one)
+    return found
 
 
 def _candidates(
@@ -193,15 +212,16 @@ def _candidates(
         if method in EXTERNAL:
             hf = hf or stack.enter_context(hf_model(folder, lm.config.dtype))
             lookups = [{"gamma": g} for g in (3, 10)] if method == "hf-prompt-lookup" else [{}]
-            groups.append(
-                [
-                    HuggingFace(method, s, hf, lm.eos_token_ids)
-                    for s in ([given] if given else lookups)
-                ]
-            )
+            groups.append([HuggingFace(method, s, lm, hf) for s in ([given] if given else lookups)])
             continue
         if "skip" in given:
-            given["skip"] = tuple(i in given["skip"] for i in range(lm.config.num_layers))
+            layers, last = lm.config.num_layers, given["skip"][-1]
+            if last >= layers:
+                raise InputError(
+                    f"--methods: {method} is to skip layer {last}; the model has layers 0 to "
+                    f"{layers - 1}"
+                )
+            given["skip"] = tuple(i in given["skip"] for i in range(layers))
         settings = [given] if given else candidate_settings(lm, method)
         for options in settings:
             drafting(lm, method, **options)

@@ -4,13 +4,18 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
+from s3d_jax.batch import Batch
+from s3d_jax.bench.suites import Prompt
+from s3d_jax.config import DraftConfig, PromptLookupConfig
 from s3d_jax.errors import InputError
+from s3d_jax.methods import drafting
 
 if TYPE_CHECKING:
     from s3d_jax.generate import LM
@@ -51,14 +56,25 @@ class Contestant:
 
     Attributes:
         method: its name.
-        settings: options that it runs with.
+        settings: options that it is told.
     """
 
     method: str
     settings: Mapping[str, Any]
 
-    def run(self, prompt: np.ndarray, max_new_tokens: int) -> Run:
-        """Continues one prompt, int32 [T]."""
+    def run(self, prompt: Prompt, max_new_tokens: int) -> Run:
+        """Continues one prompt."""
+        raise NotImplementedError
+
+    def in_full(self) -> dict[str, Any]:
+        """The settings that it runs with, those that it is not told included (JSON)."""
+        return dict(self.settings)
+
+    def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
+        """What the method needs for a prompt, computed: its weights and its caches.
+
+        Programs and activations are not in it.
+        """
         raise NotImplementedError
 
 
@@ -68,15 +84,15 @@ class Ours(Contestant):
 
     lm: "LM"
 
-    def run(self, prompt: np.ndarray, max_new_tokens: int) -> Run:
-        options: Any = dict(max_new_tokens=max_new_tokens, method=self.method, **self.settings)
+    def run(self, prompt: Prompt, max_new_tokens: int) -> Run:
+        options = self._options(prompt, max_new_tokens)
         start = time.perf_counter()
-        (result,) = self.lm.generate([prompt], **options)
+        (result,) = self.lm.generate([prompt.tokens], **options)
         seconds = time.perf_counter() - start
         stats = result.stats
         # The programs are the same and exist now; only the number of iterations per call differs.
         start = time.perf_counter()
-        next(self.lm.stream_tokens(prompt, **options))
+        next(self.lm.stream_tokens(prompt.tokens, **options))
         first_seconds = time.perf_counter() - start
         return Run(
             tokens=result.tokens,
@@ -90,20 +106,72 @@ class Ours(Contestant):
             accepted=stats.accepted_per_position,
         )
 
+    def in_full(self) -> dict[str, Any]:
+        """Also γ; what is skipped, where that is not the draft's own; who knows the costs."""
+        draft, _, costs = drafting(self.lm, self.method, **self.settings)
+        if draft is None:
+            return {}
+        found: dict[str, Any] = {"gamma": draft.gamma}
+        if isinstance(draft, PromptLookupConfig):
+            found["ngram"] = draft.ngram
+        if isinstance(draft, DraftConfig):
+            own = self.method == "s3d" and draft.skip == self.lm.draft_config.skip
+            found |= {} if own else {"skip": draft.skip}
+        if self.method == "s3d":
+            tuned = self.lm.tuning
+            measured = tuned is not None and costs == tuned.costs
+            found["adaptive"] = costs is not None
+            found |= {"costs": "measured" if measured else "estimated"} if costs else {}
+        return found
+
+    def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
+        batch = Batch(self.lm, [prompt.tokens], **self._options(prompt, max_new_tokens))
+        weights: list[Any] = [self.lm.params]
+        if self.method == "s3d":
+            weights.append(self.lm.draft_params)
+        if self.method == "two-model" and self.lm.draft_model is not None:
+            weights.append(self.lm.draft_model.params)
+        # By identity: two models may share arrays, and a merged draft some of the target's.
+        arrays = {id(x): x.nbytes for x in jax.tree.leaves(weights)}
+        return sum(arrays.values()) + batch.cache_bytes
+
+    def _options(self, prompt: Prompt, max_new_tokens: int) -> Any:
+        return dict(
+            max_new_tokens=max_new_tokens,
+            method=self.method,
+            eos_token_ids=prompt.eos_token_ids,
+            **self.settings,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(Contestant):
-    """`generate` of HF transformers, plain or with its prompt lookup."""
+    """`generate` of HF transformers, plain or with its prompt lookup.
 
+    Attributes:
+        lm: the same model in jax, which knows what ends a text.
+        model: HF's.
+    """
+
+    lm: "LM"
     model: Any
-    end_ids: Sequence[int]
 
-    def run(self, prompt: np.ndarray, max_new_tokens: int) -> Run:
+    def run(self, prompt: Prompt, max_new_tokens: int) -> Run:
+        output, seconds, clock = self._generate(prompt, max_new_tokens)
+        tokens = output[0, len(prompt.tokens) :].tolist()
+        # Until the first token by a call of its own right behind a whole one, as of ours.
+        _, _, again = self._generate(prompt, max_new_tokens, stopping_criteria=[_at_once])
+        behind = seconds - clock.seconds
+        return Run(tokens, seconds, again.seconds, behind, len(tokens) - clock.count)
+
+    def _generate(
+        self, prompt: Prompt, max_new_tokens: int, **options: Any
+    ) -> tuple[Any, float, "_FirstTokens"]:
+        """Ids with the prompt's [1, T + N], the seconds it took, and the clock."""
         import torch
 
-        ids = torch.tensor(np.asarray(prompt, np.int64)[None], device=self.model.device)
-        clock = _FirstTokens()
-        options: Any = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+        ids = torch.tensor(np.asarray(prompt.tokens, np.int64)[None], device=self.model.device)
+        ends, clock = prompt.eos_token_ids, _FirstTokens()
         if self.method == "hf-prompt-lookup":
             options["prompt_lookup_num_tokens"] = self.settings["gamma"]
         clock.start = time.perf_counter()
@@ -111,13 +179,29 @@ class HuggingFace(Contestant):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                eos_token_id=list(self.end_ids) or None,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=list(self.lm.eos_token_ids if ends is None else ends) or None,
                 streamer=clock,
                 **options,
             )
-        tokens = output[0, len(prompt) :].tolist()
-        seconds, first = time.perf_counter() - clock.start, clock.seconds
-        return Run(tokens, seconds, first, seconds - first, len(tokens) - clock.count)
+        return output, time.perf_counter() - clock.start, clock
+
+    def in_full(self) -> dict[str, Any]:
+        """Also the type of its weights, which are ours in floats."""
+        return {**self.settings, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
+        config, each = self.lm.config, self.model.dtype.itemsize
+        slots = min(len(prompt.tokens) + max_new_tokens, self.lm.max_length)
+        caches = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * each
+        return sum(x.nbytes for x in self.model.parameters()) + caches
+
+
+def _at_once(ids: Any, scores: Any, **_: Any) -> Any:
+    """A stopping criterion of HF's: bool [B], all True."""
+    return ids.new_ones(len(ids), dtype=bool)
 
 
 class _FirstTokens:
@@ -153,7 +237,6 @@ def hf_model(folder: Path, dtype: str) -> Iterator[Any]:
             "the methods hf and hf-prompt-lookup need torch: pip install 's3d-jax[torch]', or "
             "leave them out of --methods"
         ) from error
-    import jax
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

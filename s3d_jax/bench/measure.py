@@ -2,7 +2,8 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Record:
         prompt: its place in the list.
         repeat: 0 is the one that compiles and warms up, whose times do not count.
         run: what came out.
-        memory: peak during the run, in bytes (`reset_peak`).
+        memory: the process's peak, in bytes; that of the run alone where `reset_peak` works.
     """
 
     contestant: int
@@ -34,15 +35,20 @@ class Record:
     memory: int
 
 
-def reset_peak() -> None:
-    """Begins the process's peak resident set anew, where the system can: on Linux.
+def reset_peak() -> bool:
+    """Begins the peak of `peak_memory_bytes` anew.
 
-    A device's allocator cannot; its peak is that since the start of the process.
+    Returns:
+        Whether that is possible: Linux can, of a process's resident set; a device's allocator
+        cannot, nor can a container that keeps /proc to itself.
     """
+    if "peak_bytes_in_use" in (jax.devices()[0].memory_stats() or {}):
+        return False
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return
+        return False
+    return True
 
 
 def take_turns(
@@ -54,7 +60,10 @@ def take_turns(
 ) -> list[Record]:
     """Runs each prompt by each contestant, 1 + `repeats` times.
 
-    Who begins changes from prompt to prompt, so that nobody always follows the same one.
+    The turns that do not count are in the order of the list, so that programs which several need
+    are compiled by the first of them. In those that count everybody runs about equally often right
+    behind everybody: what a run leaves in the processor's caches, and threads that it leaves
+    waiting in a busy loop as torch does, would else always be to the same one's cost.
 
     Args:
         contestants, prompts: who and what.
@@ -63,35 +72,49 @@ def take_turns(
         progress: called after each run.
     """
     records = []
+    in_turns = orders(len(contestants), len(prompts) * repeats)
     for repeat in range(repeats + 1):
         for p, prompt in enumerate(prompts):
-            for k in range(len(contestants)):
-                c = (k + p + repeat) % len(contestants)
+            for c in next(in_turns) if repeat else range(len(contestants)):
                 reset_peak()
-                run = contestants[c].run(prompt.tokens, max_new_tokens)
+                run = contestants[c].run(prompt, max_new_tokens)
                 records.append(Record(c, p, repeat, run, peak_memory_bytes()))
                 progress()
     return records
 
 
+def orders(count: int, turns: int) -> Iterator[list[int]]:
+    """For each turn an order of 0 … count-1, in which each follows each about equally often.
+
+    The last of a turn is followed by the first of the next. Always that one comes which has been
+    behind the one before it least often.
+    """
+    followed: Counter[tuple[int, int]] = Counter()
+    last = count - 1
+    for turn in range(turns):
+        left = [(turn + k) % count for k in range(count)]  # so that ties go to each in turn
+        order = []
+        while left:
+            following = min(left, key=lambda c: followed[last, c])
+            followed[last, following] += 1
+            left.remove(following)
+            order.append(following)
+            last = following
+        yield order
+
+
 def fastest(
     candidates: Sequence[Contestant], prompts: Sequence[Prompt], max_new_tokens: int
-) -> tuple[Contestant, float]:
-    """The candidate that decodes most tokens per second, each in turns.
-
-    Returns:
-        It, and the seconds that were spent on compiling its programs.
-    """
+) -> Contestant:
+    """The candidate that decodes most tokens per second, each in turns."""
     if len(candidates) == 1:
-        return candidates[0], 0.0
+        return candidates[0]
     records = take_turns(candidates, prompts, max_new_tokens, 1)
     speeds = [
         _speed([r.run for r in records if r.contestant == c and r.repeat == 1])
         for c in range(len(candidates))
     ]
-    best = speeds.index(max(speeds))
-    compiled = sum(r.run.compile_seconds for r in records if r.contestant == best)
-    return candidates[best], compiled
+    return candidates[speeds.index(max(speeds))]
 
 
 def _speed(runs: Sequence[Run]) -> float:
@@ -104,7 +127,7 @@ def summary(
     contestants: Sequence[Contestant],
     prompts: Sequence[Prompt],
     records: Sequence[Record],
-    compiled: Sequence[float],
+    max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     """One row per contestant and category, and first per contestant over all prompts.
 
@@ -113,13 +136,12 @@ def summary(
     with.
 
     Args:
-        contestants, prompts, records: as in, and out of, `take_turns`.
-        compiled: seconds that each contestant had compiled before. Programs that several need are
-            in the time of the first.
+        contestants, prompts, records, max_new_tokens: as in, and out of, `take_turns`. Programs
+            that several need are in the compile time of the first.
     """
     compiled = [
-        before + sum(r.run.compile_seconds for r in records if r.contestant == c)
-        for c, before in enumerate(compiled)
+        sum(r.run.compile_seconds for r in records if r.contestant == c)
+        for c in range(len(contestants))
     ]
     categories = list(dict.fromkeys(prompt.category for prompt in prompts))
     parts: dict[str, list[int]] = {"all": list(range(len(prompts)))}
@@ -134,13 +156,17 @@ def summary(
             cells = [[table[c, p, repeat] for p in members] for repeat in repeats]
             plain = [[table[0, p, repeat] for p in members] for repeat in repeats]
             warm = [table[c, p, 0].run for p in members]
+            speeds = _speeds(cells, plain)
+            longest = max((prompts[p] for p in members), key=lambda prompt: len(prompt.tokens))
+            needs = contestant.memory_bytes(longest, max_new_tokens)
+            peaks = [record.memory for row in cells for record in row]
             rows.append(
                 {
                     "category": category,
                     "method": contestant.method,
-                    "settings": dict(contestant.settings),
+                    "settings": contestant.in_full(),
                     "prompts": len(members),
-                    **_speeds(cells, plain),
+                    **speeds,
                     "compile_seconds": compiled[c],
                     **_acceptance(warm),
                     "new_tokens": sum(len(run.tokens) for run in warm),
@@ -149,7 +175,10 @@ def summary(
                         for row, reference in zip(cells, plain, strict=True)
                         for ours, theirs in zip(row, reference, strict=True)
                     ),
-                    **_memory(cells),
+                    "memory_bytes": needs,
+                    "tokens_per_second_per_gib": speeds["tokens_per_second"] / (needs / _GIB),
+                    "mean_process_bytes": statistics.mean(peaks),
+                    "max_process_bytes": max(peaks),
                 }
             )
     return rows
@@ -190,21 +219,10 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
     }
 
 
-def _memory(cells: Sequence[Sequence[Record]]) -> dict[str, float]:
-    peaks = [record.memory for row in cells for record in row]
-    speeds = statistics.mean(_speed([r.run for r in row]) for row in cells)
-    return {
-        "mean_memory_bytes": statistics.mean(peaks),
-        "max_memory_bytes": max(peaks),
-        "tokens_per_second_per_gib": speeds / (max(peaks) / _GIB),
-    }
-
-
-def memory_kind() -> str:
-    """What the memory figures are."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return "peak of the device's allocator since the start of the process"
-    if Path("/proc/self/clear_refs").exists():
-        return "peak resident set of the process during a run, all contestants loaded"
-    return "peak resident set of the process since its start"
+def memory_kind(begun_anew: bool) -> str:
+    """What the process's peaks are, where `reset_peak` said so."""
+    if begun_anew:
+        return "the process's resident set"
+    if "peak_bytes_in_use" in (jax.devices()[0].memory_stats() or {}):
+        return "the device's allocator since the start of the process"
+    return "the process's resident set since its start"

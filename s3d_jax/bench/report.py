@@ -1,8 +1,11 @@
 """What was measured, as a Markdown table and as a picture."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -23,10 +26,20 @@ def about() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["s3d", *sys.argv[1:]]),
+        "command": _command(),
         "machine": machine(),
         "versions": versions,
     }
+
+
+def _command() -> str:
+    """As it would be typed again, with the number of threads that XLA was told."""
+    program = Path(sys.argv[0])
+    words = ["python", str(program)] if program.suffix == ".py" else [program.stem]
+    if program.parent.name == "s3d_jax":  # python -m s3d_jax.cli
+        words = ["s3d"]
+    threads = f"NPROC={os.environ['NPROC']} " if os.environ.get("NPROC") else ""
+    return threads + shlex.join([*words, *sys.argv[1:]])
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -37,7 +50,11 @@ def label(row: Mapping[str, Any]) -> str:
             skipped = [i for i, s in enumerate(value) if s]
             words.append(f"skip {ranges(skipped)}")
         elif name == "adaptive":
-            words.append("adaptive" if value else "fixed")
+            words += [] if value else ["fixed"]
+        elif name == "costs":
+            words.append(f"{value} costs")
+        elif name == "dtype":
+            words.append(value)
         else:
             words.append(f"{'γ' if name == 'gamma' else name}={value}")
     return " ".join([row["method"], ", ".join(words)]).strip()
@@ -65,10 +82,10 @@ def table(report: Mapping[str, Any]) -> str:
     parts = [row for row in rows if row["category"] != "all"]
     head: tuple[str, ...] = (
         *("method", "tokens/s", "IF", "end to end", "first token", "compile", "τ"),
-        *("plain", "accepted by position", "same as AR", "memory, mean / max", "tokens/s per GiB"),
+        *("plain", "accepted by position", "same as AR", "memory", "tokens/s per GiB"),
     )
     lines = [
-        f"{report['model']}, {report['dtype']}: {whole[0]['prompts']} prompts "
+        f"{report['model']}, {report['precision']}: {whole[0]['prompts']} prompts "
         f"({', '.join(report['suites'])}), greedy, {report['max_new_tokens']} new tokens at most, "
         f"{report['repeats']} repeats",
         "",
@@ -81,8 +98,9 @@ def table(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
-        f"Memory after loading: {_gib(report['loaded_memory_bytes'])} GiB; memory is the "
-        f"{report['memory_is']}.",
+        f"Peak of {report['memory_is']}, with all methods in it: "
+        f"{_gib(report['loaded_memory_bytes'])} GiB behind loading, "
+        f"{_gib(max(row['max_process_bytes'] for row in whole))} GiB at most during a run.",
         f"{facts['machine']}; {versions}; {facts['date']}; `{facts['command']}`",
     ]
     return "\n".join(lines)
@@ -121,7 +139,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{100 * row['plain_share']:.0f} %" if row["plain_share"] else "",
         " ".join(f"{a:.2f}" for a in accepted or ()),
         f"{100 * row['identical_to_ar']:.0f} %",
-        f"{_gib(row['mean_memory_bytes'])} / {_gib(row['max_memory_bytes'])} GiB",
+        f"{row['memory_bytes'] / 2**20:,.1f} MiB",
         f"{row['tokens_per_second_per_gib']:.0f}",
     ]
 
@@ -197,27 +215,46 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
                 color=colours[label(row)],
                 label=f"{label(row)}: τ = {row['tokens_per_iteration']:.2f}",
             )
-    accepted.set(ylim=(0, 1), xlabel="position in the draft", ylabel="share of iterations")
+    accepted.set(
+        ylim=(0, 1), xlabel="position in the draft", ylabel="share of iterations that drafted"
+    )
     accepted.set_title("Draft tokens accepted", fontsize="medium")
     accepted.xaxis.get_major_locator().set_params(integer=True)
     accepted.grid(alpha=0.3)
     if accepted.lines:
         accepted.legend(fontsize="small")
     facts = report["about"]
-    title = (report["model"], report["dtype"], facts["machine"], facts["date"])
+    title = (report["model"], report["precision"], facts["machine"], facts["date"])
     figure.suptitle(", ".join(title), fontsize="medium")
+    save_plot(figure, path)
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Writes a matplotlib Figure as PNG, atomically.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     partial = path.with_name(path.stem + ".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=110)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}: give --plot another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def check_plot(path: Path) -> None:
     """Says before an hour of measurements that its picture could not be drawn.
 
     Raises:
-        InputError: matplotlib is not installed, or there is no such folder.
+        InputError: matplotlib is not installed, or there is no such folder, or only a folder.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 's3d-jax[plots]'")
-    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+    if path.suffix != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"--plot takes the name of a .png file in an existing folder, got {path}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from s3d_jax.config import is_integer
 from s3d_jax.errors import InputError
 from s3d_jax.train.data import read_jsonl
 
@@ -30,10 +31,12 @@ class Prompt:
     Attributes:
         category: the part of the suite it belongs to.
         tokens: int32 [T], its ids.
+        eos_token_ids: tokens that end its continuation; None stands for the model's own.
     """
 
     category: str
     tokens: np.ndarray
+    eos_token_ids: tuple[int, ...] | None = None
 
 
 def read_suites(
@@ -50,16 +53,21 @@ def read_suites(
             "text": a whole text, whose beginning is continued;
             and may have a "category", else the file's name is that.
         lm: whose tokenizer makes ids of them.
-        max_tokens: of a prompt. Longer ones do not fit the model, and are left out.
+        max_tokens: of a prompt. Longer ones leave no room for new tokens, and are left out.
         limit: prompts of each category at most, evenly from all of them.
 
     Raises:
-        InputError: an unknown name, a file that cannot be read, a line that is none of these, or no
-            prompt that fits.
+        InputError: an unknown name, a file that cannot be read, a line that is none of these, no
+            prompt that fits, or no room for any.
 
     Warns:
         UserWarning: how many prompts of a category were left out.
     """
+    if max_tokens < 1:
+        raise InputError(
+            f"the model takes {lm.max_length} tokens, prompt and output, of which --max-new-tokens "
+            "leaves none for a prompt: ask for fewer"
+        )
     prompts = [prompt for name in names for prompt in _read(name, lm)]
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -94,8 +102,7 @@ def _read(name: str, lm: "LM") -> Iterator[Prompt]:
             )
         lines = read_jsonl(path)
     rows = [
-        Prompt(str(fields.get("category", category)), _ids(fields, lm, where))
-        for where, fields in lines
+        _prompt(str(fields.get("category", category)), fields, lm, where) for where, fields in lines
     ]
     if not rows:
         raise InputError(f"{name} holds no prompt")
@@ -112,27 +119,66 @@ def _heads_of_modules() -> Iterator[tuple[str, dict[str, Any]]]:
             yield str(path), {"prompt": head[: head.rfind("\n") + 1]}
 
 
-def _ids(fields: Mapping[str, Any], lm: "LM", where: str) -> np.ndarray:
+def _prompt(category: str, fields: Mapping[str, Any], lm: "LM", where: str) -> Prompt:
     if "prompt_tokens" in fields:
-        return np.asarray(fields["prompt_tokens"], np.int32)
+        return Prompt(category, _checked(fields["prompt_tokens"], lm, where))
     if lm.tokenizer is None:
         raise InputError(
             f'{where}: this model has no tokenizer for texts: give ids as "prompt_tokens"'
         )
-    turns, text = fields.get("turns"), fields.get("prompt")
-    question = turns[0] if isinstance(turns, list) and turns else fields.get("question")
-    messages = fields.get("messages")
-    if isinstance(question, str):
-        messages = [{"role": "user", "content": question}]
+    messages, text, most = _messages(fields, where), fields.get("prompt"), None
+    if messages and getattr(lm.tokenizer, "chat_template", None):
+        try:
+            ids = lm.chat_prompt(messages)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        return Prompt(category, np.asarray(ids, np.int32), lm.chat_eos_token_ids)
     if messages:
-        if getattr(lm.tokenizer, "chat_template", None):
-            return np.asarray(lm.chat_prompt(messages), np.int32)
-        text = messages[-1]["content"]
-    whole = fields.get("text")
-    if not isinstance(text, str) and not isinstance(whole, str):
+        text = messages[-1].get("content")
+    elif text is None:
+        text, most = fields.get("text"), _BEGINNING
+    if text is None:
         raise InputError(
             f'{where} has none of "turns", "question", "messages", "prompt", "prompt_tokens" and '
             f'"text"; it has {sorted(fields)}'
         )
-    ids = np.asarray(lm.tokenizer.encode(whole if text is None else text, verbose=False), np.int32)
-    return ids[:_BEGINNING] if text is None else ids
+    if not isinstance(text, str) or not text:
+        raise InputError(f"{where}: the prompt must be a text that is not empty, got {text!r:.80}")
+    return Prompt(category, _checked(lm.tokenizer.encode(text, verbose=False)[:most], lm, where))
+
+
+def _messages(fields: Mapping[str, Any], where: str) -> list[Mapping[str, Any]] | None:
+    """The chat of a line, or None. Of several questions only the first is asked."""
+    if "turns" in fields:
+        turns = fields["turns"]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+            raise InputError(f'{where}: "turns" must be a list of texts, got {turns!r:.80}')
+        return [{"role": "user", "content": turns[0]}]
+    if "question" in fields:
+        if not isinstance(fields["question"], str):
+            raise InputError(f'{where}: "question" must be a text, got {fields["question"]!r:.80}')
+        return [{"role": "user", "content": fields["question"]}]
+    messages = fields.get("messages")
+    if messages is not None and not (
+        isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    ):
+        raise InputError(
+            f'{where}: "messages" must be a list of {{"role": ..., "content": ...}} objects, got '
+            f"{messages!r:.80}"
+        )
+    return messages
+
+
+def _checked(ids: Any, lm: "LM", where: str) -> np.ndarray:
+    """Ids as int32 [T]."""
+    vocab_size = lm.config.vocab_size
+    if (
+        not isinstance(ids, list)
+        or not ids
+        or not all(is_integer(i) and 0 <= i < vocab_size for i in ids)
+    ):
+        raise InputError(
+            f"{where}: a prompt is a list of token ids from 0 to {vocab_size - 1}, at least one, "
+            f"got {ids!r:.80}"
+        )
+    return np.asarray(ids, np.int32)

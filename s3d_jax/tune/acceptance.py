@@ -16,17 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.bench.suites import Prompt
 from s3d_jax.cache import KVCache
 from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
-from s3d_jax.model import Block, DraftParams, Params, RMSNorm, _bridge
+from s3d_jax.model import Block, DraftParams, Params, RMSNorm, _bridge, float_dtype
 from s3d_jax.train.objective import block_targets, draft_stream, target_stream
 
 Skip = tuple[bool, ...]
 
 _MEASURED_DEPTHS = 12
-_ROWS = 16  # that are written in one batch
+_ROWS = 16  # that are written in one batch, at most
+MOST_BYTES = 4 * 2**30  # of keys and values that are held at a time
 _BLOCK_TOKENS = 256  # of one draft pass, all its blocks together
 
 
@@ -49,23 +51,53 @@ class Texts:
         return sum(self.lengths) - sum(self.prompt_lengths)
 
 
-def write_texts(lm: LM, prompts: Sequence[np.ndarray], max_new_tokens: int) -> Texts:
+def write_texts(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int) -> Texts:
     """Continues prompts by plain decoding.
 
     Args:
         lm: the model.
-        prompts: ids, int [n] each.
+        prompts: what is continued.
         max_new_tokens: per prompt.
+
+    Returns:
+        The texts, in an order of their own.
     """
     rows: list[np.ndarray] = []
-    for start in range(0, len(prompts), _ROWS):
-        part = list(prompts[start : start + _ROWS])
-        results = lm.generate(part, method="ar", max_new_tokens=max_new_tokens)
-        rows += [np.concatenate([p, r.tokens]) for p, r in zip(part, results, strict=True)]
+    lengths: list[int] = []
+    by_end: dict[Any, list[np.ndarray]] = {}  # the rows of a batch end by the same tokens
+    for prompt in prompts:
+        by_end.setdefault(prompt.eos_token_ids, []).append(prompt.tokens)
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    count = max(1, min(_ROWS, num_fitting(lm, longest + max_new_tokens)))
+    for ends, all_of_them in by_end.items():
+        for start in range(0, len(all_of_them), count):
+            part = all_of_them[start : start + count]
+            results = lm.generate(
+                part, method="ar", max_new_tokens=max_new_tokens, eos_token_ids=ends
+            )
+            rows += [np.concatenate([p, r.tokens]) for p, r in zip(part, results, strict=True)]
+            lengths += map(len, part)
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, text in zip(tokens, rows, strict=True):
         row[: len(text)] = text
-    return Texts(tokens, tuple(map(len, prompts)), tuple(map(len, rows)))
+    return Texts(tokens, tuple(lengths), tuple(map(len, rows)))
+
+
+def num_fitting(lm: LM, slots: int, copies: int = 1) -> int:
+    """How many texts' keys and values are at most MOST_BYTES: 0 where a single one's are not.
+
+    Args:
+        lm: whose.
+        slots: of each text.
+        copies: of each.
+    """
+    return MOST_BYTES // (copies * context_bytes(lm, slots))
+
+
+def context_bytes(lm: LM, slots: int) -> int:
+    """Of one text's keys and values."""
+    config, each = lm.config, float_dtype(lm.params).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +217,9 @@ def _some(found: Sequence[Skip]) -> list[Skip]:
 class Judge:
     """Counts the right tokens of drafts that skip any layers, by one compiled program for all.
 
+    The target's keys and values are kept of as many texts as MOST_BYTES allow; of the others they
+    are computed whenever they are needed, which makes a judgement about twice as long.
+
     Args:
         lm: the model with its draft, trained or not.
         texts: what the model writes.
@@ -196,11 +231,10 @@ class Judge:
             raise InputError("the model continues none of the prompts: nothing can be measured")
         self.lm, self.texts, self.gamma = lm, texts, gamma
         self._all_right: dict[tuple[Skip, int], list[np.ndarray]] = {}
-        block = self._blocks(gamma) * gamma
-        self._streams = [
-            _target_stream(lm.config, lm.params, row[None], texts.tokens.shape[1] + block)
-            for row in texts.tokens
-        ]
+        self._slots = texts.tokens.shape[1] + self._blocks(gamma) * gamma
+        kept = min(len(texts.tokens), num_fitting(lm, self._slots))
+        self._kept: list[KVCache] = []
+        self._kept += map(self._stream, range(kept))
 
     def right(self, skip: Skip, gamma: int) -> list[np.ndarray]:
         """For each text, int [N]: draft tokens that are right at each place, as `replay` wants it.
@@ -227,6 +261,13 @@ class Judge:
         rows = [self._right(skip, self.gamma, r, stride) for r in texts]
         return float(np.mean(np.concatenate(rows)))
 
+    def _stream(self, r: int) -> KVCache:
+        """The target's keys and values of text r."""
+        if r < len(self._kept):
+            return self._kept[r]
+        lm = self.lm
+        return _target_stream(lm.config, lm.params, self.texts.tokens[r : r + 1], self._slots)
+
     def _blocks(self, gamma: int) -> int:
         """Blocks of one draft pass."""
         return max(1, _BLOCK_TOKENS // gamma)
@@ -236,7 +277,7 @@ class Judge:
         lm, tokens, length = self.lm, self.texts.tokens[r : r + 1], self.texts.lengths[r]
         places = np.arange(self.texts.prompt_lengths[r] - 1, length - 1, stride)
         count = self._blocks(gamma)
-        found = [np.zeros(0, int)]
+        found, stream = [np.zeros(0, int)], self._stream(r)
         for start in range(0, len(places), count):
             part = places[start : start + count]
             anchors = np.pad(part, (0, count - len(part)), mode="edge")[None].astype(np.int32)
@@ -249,7 +290,7 @@ class Judge:
                 tokens,
                 np.int32(length),
                 anchors,
-                self._streams[r],
+                stream,
             )
             found.append(np.asarray(right)[0, : len(part)])
         return np.concatenate(found)

@@ -21,7 +21,7 @@ predictions; and keeps the fastest in the checkpoint's tuning.json, where loadin
 greedy row; the output of S3D is that of plain decoding whatever is chosen."""
 
 _EPILOG = """\
-Of the prompts every other one is predicted from; of the rest up to 8 are what predictions are
+Of each category every other prompt is predicted from; of the rest up to 8 are what predictions are
 checked on. Take prompts like those to come: acceptance depends on them.
 
 --search says which sets of layers are looked at, one for each number of layers:
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = {
         "about": about(),
         "model": folder.name,
-        "dtype": lm.config.dtype,
+        "precision": lm.config.precision,
         "draft": draft,
         "suites": suites,
         "search": arguments.search,
@@ -147,13 +147,13 @@ def run(arguments: argparse.Namespace) -> int:
         **plan.to_dict(),
     }
     print(json.dumps(found) if arguments.json else report.table(found))
-    if arguments.plot:
-        report.draw(found, arguments.plot)
     if not arguments.no_save:
         measured = {name: value for name, value in found.items() if name != "tuning"}
         path = save_tuning(folder, lm.config, draft, plan.tuning, measured)
         if not arguments.json:
             print(f"\nKept in {path}: loading the model on this device takes it from now on.")
+    if arguments.plot:  # last, since it is the least that can be lost
+        report.draw(found, arguments.plot)
     return 0
 
 

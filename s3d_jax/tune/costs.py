@@ -195,7 +195,7 @@ def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:
         slots.append(decode.visible_slots(middle + gamma + 1, room))
         weights.append(length - prompt)
     mean = float(np.average(slots, weights=weights))
-    return max(_STEP * math.ceil(mean / _STEP), 2 * gamma + 3)
+    return _STEP * math.ceil(max(mean, 2 * gamma + 3) / _STEP)
 
 
 def _greedy(lm: LM) -> tuple[SamplingParams, SamplingFeatures]:

@@ -46,7 +46,7 @@ class Candidate(Expected):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A prediction beside what came out, on prompts that it was not made from.
+    """A prediction beside what came out, where there are enough on other prompts.
 
     Attributes:
         gamma, skip: the settings.
@@ -82,6 +82,7 @@ class Plan:
         tuning: the choice: the fastest of the checked settings, and without checks the best
             prediction.
         calibration_prompts, calibration_tokens, check_prompts: what was decoded.
+        held_out: whether the prompts of the check are others than those predicted from.
     """
 
     candidates: tuple[Candidate, ...]
@@ -91,6 +92,7 @@ class Plan:
     calibration_prompts: int
     calibration_tokens: int
     check_prompts: int
+    held_out: bool
 
     @property
     def pays(self) -> bool:
@@ -108,6 +110,7 @@ class Plan:
             "calibration_prompts": self.calibration_prompts,
             "calibration_tokens": self.calibration_tokens,
             "check_prompts": self.check_prompts,
+            "held_out": self.held_out,
         }
 
 
@@ -126,8 +129,9 @@ def tune(
     Args:
         lm: the model with its draft. Where that is trained, the layers it was trained to skip are a
             candidate beside those that the search finds.
-        prompts: like those to come. Every other one is predicted from; of the rest up to 8 are what
-            predictions are checked on. (A single prompt is used for both.)
+        prompts: like those to come. Every other one of each category is predicted from; of the rest
+            up to 8 are what predictions are checked on. (Where no category has two, all are used
+            for both.)
         gammas: which γ to consider.
         kind: how sets of layers are looked for; see search.py.
         max_new_tokens: per prompt.
@@ -136,18 +140,20 @@ def tune(
         progress: told of each stage and its number of steps, gives what is called after each.
 
     Raises:
-        InputError: no prompt, or the model continues none of them; a model of one layer.
+        InputError: no prompt, or the model continues none of them; a model of one layer; or the
+            search "dp" needs too much memory.
     """
     if not prompts:
         raise InputError("tuning needs a prompt")
     if lm.config.num_layers < 2:
         raise InputError("a model of one layer has none that a draft could skip")
     gammas = sorted(set(gammas))
-    calibration, others = prompts[::2], prompts[1::2] or prompts
+    calibration, held_out = split(prompts)
+    others = held_out or calibration
     others = others[:: -(-len(others) // _CHECK_PROMPTS)]
 
     step = progress("writing", 1)
-    texts = write_texts(lm, [p.tokens for p in calibration], max_new_tokens)
+    texts = write_texts(lm, calibration, max_new_tokens)
     step()
     judge = Judge(lm, texts, gammas[-1])
     found = search(kind, judge, progress("searching", num_judged(kind, lm.config.num_layers)))
@@ -179,7 +185,17 @@ def tune(
         calibration_prompts=len(calibration),
         calibration_tokens=texts.new_tokens,
         check_prompts=len(others) if checks else 0,
+        held_out=bool(held_out),
     )
+
+
+def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Every other prompt of each category, beginning with its first; and those between."""
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    rows = by_category.values()
+    return [p for row in rows for p in row[::2]], [p for row in rows for p in row[1::2]]
 
 
 def predict(expected: Sequence[Expected], costs: Costs) -> list[Candidate]:
@@ -245,7 +261,7 @@ def _decoded(
     ]
     step = progress(what, len(contestants) * len(prompts) * (1 + _TURNS))
     records = measure.take_turns(contestants, prompts, max_new_tokens, _TURNS, step)
-    rows = measure.summary(contestants, prompts, records, [0.0] * len(contestants))
+    rows = measure.summary(contestants, prompts, records, max_new_tokens)
     whole = [row for row in rows if row["category"] == "all"]
     for c, row in enumerate(whole):
         # A prompt's median, since a machine that has other work to do is slow in single turns.

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s3d_jax.bench.report import check_plot, markdown, ranges
+from s3d_jax.bench.report import check_plot, markdown, ranges, save_plot
 
 # Both take the JSON object of the command: Plan.to_dict() and what it was asked for.
 
@@ -38,7 +38,7 @@ def table(report: Mapping[str, Any]) -> str:
             [str(kept), skipped(c["skip"]), *cells, f"{tau:.2f}", acceptance + estimated]
         )
     lines = [
-        f"{report['model']}, {report['dtype']}, draft {report['draft'] or 'untrained'}, "
+        f"{report['model']}, {report['precision']}, draft {report['draft'] or 'untrained'}, "
         f"{report['search']} sets: {report['calibration_prompts']} prompts "
         f"({', '.join(report['suites'])}), {report['calibration_tokens']} tokens",
         "",
@@ -55,7 +55,7 @@ def table(report: Mapping[str, Any]) -> str:
     if checks:
         lines += [
             "",
-            f"Predictions and measurements, on {report['check_prompts']} other prompts:",
+            f"Predictions and measurements, on {_checked_on(report)}:",
             "",
             *markdown(
                 ("setting", "τ pred.", "τ meas.", "IF pred.", "IF meas.", "error", "same as AR"),
@@ -75,6 +75,14 @@ def table(report: Mapping[str, Any]) -> str:
             '(method="ar"). What is chosen is what S3D loses least with.'
         ]
     return "\n".join(lines)
+
+
+def _checked_on(report: Mapping[str, Any]) -> str:
+    count = report["check_prompts"]
+    others, prompts = report["held_out"], "prompt" if count == 1 else f"{count} prompts"
+    if others:
+        return "another prompt" if count == 1 else f"{count} other prompts"
+    return f"the same {prompts}, since there are too few"
 
 
 def _check_cells(check: Mapping[str, Any]) -> list[str]:
@@ -149,14 +157,12 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         spread = [c["spread"] for c in checks]
         check.errorbar(ours, [c["predicted"] for c in checks], xerr=spread, fmt="o", ms=4, lw=1)
         check.set(xlabel="measured improvement factor", ylabel="predicted")
-        check.set_title("Check on other prompts", fontsize="medium")
+        check.set_title(f"Check on {_checked_on(report)}", fontsize="medium")
         check.grid(alpha=0.3)
         check.legend(fontsize="small")
     else:
         check.set_axis_off()
     facts = report["about"]
-    title = (report["model"], report["dtype"], facts["machine"], facts["date"])
+    title = (report["model"], report["precision"], facts["machine"], facts["date"])
     figure.suptitle(", ".join(title), fontsize="medium")
-    partial = path.with_name(path.stem + ".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    save_plot(figure, path)

@@ -21,9 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
+from s3d_jax.errors import InputError
 from s3d_jax.model import Block, DraftParams, Params
 from s3d_jax.train.objective import draft_stream, target_stream
-from s3d_jax.tune.acceptance import Interceptor, Judge, Skip, bridged, keeping_all, layer_of
+from s3d_jax.tune.acceptance import (
+    MOST_BYTES,
+    Interceptor,
+    Judge,
+    Skip,
+    bridged,
+    context_bytes,
+    keeping_all,
+    layer_of,
+    num_fitting,
+)
 
 Search = Literal["symmetric", "band", "greedy", "dp"]
 SEARCHES: tuple[Search, ...] = get_args(Search)
@@ -40,6 +51,9 @@ def search(kind: Search, judge: Judge, progress: Callable[[], None] = lambda: No
         kind: how to look for them.
         judge: who knows what a draft gets right.
         progress: called for each set that was judged, `num_judged` times.
+
+    Raises:
+        InputError: "dp" would hold more than MOST_BYTES of keys and values.
     """
     layers = judge.lm.config.num_layers
     sizes = range(1, layers)
@@ -75,9 +89,18 @@ def _bands(layers: int, size: int) -> list[Skip]:
 
 
 def _by_states(judge: Judge) -> list[Skip]:
-    lm, texts = judge.lm, judge.texts
+    lm, texts, layers = judge.lm, judge.texts, judge.lm.config.num_layers
+    slots = texts.tokens.shape[1] + _DP_BLOCKS * judge.gamma
+    count = min(_DP_TEXTS, num_fitting(lm, slots, 1 + layers))  # every state has a copy
+    if count == 0:
+        size = (1 + layers) * context_bytes(lm, slots) / 2**30
+        raise InputError(
+            f"the search dp would hold {size:.1f} GiB of keys and values, and at most "
+            f"{MOST_BYTES / 2**30:.0f} are allowed: take another search (--search greedy), or "
+            "shorter texts (--max-new-tokens)"
+        )
     # Evenly from all texts and from all of their places.
-    rows = np.unique(np.linspace(0, len(texts.lengths), _DP_TEXTS, endpoint=False).astype(int))
+    rows = np.unique(np.linspace(0, len(texts.lengths), count, endpoint=False).astype(int))
     tokens = texts.tokens[rows]
     first, behind = (np.array(n)[rows] - 1 for n in (texts.prompt_lengths, texts.lengths))
     anchors = np.linspace(first, behind, _DP_BLOCKS, endpoint=False, axis=1).astype(np.int32)
@@ -86,7 +109,6 @@ def _by_states(judge: Judge) -> list[Skip]:
         *(lm.params, lm.draft_params, tokens, anchors),
     )
     skipped = np.asarray(chosen)  # bool [L, J]
-    layers = lm.config.num_layers
     best = []
     for size in range(1, layers):
         skip, left = [False] * layers, size

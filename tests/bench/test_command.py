@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import convert
+from s3d_jax.batch import Batch
 from s3d_jax.bench.command import parse_methods
 from s3d_jax.bench.contestants import hf_model
 from s3d_jax.cli import main
@@ -50,11 +51,13 @@ def test_all_kinds_of_methods_in_one_run(models, one_thread, tmp_path, capsys):
     for row in rows:
         assert row["identical_to_ar"] == 1 and row["new_tokens"] == 48 and row["prompts"] == 2
         assert row["tokens_per_second"] > 0 < row["first_token_seconds"]
-        assert row["max_memory_bytes"] >= row["mean_memory_bytes"] > 2**27
+        assert row["max_process_bytes"] >= row["mean_process_bytes"] > 2**27
+        assert 2**20 < row["memory_bytes"] < 2**23  # 260 thousand floats, and caches
     assert rows[0]["improvement_factor"] == rows[0]["tokens_per_iteration"] == 1
     assert rows[0]["compile_seconds"] > 0 and rows[3]["compile_seconds"] == 0
     assert rows[2]["tokens_per_iteration"] > 1.5 and len(rows[2]["acceptance_per_position"]) == 3
     assert rows[3]["tokens_per_iteration"] is None
+    assert rows[3]["settings"] == {"dtype": "float32"} and found["precision"] == "float32"
     assert found["loaded_memory_bytes"] > 2**27 and found["about"]["versions"]["jax"]
 
 
@@ -66,6 +69,40 @@ def test_the_best_setting_is_looked_for(models, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| prompt-lookup γ=") for line in lines)
     assert sum(line.startswith("| ") for line in lines) == 3  # head, ar, prompt-lookup
+
+
+def test_who_is_charged_for_compiling(models, tmp_path, monkeypatch, capsys):
+    """What all need counts for plain decoding, and what a method needs for that, tried or given."""
+    compile_one = Batch._program
+
+    def counted(self, *arguments):
+        seconds, before = self._compile_seconds, len(self._lm.programs)
+        program = compile_one(self, *arguments)
+        self._compile_seconds = seconds + len(self._lm.programs) - before
+        return program
+
+    monkeypatch.setattr(Batch, "_program", counted)
+    suite = tmp_path / "one.jsonl"
+    suite.write_text('{"prompt": "Once upon a time there was"}')
+    command = ["bench", "--model", models[0], "--suite", str(suite), "--max-new-tokens", "8"]
+    command += ["--draft-model", models[1], "--repeats", "1", "--json"]
+    charged = []
+    for methods in ("s3d,two-model", "s3d:gamma=2,two-model:gamma=2"):
+        assert main([*command, "--methods", methods]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        charged.append({row["method"]: row["compile_seconds"] for row in rows})
+    # A prefill and a loop; the loop; a loop and two prefills beside the second cache.
+    assert charged[0] == charged[1] == {"ar": 2, "s3d": 1, "two-model": 3}
+
+
+def test_a_row_that_was_given_twice_runs_once(models, tmp_path, capsys):
+    suite = tmp_path / "one.jsonl"
+    suite.write_text('{"prompt": "Once upon a time"}')
+    command = ["bench", "--model", models[0], "--suite", str(suite), "--max-new-tokens", "4"]
+    methods = "prompt-lookup:gamma=4,prompt-lookup:gamma=4:ngram=3,s3d:gamma=2:adaptive=no"
+    assert main([*command, "--methods", methods, "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| prompt-lookup γ=4, ngram=3 ") == 1 and "| s3d γ=2, fixed " in shown
 
 
 def test_entries_of_methods():
@@ -85,6 +122,11 @@ def test_entries_of_methods():
         (["--methods", "s3d:gamma=x"], "'s3d:gamma=x' is not understood"),
         (["--methods", "s3d:gamma=0"], "'s3d:gamma=0' is not understood"),
         (["--methods", "hf:gamma=2"], "hf has no gamma"),
+        (["--methods", "s3d:skip=6-3"], "'s3d:skip=6-3' is not understood"),
+        (["--methods", "s3d:gamma=4:gamma=6"], "says the same setting twice"),
+        (["--methods", "self-spec:skip=50-60"], "skip layer 60; the model has layers 0 to 9"),
+        (["--methods", "s3d:skip=3-100"], "skip layer 100; the model has layers 0 to 9"),
+        (["--max-new-tokens", "100000"], "--max-new-tokens leaves none for a prompt"),
         (["--methods", "self-spec:ngram=2"], "'self-spec' has no ngram"),
         (["--methods", "two-model"], "needs a second model"),
         (["--repeats", "0"], "--repeats must be at least 1"),

@@ -18,7 +18,12 @@ from s3d_jax.tokenizer import read_tokenizer
 @pytest.fixture(scope="module")
 def lm():
     """A model as far as prompts need one; its vocabulary is that of the embedded one."""
-    model = SimpleNamespace(tokenizer=read_tokenizer(EMBEDDED))
+    return stub(read_tokenizer(EMBEDDED))
+
+
+def stub(tokenizer):
+    model = SimpleNamespace(tokenizer=tokenizer, max_length=512, chat_eos_token_ids=(0, 3))
+    model.config = SimpleNamespace(vocab_size=4096)
     model.chat_prompt = lambda messages: s3d_jax.LM.chat_prompt(model, messages)
     return model
 
@@ -89,9 +94,9 @@ def test_own_files(lm, tmp_path):
     ids, chat, text = read_suites([str(file)], lm, 1000)
     assert ids.tokens.tolist() == [5, 6] and ids.category == chat.category == "mine"
     assert len(text.tokens) == 16 and text.category == "texts"
-    lm = SimpleNamespace(tokenizer=None)
+    assert [p.eos_token_ids for p in (ids, chat, text)] == [None, (0, 3), None]
     with pytest.raises(InputError, match=r"line 2: this model has no tokenizer"):
-        read_suites([str(file)], lm, 1000)
+        read_suites([str(file)], stub(None), 1000)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,19 @@ def test_own_files(lm, tmp_path):
         ("none.jsonl", None, "is no suite"),
         ("a.jsonl", "", "holds no prompt"),
         ("a.jsonl", '{"answer": "x"}', r"line 1 has none of \"turns\".*it has \['answer'\]"),
+        *(
+            ("a.jsonl", f'\n{{"prompt_tokens": {ids}}}', r"a\.jsonl, line 2: .* ids from 0 to 4095")
+            for ids in ('"ab"', "[1099511627776]", "[1.7, 2]", "[]", "[[1, 2]]", "[4096]", "[true]")
+        ),
+        *(
+            ("a.jsonl", f'{{"turns": {turns}}}', r"line 1: \"turns\" must be a list of texts")
+            for turns in ('"Hello"', "[]", "[1]", '[["Hello"]]', "null")
+        ),
+        ("a.jsonl", '{"question": ["x"]}', 'line 1: "question" must be a text'),
+        ("a.jsonl", '{"messages": ["x"]}', 'line 1: "messages" must be a list'),
+        ("a.jsonl", '{"messages": [{"content": "x"}]}', "line 1: messages are a list"),
+        ("a.jsonl", '{"prompt": ""}', "line 1: the prompt must be a text that is not empty"),
+        ("a.jsonl", '{"text": 3}', "line 1: the prompt must be a text that is not empty"),
     ],
 )
 def test_wrong_suites(lm, tmp_path, monkeypatch, name, content, message):
@@ -116,5 +134,11 @@ def test_a_plain_text_where_there_is_no_chat_template(lm, tmp_path):
     tokenizer.chat_template = None
     file = tmp_path / "q.jsonl"
     file.write_text('{"turns": ["Hello there", "Again"]}')
-    (prompt,) = read_suites([str(file)], SimpleNamespace(tokenizer=tokenizer), 100)
+    (prompt,) = read_suites([str(file)], stub(tokenizer), 100)
     assert np.array_equal(prompt.tokens, tokenizer.encode("Hello there"))
+    assert prompt.eos_token_ids is None
+
+
+def test_no_room_for_a_prompt(lm):
+    with pytest.raises(InputError, match=r"takes 512 tokens.*--max-new-tokens leaves none"):
+        read_suites(["stories"], lm, 0)

@@ -1,9 +1,11 @@
 """Acceptance from known texts, against the counts of decoding itself."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from s3d_jax.bench.suites import read_suites
+from s3d_jax.bench.suites import Prompt, read_suites
 from s3d_jax.config import DraftConfig, symmetric_skip
 from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
@@ -12,7 +14,7 @@ from s3d_jax.tune.acceptance import Acceptance, Judge, Texts, fit_acceptance, re
 from tests.tiny import embedded_in_float, tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
-PROMPTS = [np.array(p, np.int32) for p in ([3], [5, 9, 2], [*range(1, 12)], [7] * 20)]
+PROMPTS = [Prompt("a", np.array(p, np.int32)) for p in ([3], [5, 9, 2], [*range(1, 12)], [7] * 20)]
 NEW = 24
 
 
@@ -31,7 +33,7 @@ def model(block_attention: str = "causal", trained: bool = False) -> LM:
 
 def test_counts_are_those_of_decoding_by_the_embedded_model():
     lm = embedded_in_float()
-    prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 200, 2)]
+    prompts = read_suites(["stories", "dialogues"], lm, 200, 2)
     compare(lm, prompts, (False, True, True, True, True, True, False, False, False, False))
 
 
@@ -41,13 +43,14 @@ def test_counts_are_those_of_decoding_with_a_bidirectional_block():
 
 def compare(lm, prompts, other_skip):
     texts = write_texts(lm, prompts, NEW)
-    reference = lm.generate(prompts, method="ar", max_new_tokens=NEW)
+    rows = [p.tokens for p in prompts]
+    reference = lm.generate(rows, method="ar", max_new_tokens=NEW)
     assert texts.new_tokens == sum(len(r.tokens) for r in reference)
     judge = Judge(lm, texts, 4)
     taken = set()
     for skip, gamma in [(lm.draft_config.skip, 2), (other_skip, 4)]:
         options = dict(gamma=gamma, skip=skip, adaptive=False)
-        results = lm.generate(prompts, max_new_tokens=NEW, **options)
+        results = lm.generate(rows, max_new_tokens=NEW, **options)
         accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)
         found = judge.acceptance(skip, gamma)
         assert found.iterations == sum(r.stats.iterations for r in results)
@@ -63,6 +66,47 @@ def test_the_program_is_the_same_for_all_sets_and_places():
     for i in range(3):
         judge.score(tuple(j == i for j in range(3)), 1 + i)
     assert acceptance._right_tokens._cache_size() == 1
+
+
+def test_texts_that_do_not_fit_are_computed_anew(monkeypatch):
+    lm = model()
+    texts = write_texts(lm, PROMPTS, NEW)
+    judge = Judge(lm, texts, 3)
+    skip = (False, True, False)
+    rows = []
+    generate = lm.generate
+
+    def counted(prompts, **options):
+        rows.append(len(prompts))
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(lm, "generate", counted)
+    each = acceptance.context_bytes(lm, texts.tokens.shape[1] + 85 * 3)  # 255 tokens of drafts
+    monkeypatch.setattr(acceptance, "MOST_BYTES", 2 * each)
+    few = Judge(lm, texts, 3)
+    assert (len(judge._kept), len(few._kept)) == (4, 2)
+    assert few.acceptance(skip, 3) == judge.acceptance(skip, 3)
+    assert few.score(skip, 2) == judge.score(skip, 2) > 0
+    monkeypatch.setattr(acceptance, "MOST_BYTES", 3 * acceptance.context_bytes(lm, 20 + NEW))
+    assert np.array_equal(write_texts(lm, PROMPTS, NEW).tokens, texts.tokens)
+    assert rows == [3, 1]
+
+
+def test_texts_end_by_tokens_of_their_own():
+    lm = model()
+    rows = [p.tokens for p in PROMPTS]
+    endless = lm.generate(rows, method="ar", max_new_tokens=NEW, eos_token_ids=())
+    ends = [None, (), (endless[2].tokens[5],), None]
+    prompts = [dataclasses.replace(p, eos_token_ids=e) for p, e in zip(PROMPTS, ends, strict=True)]
+    texts = write_texts(lm, prompts, NEW)
+    expected = set()
+    for prompt, result, end in zip(rows, endless, ends, strict=True):
+        new = result.tokens
+        stops = [new.index(e) + 1 for e in (lm.eos_token_ids if end is None else end) if e in new]
+        expected.add((*prompt.tolist(), *new[: min(stops, default=NEW)]))
+    found = zip(texts.tokens.tolist(), texts.lengths, strict=True)
+    assert {tuple(row[:n]) for row, n in found} == expected
+    assert sorted(texts.prompt_lengths) == sorted(len(p.tokens) for p in PROMPTS)
 
 
 def test_replay_walks_as_decoding_does():

@@ -11,6 +11,7 @@ from s3d_jax import checkpoint, generate
 from s3d_jax.cli import main
 from s3d_jax.errors import InputError
 from s3d_jax.tune.command import parse_gammas
+from tests.bench.test_measure import full_disk
 from tests.tiny import tiny_config, tiny_params
 
 
@@ -42,6 +43,18 @@ def test_settings_are_chosen_shown_and_kept(tiny, capsys):
     assert entry["tuning"]["gamma"] == lm.tuning.gamma and entry["key"]["draft"] is None
 
 
+def test_what_was_measured_is_kept_before_it_is_drawn(tiny, tmp_path, monkeypatch, capsys):
+    model, suite = tiny
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
+    command = ["tune", "--model", model, "--suite", suite, "--limit", "1", "--check", "1"]
+    command += ["--max-new-tokens", "8", "--gammas", "1", "--plot", str(tmp_path / "t.png")]
+    assert main(command) == 2
+    shown, errors = capsys.readouterr()
+    assert "Predictions and measurements, on the same prompt, since" in shown
+    assert "Kept in " in shown and s3d_jax.load(model).tuning is not None
+    assert "cannot write" in errors and "give --plot another place" in errors
+
+
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "model"
     shutil.copytree(generate.EMBEDDED, copy)
@@ -51,7 +64,7 @@ def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert main([*command, "--no-save", "--json", "--plot", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert plot.stat().st_size > 10_000 and not (copy / "tuning.json").exists()
-    assert found["draft"] == "default" and found["dtype"] == "float32"
+    assert found["draft"] == "default" and found["precision"] == "int8"
     assert len(found["candidates"]) == 10 and found["calibration_prompts"] == 2
     own = next(
         c for c in found["candidates"] if c["skip"] == list(s3d_jax.load().draft_config.skip)
@@ -67,6 +80,7 @@ def test_the_embedded_model(tmp_path, monkeypatch, capsys):
         (["--gammas", "0,2"], "--gammas takes numbers from 1 to 64"),
         (["--gammas", "two"], "--gammas takes numbers"),
         (["--limit", "0"], "--limit must be at least 1"),
+        (["--max-new-tokens", "9999"], "--max-new-tokens leaves none for a prompt"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--check", "-1"], "--check must be at least 0"),
         (["--plot", "nowhere/t.png"], "--plot takes the name of a .png"),

@@ -1,15 +1,28 @@
 """Costs, predictions and the choice, where the truth is known."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
+from s3d_jax.bench import measure
+from s3d_jax.bench.contestants import Run
 from s3d_jax.bench.suites import Prompt
 from s3d_jax.config import symmetric_skip
 from s3d_jax.errors import InputError
-from s3d_jax.tune.acceptance import Acceptance, Expected, Judge, fit_acceptance, replay, write_texts
-from s3d_jax.tune.costs import Clock, Costs, num_programs
-from s3d_jax.tune.plan import Check, _to_check, choose, predict, tune
-from tests.tiny import tiny_lm
+from s3d_jax.generate import LM
+from s3d_jax.tune.acceptance import (
+    Acceptance,
+    Expected,
+    Judge,
+    Texts,
+    fit_acceptance,
+    replay,
+    write_texts,
+)
+from s3d_jax.tune.costs import Clock, Costs, _mean_visible, num_programs
+from s3d_jax.tune.plan import Check, _to_check, choose, predict, split, tune
+from tests.tiny import tiny_config, tiny_lm, tiny_params
 
 LAYERS, GAMMAS = 8, (1, 2, 4)
 FOUND = [symmetric_skip(LAYERS, size) for size in range(1, LAYERS)]
@@ -92,9 +105,9 @@ def test_what_is_checked(count, expected):
         assert ranking[-1][1:] in settings
 
 
-def test_the_clock_times_all_passes():
+def test_the_clock_times_all_passes(monkeypatch):
     lm = tiny_lm(num_layers=2)
-    texts = write_texts(lm, [np.arange(1, 9, dtype=np.int32)], 16)
+    texts = write_texts(lm, [Prompt("a", np.arange(1, 9, dtype=np.int32))], 16)
     skips = [symmetric_skip(2, 1), symmetric_skip(2, 0)]
     compiled = []
     clock = Clock(lm, skips, (2,), texts, 16, lambda: compiled.append(1))
@@ -103,7 +116,21 @@ def test_the_clock_times_all_passes():
     costs = clock.costs()
     assert len(costs.verify) == 3 and min(costs.verify) > 0
     assert {g: set(by_depth) for g, by_depth in costs.draft.items()} == {2: {1, 2}}
-    assert costs.relative(2, 2).verify[0] == 1 and clock.visible % 32 == 0
+    # It looked at the clock for all; now it is told what it sees, 3 s too much in one turn of each.
+    seconds = {0: 2.0, 1: 2.1, 2: 2.5, (0, 2): 4.5, (1, 2): 3.0}
+    turns = Counter()
+
+    def told(name):
+        turns[name] += 1
+        return seconds[name] + 3 * (turns[name] == 2)
+
+    monkeypatch.setattr(clock, "_time", told)
+    clock.take_turns(9)
+    assert turns == dict.fromkeys(seconds, 9)
+    costs = clock.costs()
+    assert costs.verify == (2.0, 2.1, 2.5) and costs.draft == {2: {1: 0.5, 2: 2.0}}
+    short = Texts(np.ones((1, 2), np.int32), (1,), (2,))
+    assert clock.visible == 64 and _mean_visible(lm, short, 1, 40) == 96  # 2 · 40 + 3 and the rest
 
 
 def test_a_plan_of_a_tiny_model():
@@ -119,16 +146,17 @@ def test_a_plan_of_a_tiny_model():
 
         return step
 
-    plan = tune(lm, prompts, gammas=(1, 2), max_new_tokens=12, check=1, progress=progress)
+    plan = tune(lm, prompts, gammas=(1, 2), max_new_tokens=12, check=2, progress=progress)
     assert [s[0] for s in stages] == [
         *("writing", "searching", "compiling", "accepting", "timing", "checking")
     ]
     assert all(total == done for _, total, done in stages)
     assert len(plan.candidates) == 1 and plan.candidates[0].skip == lm.draft_config.skip
-    assert len(plan.checks) == 1 and plan.check_prompts == plan.calibration_prompts == 2
+    assert len(plan.checks) == 2 and plan.held_out
+    assert plan.check_prompts == plan.calibration_prompts == 2
     for check in plan.checks:
         # Greedy texts are the same, so τ of the check is that of its own prompts to the token.
-        texts = write_texts(lm, [p.tokens for p in prompts[1::2]], 12)
+        texts = write_texts(lm, prompts[1::2], 12)
         right = Judge(lm, texts, 2).right(check.skip, check.gamma)
         assert check.measured_tau == replay(right, check.gamma).tokens_per_iteration
         assert check.identical_to_ar == 1
@@ -136,6 +164,81 @@ def test_a_plan_of_a_tiny_model():
     assert (plan.tuning.gamma, plan.tuning.skip) == (fastest.gamma, fastest.skip)
     assert plan.pays == (fastest.measured > 1)
     assert plan.to_dict()["tuning"]["costs"]["verify"][0] == 1
+
+
+def test_each_category_is_split():
+    rows = [Prompt(c, np.full(1, i, np.int32)) for i, c in enumerate("abbacaac")]
+    calibration, others = split(rows)
+    assert [(p.category, int(p.tokens[0])) for p in calibration] == [
+        *(("a", 0), ("a", 5), ("b", 1), ("c", 4))
+    ]
+    assert [(p.category, int(p.tokens[0])) for p in others] == [
+        *(("a", 3), ("a", 6), ("b", 2), ("c", 7))
+    ]
+    assert split(rows[3:5]) == ([rows[3], rows[4]], [])
+
+
+def test_predictions_are_what_is_measured_where_time_follows_a_law(monkeypatch):
+    """Decoding is real, its seconds are not; and the clock's loop is faster than decoding."""
+    layers, gammas, new = 6, (1, 3), 24
+    config = tiny_config(num_layers=layers, vocab_size=13)
+    params = tiny_params(config, 3)
+    for i in range(layers):
+        params[f"layers_{i}"]["attention"]["out"]["weight"] *= 0.1
+        params[f"layers_{i}"]["mlp"]["down"]["weight"] *= 0.1
+    lm = LM(config, params)
+
+    def iteration(kept, gamma):
+        return 2 + 0.1 * gamma + 0.05 * kept + 0.02 * kept * gamma
+
+    class Law:
+        def __init__(self, lm, skips, gammas, *_):
+            self.kept = [layers - sum(skip) for skip in skips]
+
+        def take_turns(self):
+            pass
+
+        def costs(self):
+            verify = tuple(0.8 * (2 + 0.1 * w) for w in range(gammas[-1] + 1))
+            by_gamma = {
+                g: {k: 0.8 * (iteration(k, g) - 2 - 0.1 * g) for k in self.kept} for g in gammas
+            }
+            return Costs((0.9 * 2, *verify[1:]), by_gamma, 64)
+
+    def turns(contestants, prompts, max_new_tokens, repeats, step):
+        records = []
+        for c, contestant in enumerate(contestants):
+            options = dict(method=contestant.method, max_new_tokens=max_new_tokens)
+            rows = lm.generate([p.tokens for p in prompts], **options, **contestant.settings)
+            seconds = 2.0
+            if contestant.settings:
+                kept = layers - sum(contestant.settings["skip"])
+                seconds = iteration(kept, contestant.settings["gamma"])
+            for p, row in enumerate(rows):
+                n, count = len(row.tokens), row.stats.iterations
+                accepted = row.stats.accepted_per_position
+                run = Run(row.tokens, 1.0, 0.1, count * seconds, n, 0.0, count, 0, accepted)
+                records += [measure.Record(c, p, repeat, run, 1) for repeat in range(repeats + 1)]
+        return records
+
+    monkeypatch.setattr("s3d_jax.tune.plan.Clock", Law)
+    monkeypatch.setattr(measure, "take_turns", turns)
+    ids = ([3], [5, 9, 2], [*range(1, 12)])
+    prompts = [Prompt(str(i), np.array(p, np.int32)) for i, p in enumerate(ids)]
+    plan = tune(lm, prompts, gammas=gammas, max_new_tokens=new, check=99)
+    assert not plan.held_out and plan.check_prompts == plan.calibration_prompts == 3
+    truth = {(check.skip, check.gamma): check.measured for check in plan.checks}
+    assert len(truth) == (layers - 1) * len(gammas) and len(set(truth.values())) == len(truth)
+    for check in plan.checks:
+        assert check.predicted == pytest.approx(check.measured)
+        assert check.predicted_tau == pytest.approx(check.measured_tau)
+    best = max(truth, key=truth.__getitem__)
+    unchecked = choose(plan.candidates, plan.costs, ())
+    for chosen in (plan.tuning, unchecked):
+        assert (chosen.skip, chosen.gamma) == best
+        assert chosen.improvement_factor == pytest.approx(truth[best])
+    kept = layers - sum(best[0])
+    assert unchecked.costs.iteration(best[1]) == pytest.approx(iteration(kept, best[1]) / 2)
 
 
 def test_what_cannot_be_tuned():

@@ -5,13 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
+from s3d_jax.bench.suites import Prompt
+from s3d_jax.errors import InputError
 from s3d_jax.generate import LM
+from s3d_jax.tune import acceptance
 from s3d_jax.tune.acceptance import Judge, write_texts
 from s3d_jax.tune.search import SEARCHES, num_judged, search
 from tests.tiny import tiny_config, tiny_params
 
 LAYERS, USELESS = 6, {1, 3, 4}
-PROMPTS = [np.array(p, np.int32) for p in ([3], [5, 9, 2], [*range(1, 18)])]
+PROMPTS = [Prompt("a", np.array(p, np.int32)) for p in ([3], [5, 9, 2], [*range(1, 18)])]
 
 
 def judge_of(useless) -> Judge:
@@ -46,6 +49,16 @@ def test_useless_layers_are_the_first_to_go(kind, planted):
         for chosen in itertools.combinations(range(LAYERS), 3)
     ]
     assert found[2] == max(every, key=lambda skip: planted.score(skip, 1))
+
+
+def test_states_that_do_not_fit(planted, monkeypatch):
+    slots = planted.texts.tokens.shape[1] + 8 * 3
+    each = (1 + LAYERS) * acceptance.context_bytes(planted.lm, slots)
+    monkeypatch.setattr(acceptance, "MOST_BYTES", each)  # one text's
+    assert [sum(skip) for skip in search("dp", planted)] == [*range(1, LAYERS)]
+    monkeypatch.setattr(acceptance, "MOST_BYTES", each - 1)
+    with pytest.raises(InputError, match=r"dp would hold .* GiB .*take another search"):
+        search("dp", planted)
 
 
 def test_greedy_takes_one_layer_more_at_a_time():

@@ -115,6 +115,19 @@ def test_a_folder_that_cannot_be_written(model, monkeypatch):
         check_writable(model)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a device's name has no threads in it")
+def test_threads_are_of_the_machine(model, monkeypatch):
+    config = tiny_config()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
+    monkeypatch.delenv("NPROC", raising=False)
+    assert tuning.machine().startswith("2 cores of ")
+    save_tuning(model, config, "default", CHOICE, {})
+    for told, cores in (("1", "1 core of "), ("2", "2 cores of "), ("9", "2 cores"), ("x", "2 ")):
+        monkeypatch.setenv("NPROC", told)
+        assert tuning.machine().startswith(cores)
+        assert (read_tuning(model, config, "default") == CHOICE) == (told != "1")
+
+
 @pytest.mark.parametrize(
     ("draft", "verify"), [(0.0, (1, 2)), (0.5, (2, 1)), (0.5, (1,)), (0.5, (1, -1)), (0.5, 1)]
 )
