@@ -60,7 +60,7 @@ distill int8 int8_stories --prompts "$texts/stories_train.jsonl" --limit 1792 --
 distill int8 int8_answers --prompts "$texts/questions_train.jsonl" --limit 6400 --max-new-tokens 80
 [ -f "$work/draft_int8/done" ] || {
   s3d train $(resume "$work/draft_int8") --model "$work/int8" --run "$work/draft_int8" \
-    --start default --overwrite --rank 48 --gamma 4 \
+    --start default --overwrite --rank 28 --gamma 4 \
     --data "$work/own_int8_stories.jsonl" --data "$work/own_int8_answers.jsonl" \
     --valid "$texts/stories_check.jsonl" --valid "$texts/dialogues_check.jsonl" \
     --valid-prompts 48 --valid-tokens 96 --validate-every 400 \
