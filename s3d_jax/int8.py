@@ -11,6 +11,7 @@ does not matter: XLA sums floats in an order of its own for each shape.
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -141,7 +142,7 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     count, rows = rows.shape[0], rows.astype(jnp.float32)
     step = row_max(jnp.abs(rows)) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
-    weight_first = rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count)
+    weight_first = _multiplies_int8() and rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count)
     missing = max(0, 2 - count)  # one row takes up to 16 times as long as two
     rounded = jnp.pad(rounded, ((0, missing), (0, 0)))
     contracted = (((1,), (1,)), ((), ()))
@@ -152,6 +153,19 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
         sums = jax.lax.dot_general(rounded, weight, contracted, preferred_element_type=jnp.int32)
     # As in `norm`: else XLA might multiply step and scale first, for one row and not for several.
     return jax.lax.optimization_barrier(sums[:count].astype(jnp.float32) * step) * scale
+
+
+@functools.cache
+def _multiplies_int8() -> bool:
+    """Whether the CPU has instructions for sums of int8 products (VNNI, AMX); yes if unknown.
+
+    Without them repacking the weight is not what takes the time.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return "avx2" not in text or "vnni" in text or "amx_int8" in text
 
 
 def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
