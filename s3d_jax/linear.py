@@ -84,7 +84,9 @@ def attention_scores(rows: jax.Array, keys: jax.Array, reproducible: bool = Fals
         return plain(rows, keys)
 
     def keys_first(rows: jax.Array, keys: jax.Array) -> jax.Array:  # as `_weight_first`
-        return jax.lax.optimization_barrier(_batched("bksh,bkqh->bksq", keys, rows)).swapaxes(2, 3)
+        rows = rows if rows.dtype == jnp.float32 else _two_or_more(rows)
+        scores = jax.lax.optimization_barrier(_batched("bksh,bkqh->bksq", keys, rows))
+        return scores.swapaxes(2, 3)[:, :, :count]
 
     return jax.lax.platform_dependent(rows, keys, cpu=keys_first, default=plain)
 
@@ -101,12 +103,20 @@ def attention_mix(weights: jax.Array, values: jax.Array, reproducible: bool = Fa
         float32 [B, K, Q, H].
     """
     count = weights.shape[2]
-    weights = _two_or_more(weights) if reproducible else weights
-    return _batched("bkqs,bksh->bkqh", weights, values)[:, :, :count]
+    plain = functools.partial(_batched, "bkqs,bksh->bkqh")
+
+    def padded(weights: jax.Array, values: jax.Array) -> jax.Array:
+        return plain(_two_or_more(weights), values)[:, :, :count]
+
+    if reproducible:
+        return padded(weights, values)
+    if count > 1 or weights.dtype == jnp.float32:
+        return plain(weights, values)
+    return jax.lax.platform_dependent(weights, values, cpu=padded, default=plain)
 
 
 def _two_or_more(rows: jax.Array) -> jax.Array:
-    """[B, K, Q, ...] with Q ≥ 2: a CPU sums a single row in an order of its own."""
+    """[B, K, Q, ...] with Q ≥ 2: a CPU sums a single row in an order of its own, and slowly."""
     return jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, 2 - rows.shape[2])), (0, 0)))
 
 
