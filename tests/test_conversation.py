@@ -113,7 +113,7 @@ QUESTIONS = ("I want to book a table for two.", "Tomorrow at 6 pm.", "Yes, pleas
 
 
 def test_a_conversation_gives_what_fresh_chats_give(lm):
-    options = dict(max_new_tokens=30)
+    options = dict(max_new_tokens=40)
     conversation = lm.conversation(**options)
     messages, known = [], []
     for i, question in enumerate(QUESTIONS):
