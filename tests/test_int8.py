@@ -159,6 +159,20 @@ def test_the_gradient_is_that_of_the_product_without_rounding():
     np.testing.assert_allclose(ours, jnp.cos(y) @ weight, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_a_product_is_the_same_with_and_without_vnni(monkeypatch, rows):
+    """A machine has one of the two, so the other would not be tested there."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 576)), jnp.float32)
+    weight, scale = int8.quantize(rng.normal(size=(40, 576)))
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(int8, "_multiplies_int8", lambda has=has: has)
+        found.append(np.asarray(int8._w8a8(x, jnp.asarray(weight), jnp.asarray(scale))))
+    np.testing.assert_array_equal(*found)
+    assert found[0].shape == (rows, 40)
+
+
 # --- sums -----------------------------------------------------------------------------------------
 
 
