@@ -14,8 +14,8 @@ import numpy as np
 import s3d_jax
 from s3d_jax.bench.measure import orders
 from s3d_jax.bench.report import about, markdown
-from s3d_jax.bench.suites import read_suites
-from s3d_jax.methods import drafting
+from s3d_jax.drafters.registry import drafting
+from s3d_jax.texts.suites import read_suites
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "AR": {"method": "ar"},

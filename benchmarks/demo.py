@@ -12,7 +12,7 @@ from pathlib import Path
 
 import convert
 import s3d_jax
-from s3d_jax.generate import LM
+from s3d_jax.lm import LM
 
 STORY = "Once upon a time"
 QUESTION = "I am hungry. Can you find me a place to eat?"

@@ -21,11 +21,11 @@ import numpy as np
 
 import s3d_jax
 from s3d_jax.bench.report import about
-from s3d_jax.checkpoint import read_header
-from s3d_jax.drafts import Draft, draft_names, read_draft
-from s3d_jax.generate import EMBEDDED, LM
-from s3d_jax.model import num_params
-from s3d_jax.staging import write_atomically
+from s3d_jax.drafters.stored import Draft, draft_names, read_draft
+from s3d_jax.lm import EMBEDDED, LM
+from s3d_jax.nn.transformer import num_params
+from s3d_jax.storage.native import read_header
+from s3d_jax.storage.staging import write_atomically
 from s3d_jax.train.data import read_documents
 from s3d_jax.train.validation import held_out_prompts
 

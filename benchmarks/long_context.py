@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import decode, model
-from s3d_jax.batch import peak_memory_bytes
-from s3d_jax.cache import init_cache
-from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig, symmetric_skip
-from s3d_jax.sampling import batch_sampling
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.engine.batch import peak_memory_bytes
+from s3d_jax.nn import transformer as model
+from s3d_jax.nn.cache import init_cache
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.sampling import SamplingConfig
 
 LARGEST_BLOCK = decode.PREFILL_BUCKETS[-1]
 GEMMA_3 = ((*(512,) * 5, None) * 5)[:26]

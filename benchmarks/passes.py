@@ -27,12 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import decode, proposers, tuning
-from s3d_jax.batch import peak_memory_bytes
-from s3d_jax.config import DraftConfig, ModelConfig, SamplingConfig, symmetric_skip
-from s3d_jax.generate import LM
-from s3d_jax.model import abstract_params, weight_bytes
-from s3d_jax.sampling import batch_sampling
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.drafters import proposers
+from s3d_jax.engine.batch import peak_memory_bytes
+from s3d_jax.lm import LM
+from s3d_jax.nn.transformer import abstract_params, weight_bytes
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.storage import tuning
 
 TURN_SECONDS = 0.5
 _LLAMA = dict(max_position_embeddings=8448)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import convert
 import s3d_jax
-from s3d_jax.generate import LM
+from s3d_jax.lm import LM
 
 DATA = Path(os.environ.get("S3D_TEST_DATA", "../shared/data"))
 

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.batch import peak_memory_bytes
-from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
+from s3d_jax.engine.batch import peak_memory_bytes
 from s3d_jax.errors import S3DError
-from s3d_jax.model import abstract_params
+from s3d_jax.nn.transformer import abstract_params
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, begin, make_step
 from s3d_jax.train.objective import ObjectiveConfig

@@ -75,8 +75,8 @@ def convert(
     from convert import to_native
     from convert.quantization import read_text
     from convert.recast import is_native, recast
-    from s3d_jax.config import DTYPES, QUANTIZATIONS
     from s3d_jax.errors import ConfigError
+    from s3d_jax.settings.model import DTYPES, QUANTIZATIONS
 
     # All that can be said at once, before anything is downloaded.
     if dtype is not None and dtype not in DTYPES:

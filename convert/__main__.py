@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from s3d_jax import __version__
-from s3d_jax.config import QUANTIZATIONS
 from s3d_jax.errors import S3DError
+from s3d_jax.settings.model import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from convert.plan import Entry, Plan

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from s3d_jax.checkpoint import bullets, cast
 from s3d_jax.errors import ConversionError
+from s3d_jax.storage.native import bullets, cast
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s3d_jax.errors import ConversionError
-from s3d_jax.tokenizer import TOKENIZER_FILES
+from s3d_jax.storage.tokenizer import TOKENIZER_FILES
 
 _SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _SAFETENSORS = (

@@ -8,8 +8,8 @@ import numpy as np
 
 from convert import hf
 from convert.families import family_of
-from s3d_jax.config import DTYPES
 from s3d_jax.errors import ConversionError
+from s3d_jax.settings.model import DTYPES
 
 UNKNOWN = "?"  # dtype of a tensor that an index names, and the config does not ask for
 

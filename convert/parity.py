@@ -103,8 +103,8 @@ def compare(
     """
     import jax
 
-    from s3d_jax import checkpoint
-    from s3d_jax.model import forward_logits
+    from s3d_jax.nn.transformer import forward_logits
+    from s3d_jax.storage import native as checkpoint
 
     loaded = checkpoint.load(native, dtype)
     vocab = loaded.config.vocab_size

@@ -20,11 +20,11 @@ from convert.to_native import (
     tokenizer_folder,
     unneeded,
 )
-from s3d_jax.config import ModelConfig
-from s3d_jax.drafts import draft_names, read_draft
-from s3d_jax.model import num_params, weight_bytes
-from s3d_jax.staging import check_apart, check_replaceable, check_space, free_space
-from s3d_jax.tokenizer import tokenizer_files
+from s3d_jax.drafters.stored import draft_names, read_draft
+from s3d_jax.nn.transformer import num_params, weight_bytes
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.staging import check_apart, check_replaceable, check_space, free_space
+from s3d_jax.storage.tokenizer import tokenizer_files
 
 _LIBRARIES = 200_000_000  # bytes of python with jax and orbax, measured
 _CAST = 16  # bytes for each of the numbers cast at a time: stored, cast, and both in float32

@@ -11,9 +11,9 @@ import numpy as np
 
 from convert.hf import DTYPES
 from convert.parity import lacking_memory, logits_bytes
-from s3d_jax.bench.suites import HELD_OUT
-from s3d_jax.config import ModelConfig
-from s3d_jax.tokenizer import has_vocabulary, read_tokenizer
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.tokenizer import has_vocabulary, read_tokenizer
+from s3d_jax.texts.suites import HELD_OUT
 from s3d_jax.train.data import read_jsonl, read_words
 
 _ROW = 256  # tokens that see each other
@@ -73,8 +73,8 @@ def _measure(
 ) -> tuple[Loss | None, str]:
     import jax
 
-    from s3d_jax import checkpoint
-    from s3d_jax.model import forward_logits, num_params
+    from s3d_jax.nn.transformer import forward_logits, num_params
+    from s3d_jax.storage import native as checkpoint
 
     ids = _tokens(native, config.vocab_size, words)
     if ids.shape[1] < 2:

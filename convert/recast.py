@@ -16,7 +16,11 @@ from convert.to_native import (
     write_groups,
 )
 from convert.tokenizer import write_tokenizer
-from s3d_jax.checkpoint import (
+from s3d_jax.drafters.stored import draft_names, read_draft, write_draft
+from s3d_jax.errors import ConversionError
+from s3d_jax.nn.transformer import num_params, weight_bytes
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.native import (
     FORMAT,
     Header,
     cast,
@@ -26,12 +30,8 @@ from s3d_jax.checkpoint import (
     read_header,
     unflatten,
 )
-from s3d_jax.config import ModelConfig
-from s3d_jax.drafts import draft_names, read_draft, write_draft
-from s3d_jax.errors import ConversionError
-from s3d_jax.model import num_params, weight_bytes
-from s3d_jax.staging import check_apart
-from s3d_jax.tokenizer import has_vocabulary
+from s3d_jax.storage.staging import check_apart
+from s3d_jax.storage.tokenizer import has_vocabulary
 
 
 def is_native(source: str | os.PathLike[str]) -> bool:

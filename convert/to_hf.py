@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from convert.families import FAMILIES, Family, Part, Table, family_for_export, family_of, pieces
 from convert.hf import DTYPES, SafetensorsWriter
-from s3d_jax.checkpoint import Header, flatten, read_group, read_header, write_json
-from s3d_jax.config import ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.int8 import dequantize_tree
-from s3d_jax.staging import check_apart, staged_folder
-from s3d_jax.tokenizer import tokenizer_files
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.native import Header, flatten, read_group, read_header, write_json
+from s3d_jax.storage.staging import check_apart, staged_folder
+from s3d_jax.storage.tokenizer import tokenizer_files
+from s3d_jax.weights.int8 import dequantize_tree
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -17,19 +17,19 @@ from convert.outline import UNKNOWN, named_dtype, open_outline
 from convert.parity import Parity, measure_parity
 from convert.quantization import Loss, measure_loss
 from convert.tokenizer import write_tokenizer
-from s3d_jax.checkpoint import (
+from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.nn.transformer import weight_bytes
+from s3d_jax.settings.model import DTYPES, ModelConfig
+from s3d_jax.storage.native import (
     FORMAT,
     CheckpointWriter,
     bullets,
     checkpoint_writer,
     unflatten,
 )
-from s3d_jax.config import DTYPES, ModelConfig
-from s3d_jax.errors import ConfigError, ConversionError
-from s3d_jax.int8 import quantize_tree
-from s3d_jax.model import weight_bytes
-from s3d_jax.staging import check_apart
-from s3d_jax.tokenizer import has_vocabulary
+from s3d_jax.storage.staging import check_apart
+from s3d_jax.storage.tokenizer import has_vocabulary
+from s3d_jax.weights.int8 import quantize_tree
 
 NOT_ASKED = "not asked for"
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.hf import read_json
-from s3d_jax.checkpoint import CheckpointWriter, write_json
 from s3d_jax.errors import ConversionError
-from s3d_jax.tokenizer import has_vocabulary, tokenizer_files
+from s3d_jax.storage.native import CheckpointWriter, write_json
+from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
 
 # Without runs of spaces, special tokens and rare letters, on which rules and not pieces decide.
 _PROBE = "Once upon a time, there was a Curious girl; she counted: 1, 2, 345!"

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from convert.hf import CHUNK, Tensor, collect
-from s3d_jax.checkpoint import cast
 from s3d_jax.errors import ConversionError
+from s3d_jax.storage.native import cast
 
 
 class TorchSource:

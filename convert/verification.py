@@ -13,9 +13,9 @@ from convert.to_native import (
     open_origin,
     stored_dtypes,
 )
-from s3d_jax.checkpoint import read_header
-from s3d_jax.config import DTYPES
 from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.settings.model import DTYPES
+from s3d_jax.storage.native import read_header
 
 # KL divergences in nats. Where the weights are the same, float32 leaves some 1e-9; 16 bits lose
 # more, and a wrong model is beyond either.

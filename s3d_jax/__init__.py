@@ -10,15 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s3d_jax.batch import GenerateOptions, Result, Stats
-    from s3d_jax.config import (
-        DraftConfig,
-        ModelConfig,
-        RopeConfig,
-        SamplingConfig,
-        symmetric_skip,
-    )
     from s3d_jax.conversation import Conversation
+    from s3d_jax.engine.batch import GenerateOptions, Result, Stats
     from s3d_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -27,13 +20,18 @@ if TYPE_CHECKING:
         S3DError,
         TrainingError,
     )
-    from s3d_jax.generate import LM, load
+    from s3d_jax.lm import LM, load
+    from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+    from s3d_jax.settings.model import ModelConfig, RopeConfig
+    from s3d_jax.settings.sampling import SamplingConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "batch": ("GenerateOptions", "Result", "Stats"),
-    "config": ("DraftConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "symmetric_skip"),
+    "engine.batch": ("GenerateOptions", "Result", "Stats"),
+    "settings.drafting": ("DraftConfig", "symmetric_skip"),
+    "settings.model": ("ModelConfig", "RopeConfig"),
+    "settings.sampling": ("SamplingConfig",),
     "conversation": ("Conversation",),
     "errors": (
         "CheckpointError",
@@ -43,7 +41,7 @@ _HOME = {
         "S3DError",
         "TrainingError",
     ),
-    "generate": ("LM", "load"),
+    "lm": ("LM", "load"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Unpack
 
-from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_options
+from s3d_jax.engine.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_options
 from s3d_jax.errors import InputError
 from s3d_jax.stream import Stream, text_pieces
 
 if TYPE_CHECKING:
-    from s3d_jax.generate import LM
+    from s3d_jax.lm import LM
 
 
 class Conversation:

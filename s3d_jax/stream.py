@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from s3d_jax.batch import Batch, Result
+from s3d_jax.engine.batch import Batch, Result
 
 _Piece = TypeVar("_Piece")
 

@@ -9,13 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax import adaptive, decode, model, sampling
-from s3d_jax.config import DraftConfig, PassCosts, RopeConfig, SamplingConfig, symmetric_skip
+from s3d_jax.decoding import adaptive, sampling
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.errors import ConfigError
-from s3d_jax.generate import LM
-from s3d_jax.sampling import batch_sampling
-from s3d_jax.state import DecodeSpec
-from s3d_jax.tuning import Tuning
+from s3d_jax.lm import LM
+from s3d_jax.nn import transformer as model
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, symmetric_skip
+from s3d_jax.settings.model import RopeConfig
+from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.storage.tuning import Tuning
 from tests.tiny import greedy_reference, outputs, proposer_of, run, tiny_config, tiny_params
 
 CONFIG = tiny_config()
@@ -194,7 +198,7 @@ def test_int8_is_exact_with_and_without_drafts():
 
 def test_what_decides(lm):
     """Measured costs only for the settings they were measured with; nothing where it is off."""
-    from s3d_jax.methods import drafting
+    from s3d_jax.drafters.registry import drafting
 
     assert drafting(lm, "s3d").costs == lm.tuning.costs
     # Elsewhere by the layers; on CPUs (these tests') more in float32, and not in 16 bits.

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax import decode
-from s3d_jax.cache import init_cache
-from s3d_jax.config import RopeConfig
-from s3d_jax.model import forward
+from s3d_jax.decoding import step as decode
+from s3d_jax.nn.cache import init_cache
+from s3d_jax.nn.transformer import forward
+from s3d_jax.settings.model import RopeConfig
 from tests.tiny import tiny_lm
 
 TURN = 20

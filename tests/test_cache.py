@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax.cache import init_cache, write
+from s3d_jax.nn.cache import init_cache, write
 from tests.tiny import tiny_config
 
 SLOTS, BLOCK = 9, 3

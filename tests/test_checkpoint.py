@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from s3d_jax import checkpoint
 from s3d_jax.errors import CheckpointError
-from s3d_jax.staging import check_replaceable
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.staging import check_replaceable
 from tests.tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config(num_layers=2)
@@ -238,7 +238,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
 
 FILLED_DISK = """
 import resource, signal, sys
-from s3d_jax import checkpoint
+from s3d_jax.storage import native as checkpoint
 from s3d_jax.errors import CheckpointError
 from tests.tiny import tiny_config, tiny_params
 config = tiny_config(num_layers=2, hidden_size=200)

@@ -11,7 +11,7 @@ import pytest
 
 import convert
 import s3d_jax
-from s3d_jax.cli import main
+from s3d_jax.commands.main import main
 
 STATS = {
     *("iterations", "drafted", "accepted", "tokens_per_iteration", "prefill_seconds"),
@@ -79,7 +79,7 @@ def test_an_unreadable_tokenizer_is_a_line_of_warning(native, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     options = ("generate", "1 15 7", "--ids", "--model", folder, "--max-new-tokens", "5")
     done = subprocess.run(  # pytest keeps warnings of its own process to itself
-        [sys.executable, "-m", "s3d_jax.cli", *options], capture_output=True, text=True
+        [sys.executable, "-m", "s3d_jax", *options], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 5

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from s3d_jax.config import DraftConfig, ModelConfig, RopeConfig, SamplingConfig, symmetric_skip
 from s3d_jax.errors import ConfigError
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import ModelConfig, RopeConfig
+from s3d_jax.settings.sampling import SamplingConfig
 from tests.tiny import tiny_config
 
 LONGROPE = RopeConfig(

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import decode
-from s3d_jax.batch import UNLIMITED, Batch
-from s3d_jax.config import RopeConfig
+from s3d_jax.decoding import step as decode
+from s3d_jax.engine.batch import UNLIMITED, Batch
 from s3d_jax.errors import InputError
-from s3d_jax.tokenizer import end_of_turn, read_tokenizer
+from s3d_jax.settings.model import RopeConfig
+from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer
 from tests.test_batch import ROPE, TURN
 from tests.tiny import tiny_lm
 
@@ -250,7 +250,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     ],
 )
 def test_the_end_of_a_turn_is_what_the_template_says(template, end):
-    tokenizer = read_tokenizer(s3d_jax.generate.EMBEDDED)
+    tokenizer = read_tokenizer(s3d_jax.lm.EMBEDDED)
     tokenizer.chat_template = template
     turns = ("<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|eot_id|>")
     tokenizer.add_special_tokens({"additional_special_tokens": [*turns, "<end_of_turn>"]})

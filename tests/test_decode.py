@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax import decode, model, proposers
-from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
-from s3d_jax.decode import DecodeSpec
-from s3d_jax.generate import LM
-from s3d_jax.model import DraftParams, forward
-from s3d_jax.sampling import batch_sampling
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.decoding.step import DecodeSpec
+from s3d_jax.drafters import proposers
+from s3d_jax.lm import LM
+from s3d_jax.nn import transformer as model
+from s3d_jax.nn.transformer import DraftParams, forward
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import RopeConfig
+from s3d_jax.settings.sampling import SamplingConfig
 from tests.tiny import (
     counted,
     greedy_reference,

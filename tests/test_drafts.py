@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint
-from s3d_jax.config import DraftConfig
-from s3d_jax.drafts import choose_draft, draft_names, read_draft, save_draft
+from s3d_jax.drafters.stored import choose_draft, draft_names, read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.model import DraftParams
+from s3d_jax.nn.transformer import DraftParams
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.storage import native as checkpoint
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 

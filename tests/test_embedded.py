@@ -8,11 +8,11 @@ import pytest
 
 import s3d_jax
 from recipes.embedded_model.prepare import chats, questions, split_stories
-from s3d_jax import cli
-from s3d_jax.checkpoint import read_header
-from s3d_jax.drafts import read_draft
-from s3d_jax.generate import EMBEDDED
-from s3d_jax.model import num_params
+from s3d_jax.commands import main as cli
+from s3d_jax.drafters.stored import read_draft
+from s3d_jax.lm import EMBEDDED
+from s3d_jax.nn.transformer import num_params
+from s3d_jax.storage.native import read_header
 from s3d_jax.train.data import read_documents
 from s3d_jax.train.validation import held_out_prompts
 

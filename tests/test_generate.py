@@ -11,12 +11,12 @@ import pytest
 
 import convert
 import s3d_jax
-import s3d_jax.checkpoint
-from s3d_jax.batch import UNLIMITED, Batch
-from s3d_jax.config import symmetric_skip
-from s3d_jax.decode import decode_jit
+import s3d_jax.storage.native
+from s3d_jax.decoding.step import decode_jit
+from s3d_jax.engine.batch import UNLIMITED, Batch
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.model import DraftParams, init_params
+from s3d_jax.nn.transformer import DraftParams, init_params
+from s3d_jax.settings.drafting import symmetric_skip
 from tests.tiny import proposer_of, tiny_config, tiny_lm
 
 REAL = ("babyllama-1m", "stories260k")
@@ -261,7 +261,7 @@ def test_stop_strings_end_a_row_where_a_look_after_each_step_would(
     for stop in ([texts[0][1:4]], [texts[1][40:43]], ["@", texts[2][83:87]], ["@@"]):
         rows = {}
         for steps in (8, 1):
-            monkeypatch.setattr("s3d_jax.batch._STEPS_PER_LOOK", steps)
+            monkeypatch.setattr("s3d_jax.engine.batch._STEPS_PER_LOOK", steps)
             results = baby.generate(prompts, stop=stop, **options)
             for result, whole in zip(results, plain, strict=True):
                 ends = [whole.text.index(s) for s in stop if s in whole.text]
@@ -445,9 +445,9 @@ def test_other_parameters_of_the_draft_get_programs_of_their_own():
 @pytest.mark.parametrize("capability, warns", [("7.5", True), ("8.0", False), ("gfx90a", False)])
 def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capability, warns):
     config = tiny_config(dtype="bfloat16")
-    s3d_jax.checkpoint.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
+    s3d_jax.storage.native.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
     device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4", platform="gpu")
-    monkeypatch.setattr("s3d_jax.generate.jax.devices", lambda: [device])
+    monkeypatch.setattr("s3d_jax.lm.jax.devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         s3d_jax.load(tmp_path / "model")
@@ -599,7 +599,7 @@ def test_large_tokenizers_load_in_silence_and_encode_as_before(data_dir, tmp_pat
     source = data_dir / "tokenizers" / name
     config = tiny_config()
     params = init_params(config, jax.random.key(0))
-    s3d_jax.checkpoint.save(tmp_path / "model", config, params, tokenizer=source)
+    s3d_jax.storage.native.save(tmp_path / "model", config, params, tokenizer=source)
     lm = s3d_jax.load(tmp_path / "model")
     assert "regex" not in "".join(capfd.readouterr())
     theirs = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
@@ -612,9 +612,9 @@ def test_large_tokenizers_load_in_silence_and_encode_as_before(data_dir, tmp_pat
     [("tokenizer.json", "JSONDecodeError"), ("tokenizer.model", "`pip install sentencepiece`")],
 )
 def test_an_unreadable_tokenizer_leaves_ids(tmp_path, monkeypatch, file, advice):
-    monkeypatch.setattr("s3d_jax.tokenizer.find_spec", lambda name: None)
+    monkeypatch.setattr("s3d_jax.storage.tokenizer.find_spec", lambda name: None)
     config = tiny_config()
-    folder = s3d_jax.checkpoint.save(
+    folder = s3d_jax.storage.native.save(
         tmp_path / "model", config, init_params(config, jax.random.key(0))
     )
     (folder / file).write_text("no tokenizer")

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import int8, model
-from s3d_jax.cache import init_cache
-from s3d_jax.checkpoint import flatten
-from s3d_jax.config import DraftConfig, RopeConfig
-from s3d_jax.drafts import merge, merged_bytes
+from s3d_jax.drafters.stored import merge, merged_bytes
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.generate import LM
-from s3d_jax.model import (
+from s3d_jax.lm import LM
+from s3d_jax.nn import transformer as model
+from s3d_jax.nn.cache import init_cache
+from s3d_jax.nn.transformer import (
     abstract_params,
     forward,
     forward_logits,
@@ -22,7 +20,11 @@ from s3d_jax.model import (
     untrained_draft,
     weight_bytes,
 )
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import RopeConfig
+from s3d_jax.storage.native import flatten
 from s3d_jax.train.draft import DraftTask
+from s3d_jax.weights import int8
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 

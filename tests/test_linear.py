@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.linear import attention_mix, attention_scores, project
+from s3d_jax.nn.linear import attention_mix, attention_scores, project
 
 # Of the result over the size of its terms: float32 rounding, and one rounding to 16 bits.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax import decode, model
-from s3d_jax.cache import init_cache, layer_slots
-from s3d_jax.config import RopeConfig
-from s3d_jax.model import attend, forward, forward_logits
+from s3d_jax.decoding import step as decode
+from s3d_jax.nn import transformer as model
+from s3d_jax.nn.cache import init_cache, layer_slots
+from s3d_jax.nn.transformer import attend, forward, forward_logits
+from s3d_jax.settings.model import RopeConfig
 from tests.tiny import tiny_config, tiny_params
 
 WINDOW, BLOCK, SLOTS = 5, 4, 64

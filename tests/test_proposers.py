@@ -9,12 +9,14 @@ import pytest
 
 import convert
 import s3d_jax
-from s3d_jax import cli, decode, proposers
-from s3d_jax.batch import Batch
-from s3d_jax.config import DraftConfig, PromptLookupConfig, TwoModelConfig
-from s3d_jax.decode import DecodeSpec
+from s3d_jax.commands import main as cli
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import SamplingConfig, batch_sampling
+from s3d_jax.decoding.step import DecodeSpec
+from s3d_jax.drafters import proposers
+from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import ConfigError
-from s3d_jax.sampling import SamplingConfig, batch_sampling
+from s3d_jax.settings.drafting import DraftConfig, PromptLookupConfig, TwoModelConfig
 from tests.tiny import tiny_config, tiny_lm, tiny_params
 
 PROMPTS = [[3], [5, 9, 2], list(range(1, 18)), [7] * 40]

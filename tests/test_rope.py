@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.config import RopeConfig
-from s3d_jax.rope import rotary_table, rotate
+from s3d_jax.nn.rope import rotary_table, rotate
+from s3d_jax.settings.model import RopeConfig
 
 
 @pytest.mark.parametrize("rotated", [20, 14, 10, 2])

@@ -9,18 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax import adaptive, proposers, sampling
-from s3d_jax.config import (
-    DraftConfig,
-    PassCosts,
-    PromptLookupConfig,
-    SamplingConfig,
-    TwoModelConfig,
-)
-from s3d_jax.decode import Proposal
+from s3d_jax.decoding import adaptive, sampling
+from s3d_jax.decoding.sampling import batch_sampling, warp
+from s3d_jax.decoding.step import Proposal
+from s3d_jax.drafters import proposers
 from s3d_jax.errors import InputError
-from s3d_jax.model import forward_logits
-from s3d_jax.sampling import batch_sampling, warp
+from s3d_jax.nn.transformer import forward_logits
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig, TwoModelConfig
+from s3d_jax.settings.sampling import SamplingConfig
 from tests.tiny import outputs, run, tiny_config, tiny_params
 
 

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import s3d_jax
-from s3d_jax import decode, int8
-from s3d_jax.config import ModelConfig, PassCosts, SamplingConfig, TwoModelConfig
-from s3d_jax.drafts import read_draft
-from s3d_jax.generate import EMBEDDED, LM
-from s3d_jax.model import Params, forward_logits, init_params, untrained_draft
-from s3d_jax.sampling import batch_sampling
-from s3d_jax.state import DecodeSpec, DecodeState, Draft, DrafterParams, Proposal
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Draft, DrafterParams, Proposal
+from s3d_jax.drafters.stored import read_draft
+from s3d_jax.lm import EMBEDDED, LM
+from s3d_jax.nn.transformer import Params, forward_logits, init_params, untrained_draft
+from s3d_jax.settings.drafting import PassCosts, TwoModelConfig
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.weights import int8
 
 
 def tiny_config(**changes) -> ModelConfig:

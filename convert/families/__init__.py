@@ -20,8 +20,8 @@ from convert.families import (
     smollm3,
 )
 from convert.families.common import Family, Names, Part, Table, native_shape, pieces
-from s3d_jax.config import ModelConfig
 from s3d_jax.errors import ConfigError
+from s3d_jax.settings.model import ModelConfig
 
 __all__ = [
     "FAMILIES",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convert.families.fields import Fields
-from s3d_jax.config import ModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 # HF's names -> ours, and the way back.
 _ACTIVATIONS = {

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from s3d_jax.config import MAX_LAYERS, MAX_SIZE
 from s3d_jax.errors import ConfigError
+from s3d_jax.settings.model import MAX_LAYERS, MAX_SIZE
 
 # Defaults of HF's generate that old checkpoints keep in config.json. They do not touch the model.
 GENERATION_FIELDS = frozenset(

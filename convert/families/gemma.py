@@ -6,7 +6,7 @@ from typing import Any
 from convert.families.common import Family, decoder_fields, write_decoder
 from convert.families.fields import Fields
 from convert.families.rope import rope_fields, take_rope
-from s3d_jax.config import ModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 TANH = "gelu_pytorch_tanh"
 

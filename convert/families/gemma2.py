@@ -6,7 +6,7 @@ from convert.families.common import LAYER, Family, take_window, take_windows, wr
 from convert.families.fields import Fields
 from convert.families.gemma import DEFAULTS, gemma_fields, write_gemma
 from convert.families.rope import rope_fields, take_rope
-from s3d_jax.config import ModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 SANDWICH = LAYER | {
     "post_attention_norm": ["post_attention_layernorm"],

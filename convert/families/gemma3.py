@@ -11,7 +11,7 @@ from convert.families.fields import Fields
 from convert.families.gemma import DEFAULTS
 from convert.families.gemma2 import SANDWICH, sandwich_fields, write_sandwich
 from convert.families.rope import DEFAULT_THETA, read_rope, rope_scaling, take_rope
-from s3d_jax.config import ModelConfig, RopeConfig
+from s3d_jax.settings.model import ModelConfig, RopeConfig
 
 _GLOBAL_THETA = 1e6
 

@@ -11,7 +11,7 @@ from convert.families.common import (
 )
 from convert.families.fields import Fields
 from convert.families.rope import rope_fields, take_rope
-from s3d_jax.config import ModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 
 def _read(fields: Fields) -> ModelConfig:

@@ -12,7 +12,7 @@ from convert.families.common import (
 )
 from convert.families.fields import Fields
 from convert.families.rope import rope_fields, take_rope
-from s3d_jax.config import ModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 _FUSED = LAYER | {"attention/qkv": ["self_attn.qkv_proj"], "mlp/gate_up": ["mlp.gate_up_proj"]}
 

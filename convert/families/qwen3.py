@@ -5,7 +5,7 @@ from typing import Any
 from convert.families.common import LAYER, QK_NORMS, Family
 from convert.families.fields import Fields
 from convert.families.qwen2 import DEFAULTS, read_qwen, write_qwen
-from s3d_jax.config import ModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 
 def _read(fields: Fields) -> ModelConfig:

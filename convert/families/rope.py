@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.families.fields import Fields
-from s3d_jax.config import ModelConfig, RopeConfig
 from s3d_jax.errors import ConfigError
+from s3d_jax.settings.model import ModelConfig, RopeConfig
 
 DEFAULT_THETA = 10000.0
 _USUAL_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from s3d_jax.batch import Batch
-from s3d_jax.bench.suites import Prompt
-from s3d_jax.config import DraftConfig, PromptLookupConfig
+from s3d_jax.drafters.registry import drafting
+from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import InputError
-from s3d_jax.methods import drafting
+from s3d_jax.settings.drafting import DraftConfig, PromptLookupConfig
+from s3d_jax.texts.suites import Prompt
 
 if TYPE_CHECKING:
-    from s3d_jax.generate import LM
+    from s3d_jax.lm import LM
 
 EXTERNAL = ("hf", "hf-prompt-lookup")
 

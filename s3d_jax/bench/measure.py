@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from s3d_jax.batch import peak_memory_bytes
 from s3d_jax.bench.contestants import Contestant, Run
-from s3d_jax.bench.suites import Prompt
+from s3d_jax.engine.batch import peak_memory_bytes
+from s3d_jax.texts.suites import Prompt
 
 _GIB = 2**30
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s3d_jax.errors import InputError
-from s3d_jax.tuning import machine
+from s3d_jax.storage.tuning import machine
 
 _GIB = 2**30
 
@@ -36,7 +36,7 @@ def _command() -> str:
     """As it would be typed again, with the number of threads that XLA was told."""
     program = Path(sys.argv[0])
     words = ["python", str(program)] if program.suffix == ".py" else [program.stem]
-    if program.parent.name == "s3d_jax":  # python -m s3d_jax.cli
+    if program.parent.name == "s3d_jax":  # python -m s3d_jax
         words = ["s3d"]
     threads = f"NPROC={os.environ['NPROC']} " if os.environ.get("NPROC") else ""
     return threads + shlex.join([*words, *sys.argv[1:]])

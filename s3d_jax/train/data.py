@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from s3d_jax.errors import InputError
-from s3d_jax.tokenizer import special_ids
+from s3d_jax.storage.tokenizer import special_ids
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 _OPEN_ROWS = 64

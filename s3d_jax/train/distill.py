@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
-from s3d_jax.staging import write_atomically
+from s3d_jax.lm import LM
+from s3d_jax.storage.staging import write_atomically
 from s3d_jax.train.data import Document
 from s3d_jax.train.options import differences, in_words
 

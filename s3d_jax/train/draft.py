@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.model import DraftParams, Params, float_dtype, mean_embedding, untrained_draft
+from s3d_jax.nn.transformer import DraftParams, Params, float_dtype, mean_embedding, untrained_draft
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.train.objective import (
     Mean,
     ObjectiveConfig,

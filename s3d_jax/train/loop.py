@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import ConfigError, TrainingError
-from s3d_jax.staging import write_atomically
+from s3d_jax.storage.staging import write_atomically
 from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import OptimizerConfig
 from s3d_jax.train.options import differences, in_words

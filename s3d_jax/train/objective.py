@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.cache import KVCache, init_cache
-from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.model import DraftParams, Params, behind_anchors, float_dtype, forward
+from s3d_jax.nn.cache import KVCache, init_cache
+from s3d_jax.nn.transformer import DraftParams, Params, behind_anchors, float_dtype, forward
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
 
 OBJECTIVES = ("ce", "kl", "tv")
 

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import ConfigError
-from s3d_jax.model import Params, init_params
+from s3d_jax.nn.transformer import Params, init_params
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.train.draft import AdapterConfig, draft_losses, init_draft
 from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss, target_stream
 

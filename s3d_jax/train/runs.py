@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from s3d_jax import checkpoint
-from s3d_jax.config import DraftConfig, ModelConfig
-from s3d_jax.drafts import (
+from s3d_jax.drafters.stored import (
     DEFAULT,
     check_name,
     choose_draft,
@@ -22,10 +20,13 @@ from s3d_jax.drafts import (
     write_draft,
 )
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
-from s3d_jax.generate import LM, default_draft, load
-from s3d_jax.model import DraftParams, Params, untrained_draft
-from s3d_jax.staging import check_apart, check_replaceable
-from s3d_jax.tokenizer import tokenizer_files
+from s3d_jax.lm import LM, default_draft, load
+from s3d_jax.nn.transformer import DraftParams, Params, untrained_draft
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.staging import check_apart, check_replaceable
+from s3d_jax.storage.tokenizer import tokenizer_files
 from s3d_jax.train.data import (
     Batches,
     Document,

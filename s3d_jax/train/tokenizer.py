@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.staging import staged_folder
-from s3d_jax.tokenizer import read_tokenizer
+from s3d_jax.storage.staging import staged_folder
+from s3d_jax.storage.tokenizer import read_tokenizer
 from s3d_jax.train.data import read_words
 
 END = "<|endoftext|>"  # begins and ends every text

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from s3d_jax.config import ModelConfig
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
-from s3d_jax.model import Params
+from s3d_jax.lm import LM
+from s3d_jax.nn.transformer import Params
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.train.data import Document, Rows
 from s3d_jax.train.objective import Mean, next_token_loss, target_stream
 

@@ -2,5 +2,5 @@
 
 acceptance.py has the model's own texts and what a draft gets right of them, costs.py the times of
 the passes, search.py the sets of layers, plan.py all of it together, report.py table and picture,
-command.py the command `s3d tune`. What is kept of it is in s3d_jax/tuning.py.
+The command is in s3d_jax/commands/tune.py. What is kept of it is in s3d_jax/storage/tuning.py.
 """

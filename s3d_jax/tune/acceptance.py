@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.bench.suites import Prompt
-from s3d_jax.cache import KVCache
-from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
-from s3d_jax.model import Block, DraftParams, Params, RMSNorm, _bridge, float_dtype
+from s3d_jax.lm import LM
+from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.transformer import Block, DraftParams, Params, RMSNorm, _bridge, float_dtype
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.texts.suites import Prompt
 from s3d_jax.train.objective import block_targets, draft_stream, target_stream
 
 Skip = tuple[bool, ...]

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import decode
-from s3d_jax.batch import cache_slots
-from s3d_jax.config import DraftConfig, PassCosts, SamplingConfig
-from s3d_jax.generate import LM
-from s3d_jax.model import Params
-from s3d_jax.sampling import SamplingFeatures, SamplingParams, batch_sampling
-from s3d_jax.state import DecodeSpec, DecodeState, DrafterParams, Proposal, last_token
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, batch_sampling
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, DrafterParams, Proposal, last_token
+from s3d_jax.engine.batch import cache_slots
+from s3d_jax.lm import LM
+from s3d_jax.nn.transformer import Params
+from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.tune.acceptance import Skip, Texts
 
 _SECONDS = 0.05  # of one turn of one program, where the cache has room for so many iterations

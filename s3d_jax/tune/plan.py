@@ -9,9 +9,10 @@ import numpy as np
 
 from s3d_jax.bench import measure
 from s3d_jax.bench.contestants import Ours
-from s3d_jax.bench.suites import Prompt
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
+from s3d_jax.lm import LM
+from s3d_jax.storage.tuning import Tuning
+from s3d_jax.texts.suites import Prompt
 from s3d_jax.tune.acceptance import (
     Expected,
     Judge,
@@ -22,7 +23,6 @@ from s3d_jax.tune.acceptance import (
 )
 from s3d_jax.tune.costs import Clock, Costs, num_programs
 from s3d_jax.tune.search import Search, num_judged, search
-from s3d_jax.tuning import Tuning
 
 GAMMAS = (1, 2, 3, 4, 5, 6, 8)
 

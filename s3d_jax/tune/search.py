@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.config import DraftConfig, ModelConfig, symmetric_skip
 from s3d_jax.errors import InputError
-from s3d_jax.model import Block, DraftParams, Params
+from s3d_jax.nn.transformer import Block, DraftParams, Params
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.train.objective import draft_stream, target_stream
 from s3d_jax.tune.acceptance import (
     MOST_BYTES,

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 import convert
-from s3d_jax.batch import Batch
-from s3d_jax.bench.command import parse_methods
 from s3d_jax.bench.contestants import hf_model
-from s3d_jax.cli import main
+from s3d_jax.commands.bench import parse_methods
+from s3d_jax.commands.main import main
+from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import InputError
-from s3d_jax.generate import EMBEDDED
+from s3d_jax.lm import EMBEDDED
 from tests.conftest import need
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from s3d_jax.bench import measure, report
 from s3d_jax.bench.contestants import Contestant, Ours, Run
-from s3d_jax.bench.suites import Prompt
-from s3d_jax.config import PassCosts
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
-from s3d_jax.tuning import Tuning
+from s3d_jax.lm import LM
+from s3d_jax.settings.drafting import PassCosts
+from s3d_jax.storage.tuning import Tuning
+from s3d_jax.texts.suites import Prompt
 from tests.tiny import tiny_config, tiny_lm, tiny_params
 
 PROMPTS = [Prompt(c, np.arange(n, dtype=np.int32)) for c, n in (("a", 1), ("a", 2), ("b", 3))]
@@ -180,7 +180,7 @@ def test_the_command_can_be_typed_again(monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
     for program, shown in (
         ("/usr/bin/s3d", "s3d"),
-        ("/lib/s3d_jax/cli.py", "s3d"),
+        ("/lib/s3d_jax/__main__.py", "s3d"),
         ("benchmarks/adaptive.py", "python benchmarks/adaptive.py"),
     ):
         monkeypatch.setattr("sys.argv", [program, "--suite", "two words.jsonl"])

@@ -9,10 +9,10 @@ import pytest
 
 import s3d_jax
 from recipes.embedded_model.prepare import chats, split_stories
-from s3d_jax.bench.suites import BUILT_IN, read_suites
 from s3d_jax.errors import InputError
-from s3d_jax.generate import EMBEDDED
-from s3d_jax.tokenizer import read_tokenizer
+from s3d_jax.lm import EMBEDDED
+from s3d_jax.storage.tokenizer import read_tokenizer
+from s3d_jax.texts.suites import BUILT_IN, read_suites
 
 
 @pytest.fixture(scope="module")

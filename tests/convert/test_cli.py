@@ -13,7 +13,7 @@ import pytest
 
 import s3d_jax
 from convert.__main__ import main
-from s3d_jax import checkpoint
+from s3d_jax.storage import native as checkpoint
 from tests.conftest import need
 from tests.convert.hf_folder import write_folder, write_large_folder
 

@@ -6,9 +6,10 @@ import pytest
 import transformers
 
 from convert.families import FAMILIES, Family, family_of, native_shape
-from s3d_jax import checkpoint, model
-from s3d_jax.config import ModelConfig, RopeConfig
 from s3d_jax.errors import ConfigError
+from s3d_jax.nn import transformer as model
+from s3d_jax.settings.model import ModelConfig, RopeConfig
+from s3d_jax.storage import native as checkpoint
 
 SIZES = dict(
     vocab_size=37,

@@ -15,8 +15,8 @@ import ml_dtypes
 import pytest
 
 import convert
-from s3d_jax import checkpoint
-from s3d_jax.tokenizer import tokenizer_files
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.tokenizer import tokenizer_files
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 

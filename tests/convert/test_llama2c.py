@@ -8,9 +8,9 @@ import pytest
 
 import convert
 import s3d_jax
-from s3d_jax import checkpoint
 from s3d_jax.errors import ConversionError
-from s3d_jax.model import forward_logits
+from s3d_jax.nn.transformer import forward_logits
+from s3d_jax.storage import native as checkpoint
 
 QUIET = dict(parity=False, progress=False)
 

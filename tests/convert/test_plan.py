@@ -13,8 +13,8 @@ import convert
 from convert import hf
 from convert.__main__ import main
 from convert.plan import inspect, plan
-from s3d_jax import checkpoint
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
+from s3d_jax.storage import native as checkpoint
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
 TIED = FIELDS | {"tie_word_embeddings": True}
@@ -157,7 +157,7 @@ def test_real_models_without_their_weights(
     data_dir, tmp_path, capsys, monkeypatch, config, index, num_params, num_files
 ):
     folder = bare(data_dir, tmp_path / "hf", config, index)
-    monkeypatch.setattr("s3d_jax.staging.free_space", lambda out: 10**11)
+    monkeypatch.setattr("s3d_jax.storage.staging.free_space", lambda out: 10**11)
     planned = plan(folder, tmp_path / "out")
     assert planned.num_written == planned.num_read == 2 * num_params
     assert len(planned.absent) == num_files and set(planned.files.values()) == {None}
@@ -273,7 +273,7 @@ def test_a_dry_run_refuses_what_the_conversion_would(tmp_path, monkeypatch, caps
         plan(folder, tmp_path / "out", dtype="int8")
     with pytest.raises(ConversionError, match="no tokenizer files"):
         plan(folder, tmp_path / "out", tokenizer=tmp_path)
-    monkeypatch.setattr("s3d_jax.staging.free_space", lambda out: 1000)
+    monkeypatch.setattr("s3d_jax.storage.staging.free_space", lambda out: 1000)
     assert main(["--dry-run", str(folder), str(tmp_path / "deep" / "out")]) == 2
     assert "free some space" in capsys.readouterr().err
     assert not (tmp_path / "deep").exists()

@@ -13,12 +13,13 @@ import s3d_jax
 from convert.__main__ import main
 from convert.plan import plan
 from convert.quantization import _loss, _tokens, read_text
-from s3d_jax import checkpoint, int8
-from s3d_jax.bench.suites import HELD_OUT
-from s3d_jax.config import DraftConfig
-from s3d_jax.drafts import read_draft, save_draft
+from s3d_jax.drafters.stored import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError, InputError
-from s3d_jax.tokenizer import read_tokenizer
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.tokenizer import read_tokenizer
+from s3d_jax.texts.suites import HELD_OUT
+from s3d_jax.weights import int8
 from tests.conftest import need
 from tests.convert.hf_folder import random_tensors, write_folder
 from tests.tiny import tiny_config, tiny_params

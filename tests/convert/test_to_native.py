@@ -13,8 +13,9 @@ import convert
 from convert import hf, parity, to_native
 from convert.families import family_of
 from convert.to_hf import parse_size
-from s3d_jax import checkpoint, model
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
+from s3d_jax.nn import transformer as model
+from s3d_jax.storage import native as checkpoint
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 from tests.tiny import tiny_config, tiny_params

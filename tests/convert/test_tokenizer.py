@@ -10,9 +10,9 @@ import transformers
 import convert
 import s3d_jax
 from convert.__main__ import main
-from s3d_jax import checkpoint
 from s3d_jax.errors import ConversionError
-from s3d_jax.tokenizer import tokenizer_files
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.tokenizer import tokenizer_files
 from tests.convert.hf_folder import write_folder
 
 QUIET = dict(parity=False, progress=False)

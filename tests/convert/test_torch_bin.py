@@ -15,8 +15,8 @@ import convert
 from convert import torch_bin
 from convert.hf import open_source
 from convert.plan import inspect, plan
-from s3d_jax import checkpoint
 from s3d_jax.errors import ConversionError
+from s3d_jax.storage import native as checkpoint
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 

@@ -16,7 +16,7 @@ import convert
 import s3d_jax
 from convert import plan, to_hf
 from convert.families import FAMILIES
-from s3d_jax.model import forward_logits
+from s3d_jax.nn.transformer import forward_logits
 from tests.conftest import need
 
 torch = need("torch")

@@ -8,7 +8,7 @@ import pytest
 
 import convert
 import s3d_jax
-from s3d_jax.model import forward_logits
+from s3d_jax.nn.transformer import forward_logits
 from tests.conftest import need
 
 torch = need("torch")

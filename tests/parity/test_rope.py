@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from convert.families import family_of
-from s3d_jax.config import ModelConfig
-from s3d_jax.rope import inverse_frequencies, rotary_table
+from s3d_jax.nn.rope import inverse_frequencies, rotary_table
+from s3d_jax.settings.model import ModelConfig
 from tests.conftest import need
 
 torch = need("torch")

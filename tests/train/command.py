@@ -1,6 +1,6 @@
 """The commands as tests call them: quick settings for a tiny model."""
 
-from s3d_jax import cli
+from s3d_jax.commands import main as cli
 
 FAST = (
     *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),

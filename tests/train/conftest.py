@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from s3d_jax import checkpoint
+from s3d_jax.storage import native as checkpoint
 from tests.tiny import tiny_config, tiny_params
 from tests.train.command import run
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax import staging
-from s3d_jax.config import DraftConfig
 from s3d_jax.errors import ConfigError, TrainingError
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.storage import staging
 from s3d_jax.train import loop as loop_module
 from s3d_jax.train.data import Batches, Rows, pack, read_documents
 from s3d_jax.train.draft import AdapterConfig, DraftTask

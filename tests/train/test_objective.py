@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax import decode, proposers
-from s3d_jax.config import DraftConfig, RopeConfig, SamplingConfig, symmetric_skip
-from s3d_jax.decode import DecodeSpec
-from s3d_jax.model import DraftParams
-from s3d_jax.sampling import batch_sampling
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.decoding.step import DecodeSpec
+from s3d_jax.drafters import proposers
+from s3d_jax.nn.transformer import DraftParams
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import RopeConfig
+from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.train.draft import AdapterConfig, DraftTask, init_draft
 from s3d_jax.train.objective import (
     ObjectiveConfig,

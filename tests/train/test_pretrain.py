@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from s3d_jax.config import DraftConfig, symmetric_skip
 from s3d_jax.errors import ConfigError
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.train.objective import ObjectiveConfig
 from s3d_jax.train.pretrain import PretrainTask
 from tests.tiny import tiny_config

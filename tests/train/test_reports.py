@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint
-from s3d_jax.config import DraftConfig
-from s3d_jax.drafts import draft_names, read_draft, save_draft
+from s3d_jax.drafters.stored import draft_names, read_draft, save_draft
 from s3d_jax.errors import InputError
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.storage import native as checkpoint
 from s3d_jax.train import runs
 from s3d_jax.train.data import Document, read_documents
 from s3d_jax.train.draft import AdapterConfig, init_draft

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint
-from s3d_jax.drafts import save_draft
+from s3d_jax.commands.train import parse_skip
+from s3d_jax.drafters.stored import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
-from s3d_jax.train.commands import parse_skip
+from s3d_jax.storage import native as checkpoint
 from s3d_jax.train.data import Document
 from s3d_jax.train.distill import distill, prompts_of
 from tests.tiny import tiny_config, tiny_lm
@@ -53,19 +53,19 @@ def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
 
 def test_a_draft_goes_on_from_another(model, capsys):
     assert train(model, "first", "--steps", "40", "--rank", "3", "--bridge-rank", "5") == 0
-    reached = s3d_jax.drafts.read_draft(model / "model", "first", tiny_config(), weights=False)
+    reached = read_draft(model / "model", "first", tiny_config(), weights=False)
     more = ("--steps", "20", "--learning-rate", "1e-3", "--batch-size", "8", "--row-length", "32")
     common = ("train", "--model", model / "model", "--data", model / "own.jsonl", *more)
     validation = ("--valid-prompts", "8", "--valid-tokens", "24", "--start", "first")
     run_folder = ("--run", model / "run-second", "--name", "second")
     assert run(*common, *validation, *run_folder) == 0
-    second = s3d_jax.drafts.read_draft(model / "model", "second", tiny_config(), weights=False)
+    second = read_draft(model / "model", "second", tiny_config(), weights=False)
     assert second.config == reached.config and second.num_params == reached.num_params
     assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5}
     assert second.training["before"] == reached.training["reached"]  # where it began
     run_folder = ("--run", model / "run-third", "--name", "third")
     assert run(*common, *validation, *run_folder, "--rank", "7") == 0
-    third = s3d_jax.drafts.read_draft(model / "model", "third", tiny_config())
+    third = read_draft(model / "model", "third", tiny_config())
     assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5}
     assert third.training["before"] == reached.training["reached"]  # what is added begins at 0
     added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
@@ -76,7 +76,7 @@ def test_a_draft_goes_on_from_another(model, capsys):
     assert run(*common, *validation, *run_folder, "--skip", "2") == 2
     assert "--skip: --start takes what that draft has" in capsys.readouterr().err
     assert run(*common, *validation, *run_folder, "--gamma", "2") == 0
-    two = s3d_jax.drafts.read_draft(model / "model", "y", tiny_config())
+    two = read_draft(model / "model", "y", tiny_config())
     assert two.config == reached.config.replace(gamma=2)
     assert two.params.mask_embeddings.shape == (1, 24)
     assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it begins with what is learnt

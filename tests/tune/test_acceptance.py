@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from s3d_jax.bench.suites import Prompt, read_suites
-from s3d_jax.config import DraftConfig, symmetric_skip
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
+from s3d_jax.lm import LM
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.texts.suites import Prompt, read_suites
 from s3d_jax.tune import acceptance
 from s3d_jax.tune.acceptance import Acceptance, Judge, Texts, fit_acceptance, replay, write_texts
 from tests.tiny import embedded_in_float, tiny_config, tiny_params

@@ -7,10 +7,11 @@ import shutil
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint, generate
-from s3d_jax.cli import main
+from s3d_jax import lm as generate
+from s3d_jax.commands.main import main
+from s3d_jax.commands.tune import parse_gammas
 from s3d_jax.errors import InputError
-from s3d_jax.tune.command import parse_gammas
+from s3d_jax.storage import native as checkpoint
 from tests.bench.test_measure import full_disk
 from tests.tiny import tiny_config, tiny_params
 

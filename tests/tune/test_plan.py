@@ -7,10 +7,10 @@ import pytest
 
 from s3d_jax.bench import measure
 from s3d_jax.bench.contestants import Run
-from s3d_jax.bench.suites import Prompt
-from s3d_jax.config import symmetric_skip
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
+from s3d_jax.lm import LM
+from s3d_jax.settings.drafting import symmetric_skip
+from s3d_jax.texts.suites import Prompt
 from s3d_jax.tune.acceptance import (
     Acceptance,
     Expected,

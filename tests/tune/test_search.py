@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from s3d_jax.bench.suites import Prompt
 from s3d_jax.errors import InputError
-from s3d_jax.generate import LM
+from s3d_jax.lm import LM
+from s3d_jax.texts.suites import Prompt
 from s3d_jax.tune import acceptance
 from s3d_jax.tune.acceptance import Judge, write_texts
 from s3d_jax.tune.search import SEARCHES, num_judged, search
@@ -97,6 +97,6 @@ def test_the_middle_needs_no_judge(planted):
 
 
 def test_the_command_names_the_same_searches():
-    from s3d_jax.tune.command import _SEARCHES
+    from s3d_jax.commands.tune import _SEARCHES
 
     assert _SEARCHES == SEARCHES

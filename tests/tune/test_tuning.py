@@ -7,14 +7,15 @@ import jax
 import pytest
 
 import s3d_jax
-from s3d_jax import checkpoint, tuning
 from s3d_jax.bench.report import about
-from s3d_jax.config import DraftConfig, PassCosts
-from s3d_jax.drafts import save_draft
+from s3d_jax.drafters.registry import candidate_settings, default_settings
+from s3d_jax.drafters.stored import save_draft
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.generate import LM
-from s3d_jax.methods import candidate_settings, default_settings
-from s3d_jax.tuning import Tuning, check_writable, read_tuning, save_tuning
+from s3d_jax.lm import LM
+from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage import tuning
+from s3d_jax.storage.tuning import Tuning, check_writable, read_tuning, save_tuning
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 

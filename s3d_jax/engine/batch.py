@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import decode
-from s3d_jax.cache import Kept
-from s3d_jax.config import Method, SamplingConfig, TwoModelConfig, is_integer, is_list, plain
+from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.sampling import SamplingParams, batch_sampling
+from s3d_jax.decoding.state import DrafterParams
+from s3d_jax.drafters.registry import drafting
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.methods import drafting
-from s3d_jax.sampling import SamplingParams, batch_sampling
-from s3d_jax.state import DrafterParams
+from s3d_jax.nn.cache import Kept
+from s3d_jax.settings.drafting import Method, TwoModelConfig
+from s3d_jax.settings.records import is_integer, is_list, plain
+from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.text import TextRow
 
 if TYPE_CHECKING:
-    from s3d_jax.generate import LM
+    from s3d_jax.lm import LM
 
 UNLIMITED = int(np.iinfo(np.int32).max)
 _USUAL_SLACK = 16  # slots behind the last token, for γ up to 15

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from s3d_jax import int8
+from s3d_jax.weights import int8
 
 INIT_DEVIATION = 0.02  # of random weights
 _FEW_ROWS = 64  # from where on turning the result costs more than repacking the weight

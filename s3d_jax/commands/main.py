@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax import __version__
-from s3d_jax.bench.command import add_command as add_bench
-from s3d_jax.config import METHODS
+from s3d_jax.commands.bench import add_command as add_bench
+from s3d_jax.commands.train import add_commands as add_training
+from s3d_jax.commands.tune import add_command as add_tune
 from s3d_jax.errors import InputError, S3DError
-from s3d_jax.train.commands import add_commands as add_training
-from s3d_jax.tune.command import add_command as add_tune
+from s3d_jax.settings.drafting import METHODS
 
 if TYPE_CHECKING:
-    from s3d_jax.config import DraftConfig
-    from s3d_jax.drafts import Draft
-    from s3d_jax.generate import LM
+    from s3d_jax.drafters.stored import Draft
+    from s3d_jax.lm import LM
+    from s3d_jax.settings.drafting import DraftConfig
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
@@ -179,7 +179,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> "LM":
-    from s3d_jax.generate import load
+    from s3d_jax.lm import load
 
     if arguments.draft_model is not None and arguments.method != "two-model":
         raise InputError("--draft-model is for --method two-model")
@@ -277,12 +277,13 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     import jax
 
-    from s3d_jax import checkpoint, model
-    from s3d_jax.cache import layer_slots
-    from s3d_jax.decode import PREFILL_BUCKETS
-    from s3d_jax.drafts import draft_names, read_draft
-    from s3d_jax.generate import EMBEDDED, default_draft
-    from s3d_jax.tuning import read_entries
+    from s3d_jax.decoding.step import PREFILL_BUCKETS
+    from s3d_jax.drafters.stored import draft_names, read_draft
+    from s3d_jax.lm import EMBEDDED, default_draft
+    from s3d_jax.nn import transformer as model
+    from s3d_jax.nn.cache import layer_slots
+    from s3d_jax.storage import native as checkpoint
+    from s3d_jax.storage.tuning import read_entries
 
     header = checkpoint.read_header(arguments.model or EMBEDDED)
     config = header.config
@@ -386,7 +387,3 @@ def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
         f"{tuned['improvement_factor']:.2f}; {key['dtype']}, draft {key['draft'] or 'untrained'}, "
         f"{key['device']}",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,23 +10,18 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from s3d_jax import checkpoint
-from s3d_jax.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
-from s3d_jax.config import (
-    DraftConfig,
-    ModelConfig,
-    is_integer,
-    is_list,
-    plain,
-    symmetric_skip,
-)
 from s3d_jax.conversation import Conversation
-from s3d_jax.drafts import choose_draft, merge, merged_bytes, read_draft
+from s3d_jax.drafters.stored import choose_draft, merge, merged_bytes, read_draft
+from s3d_jax.engine.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.model import DraftParams, Params, untrained_draft
+from s3d_jax.nn.transformer import DraftParams, Params, untrained_draft
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.records import is_integer, is_list, plain
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
+from s3d_jax.storage.tuning import Tuning, read_tuning
 from s3d_jax.stream import Stream, text_pieces
-from s3d_jax.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
-from s3d_jax.tuning import Tuning, read_tuning
 
 # Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger
 # the small products of the deltas hardly count.

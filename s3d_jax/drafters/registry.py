@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from s3d_jax import proposers
-from s3d_jax.config import (
+from s3d_jax.decoding.state import Draft, Proposal
+from s3d_jax.drafters import proposers
+from s3d_jax.errors import ConfigError
+from s3d_jax.settings.drafting import (
     METHODS,
     DraftConfig,
     PassCosts,
@@ -14,11 +16,9 @@ from s3d_jax.config import (
     TwoModelConfig,
     symmetric_skip,
 )
-from s3d_jax.errors import ConfigError
-from s3d_jax.state import Draft, Proposal
 
 if TYPE_CHECKING:
-    from s3d_jax.generate import LM
+    from s3d_jax.lm import LM
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "s3d": ("gamma", "skip", "adaptive"),

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s3d_jax.config import ModelConfig
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.staging import staged_folder
-from s3d_jax.tokenizer import has_vocabulary, tokenizer_files
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.staging import staged_folder
+from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
 
 if TYPE_CHECKING:
-    from s3d_jax.model import Params
+    from s3d_jax.nn.transformer import Params
 
 FORMAT, VERSION = "s3d_jax", 2
 
@@ -116,7 +116,7 @@ class CheckpointWriter:
     """Writes the groups of one checkpoint; made by `checkpoint_writer`."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        from s3d_jax.model import abstract_params
+        from s3d_jax.nn.transformer import abstract_params
 
         self.folder = folder
         self.config = config
@@ -400,7 +400,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 @functools.cache
 def array_dtypes(config: ModelConfig) -> dict[str, np.dtype]:
     """The type of each array of the parameter tree, by its path."""
-    from s3d_jax.model import abstract_params
+    from s3d_jax.nn.transformer import abstract_params
 
     return {path: leaf.dtype for path, leaf in flatten(abstract_params(config)).items()}
 
@@ -433,7 +433,7 @@ def _check_is_native(folder: Path) -> None:
 
 
 def _check_complete(header: Header) -> None:
-    from s3d_jax.model import abstract_params
+    from s3d_jax.nn.transformer import abstract_params
 
     expected = {path: leaf.shape for path, leaf in flatten(abstract_params(header.config)).items()}
     problems = shape_problems(header.arrays, expected)

@@ -11,11 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.cache import KVCache
-from s3d_jax.config import DraftConfig, PromptLookupConfig, TwoModelConfig
-from s3d_jax.model import DraftParams, Params, forward
-from s3d_jax.sampling import categorical, warp
-from s3d_jax.state import (
+from s3d_jax.decoding.sampling import categorical, warp
+from s3d_jax.decoding.state import (
     DRAFT,
     DecodeSpec,
     DecodeState,
@@ -25,6 +22,9 @@ from s3d_jax.state import (
     process,
     row_keys,
 )
+from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.transformer import DraftParams, Params, forward
+from s3d_jax.settings.drafting import DraftConfig, PromptLookupConfig, TwoModelConfig
 
 
 def draft_pass(

@@ -99,12 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from s3d_jax.bench.report import about, check_plot
-    from s3d_jax.bench.suites import read_suites
-    from s3d_jax.drafts import choose_draft
-    from s3d_jax.generate import EMBEDDED, load
+    from s3d_jax.drafters.stored import choose_draft
+    from s3d_jax.lm import EMBEDDED, load
+    from s3d_jax.storage.tuning import check_writable, save_tuning
+    from s3d_jax.texts.suites import read_suites
     from s3d_jax.tune import report
     from s3d_jax.tune.plan import tune
-    from s3d_jax.tuning import check_writable, save_tuning
 
     gammas = parse_gammas(arguments.gammas)
     for name, least in (("limit", 1), ("max_new_tokens", 1), ("check", 0)):

@@ -11,17 +11,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.adaptive import Budget
-from s3d_jax.cache import KVCache
-from s3d_jax.config import (
-    DraftConfig,
-    ModelConfig,
-    PassCosts,
-    PromptLookupConfig,
-    TwoModelConfig,
-)
-from s3d_jax.model import DraftParams, Params
-from s3d_jax.sampling import SamplingFeatures, SamplingParams, penalize
+from s3d_jax.decoding.adaptive import Budget
+from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, penalize
+from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.transformer import DraftParams, Params
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig, TwoModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 Draft = DraftConfig | PromptLookupConfig | TwoModelConfig
 DrafterParams = DraftParams | Params | None  # what a proposer needs beside the target's own

@@ -11,13 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.adaptive import full_budget, settle
-from s3d_jax.cache import KVCache, grown, init_cache
-from s3d_jax.config import ModelConfig, TwoModelConfig
-from s3d_jax.model import Params, forward
-from s3d_jax.proposers import draft_pass
-from s3d_jax.sampling import SamplingParams, accept_greedy, accept_sampled, warp
-from s3d_jax.state import (
+from s3d_jax.decoding.adaptive import full_budget, settle
+from s3d_jax.decoding.sampling import SamplingParams, accept_greedy, accept_sampled, warp
+from s3d_jax.decoding.state import (
     ACCEPT,
     BONUS,
     DecodeSpec,
@@ -28,6 +24,11 @@ from s3d_jax.state import (
     process,
     row_keys,
 )
+from s3d_jax.drafters.proposers import draft_pass
+from s3d_jax.nn.cache import KVCache, grown, init_cache
+from s3d_jax.nn.transformer import Params, forward
+from s3d_jax.settings.drafting import TwoModelConfig
+from s3d_jax.settings.model import ModelConfig
 
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 _FIRST_VISIBLE = 256  # slots; below, reading them all costs less than another program

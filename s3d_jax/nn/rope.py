@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.config import RopeConfig
+from s3d_jax.settings.model import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> np.ndarray:

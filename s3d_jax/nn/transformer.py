@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import int8
-from s3d_jax.cache import KVCache, init_cache, write
-from s3d_jax.config import ModelConfig, RopeConfig
-from s3d_jax.linear import (
+from s3d_jax.nn.cache import KVCache, init_cache, write
+from s3d_jax.nn.linear import (
     INIT_DEVIATION,
     Linear,
     attention_mix,
@@ -25,7 +23,9 @@ from s3d_jax.linear import (
     project,
     random_weight,
 )
-from s3d_jax.rope import rotary_table, rotate
+from s3d_jax.nn.rope import rotary_table, rotate
+from s3d_jax.settings.model import ModelConfig, RopeConfig
+from s3d_jax.weights import int8
 
 Params = Mapping[str, Any]
 

@@ -18,9 +18,10 @@ from typing import Any, Self
 
 import jax
 
-from s3d_jax.config import DraftConfig, ModelConfig, PassCosts
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.staging import write_atomically
+from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.staging import write_atomically
 
 FORMAT, VERSION = "s3d_jax tuning", 1
 FILE = "tuning.json"

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax import checkpoint, int8
-from s3d_jax.config import DraftConfig, ModelConfig
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.model import DraftParams, Params
-from s3d_jax.staging import staged_folder
+from s3d_jax.nn.transformer import DraftParams, Params
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.staging import staged_folder
+from s3d_jax.weights import int8
 
 FORMAT, VERSION = "s3d_jax draft", 1
 DEFAULT = "default"  # the name of the draft that is used where none is asked for

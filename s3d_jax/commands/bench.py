@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s3d_jax.config import METHODS
 from s3d_jax.errors import InputError
+from s3d_jax.settings.drafting import METHODS
 
 if TYPE_CHECKING:
     from s3d_jax.bench.contestants import Contestant
-    from s3d_jax.generate import LM
+    from s3d_jax.lm import LM
 
 _DEFAULT_METHODS = "ar,s3d,prompt-lookup,self-spec,early-exit"
 _CALIBRATION_PROMPTS = 4
@@ -122,10 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
     from tqdm import tqdm
 
-    from s3d_jax.batch import peak_memory_bytes
     from s3d_jax.bench import measure, report
-    from s3d_jax.bench.suites import read_suites
-    from s3d_jax.generate import EMBEDDED, load
+    from s3d_jax.engine.batch import peak_memory_bytes
+    from s3d_jax.lm import EMBEDDED, load
+    from s3d_jax.texts.suites import read_suites
 
     methods = parse_methods(arguments.methods)
     for name in ("limit", "max_new_tokens", "repeats"):
@@ -204,7 +204,7 @@ def _candidates(
             a second model is missing.
     """
     from s3d_jax.bench.contestants import EXTERNAL, HuggingFace, Ours, hf_model
-    from s3d_jax.methods import candidate_settings, drafting
+    from s3d_jax.drafters.registry import candidate_settings, drafting
 
     groups: list[list[Contestant]] = []
     hf = None

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.config import SamplingConfig
 from s3d_jax.errors import InputError
+from s3d_jax.settings.sampling import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s3d_jax.config import is_integer
 from s3d_jax.errors import InputError
+from s3d_jax.settings.records import is_integer
 from s3d_jax.train.data import read_jsonl
 
 if TYPE_CHECKING:
-    from s3d_jax.generate import LM
+    from s3d_jax.lm import LM
 
 BUILT_IN = ("stories", "dialogues", "code")
 HELD_OUT = Path(__file__).parent.parent / "assets" / "held_out"

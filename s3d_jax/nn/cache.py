@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.config import ModelConfig
-from s3d_jax.rope import same_keys
+from s3d_jax.nn.rope import same_keys
+from s3d_jax.settings.model import ModelConfig
 
 
 class KVCache(flax.struct.PyTreeNode):

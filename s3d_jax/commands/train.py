@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s3d_jax.errors import InputError
-from s3d_jax.train.arguments import (
+from s3d_jax.commands.arguments import (
     DECODED,
     DRAFT,
     SIZES,
@@ -17,9 +16,11 @@ from s3d_jax.train.arguments import (
     add_train,
     flag,
 )
+from s3d_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from s3d_jax.config import DraftConfig, ModelConfig
+    from s3d_jax.settings.drafting import DraftConfig
+    from s3d_jax.settings.model import ModelConfig
     from s3d_jax.train.loop import LoopConfig
     from s3d_jax.train.objective import ObjectiveConfig
     from s3d_jax.train.runs import ValidationConfig
@@ -33,8 +34,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from s3d_jax.checkpoint import read_header
-    from s3d_jax.drafts import choose_draft, read_draft
+    from s3d_jax.drafters.stored import choose_draft, read_draft
+    from s3d_jax.storage.native import read_header
     from s3d_jax.train.draft import AdapterConfig
     from s3d_jax.train.runs import train_draft
 
@@ -139,8 +140,8 @@ def _distill(arguments: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from s3d_jax.drafts import DEFAULT, choose_draft, draft_names
-    from s3d_jax.generate import load
+    from s3d_jax.drafters.stored import DEFAULT, choose_draft, draft_names
+    from s3d_jax.lm import load
     from s3d_jax.train.data import read_documents
     from s3d_jax.train.distill import distill, prompts_of
 
@@ -268,7 +269,7 @@ def _validation(arguments: argparse.Namespace) -> "ValidationConfig":
 
 
 def _draft(arguments: argparse.Namespace, config: "ModelConfig") -> "DraftConfig":
-    from s3d_jax.config import DraftConfig, symmetric_skip
+    from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 
     layers = config.num_layers
     skip = symmetric_skip(layers, layers // 2)
@@ -299,7 +300,7 @@ def parse_skip(text: str, num_layers: int) -> tuple[bool, ...]:
 
 
 def _model_config(arguments: argparse.Namespace) -> "ModelConfig":
-    from s3d_jax.config import ModelConfig
+    from s3d_jax.settings.model import ModelConfig
 
     if arguments.config is not None:
         path = Path(arguments.config)

@@ -1,0 +1,1 @@
+"""Decoding over token ids: pure functions."""

@@ -1,0 +1,1 @@
+"""Drafters: S3D and the baselines it is compared with."""

@@ -1,0 +1,1 @@
+"""Runs batches: options, sizes, compiled programs, results."""

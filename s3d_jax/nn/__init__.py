@@ -1,0 +1,1 @@
+"""The transformer: one forward pass for prefill, AR, draft, verify and training."""

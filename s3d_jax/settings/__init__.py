@@ -1,0 +1,1 @@
+"""Frozen, validated settings, without jax."""

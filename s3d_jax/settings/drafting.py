@@ -1,0 +1,157 @@
+"""Settings of the drafters, and what passes cost."""
+
+import dataclasses
+from typing import Any, Literal, Self, get_args
+
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.records import Record, check, is_integer, is_positive
+
+Method = Literal["s3d", "ar", "prompt-lookup", "self-spec", "early-exit", "two-model"]
+METHODS: tuple[Method, ...] = get_args(Method)
+MAX_NGRAM = 64
+
+
+def symmetric_skip(num_layers: int, num_skipped: int) -> tuple[bool, ...]:
+    """The middle `num_skipped` of `num_layers` layers, as a static skip mask.
+
+    Where the halves cannot be equal, the first half keeps the extra layer. S3D skips symmetrically
+    around the middle (arXiv 2405.20314, abstract).
+    """
+    check(
+        0 <= num_skipped < num_layers,
+        f"can skip 0 to {num_layers - 1} of {num_layers} layers, not {num_skipped}",
+    )
+    first = (num_layers - num_skipped + 1) // 2
+    return tuple(first <= i < first + num_skipped for i in range(num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig(Record):
+    """How the model drafts for itself.
+
+    Attributes:
+        skip: one entry per layer; True means that the draft pass jumps over the layer.
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+        block_attention: inside the draft block, "causal" or "bidirectional".
+    """
+
+    skip: tuple[bool, ...]
+    gamma: int = 4
+    block_attention: Literal["causal", "bidirectional"] = "causal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+        check(
+            isinstance(self.skip, tuple),
+            f"skip must be a list with one entry per layer, got {self.skip!r}",
+        )
+        check(
+            all(isinstance(s, bool) for s in self.skip),
+            f"skip must hold only True and False, got {self.skip}",
+        )
+        check(not all(self.skip), f"skip {self.skip} keeps no layer; the draft needs at least one")
+        check(
+            self.block_attention in ("causal", "bidirectional"),
+            f"block_attention must be 'causal' or 'bidirectional', got {self.block_attention!r}",
+        )
+
+    def validate_for(self, config: ModelConfig) -> None:
+        """Raises ConfigError unless `skip` has one entry per layer of the model."""
+        check(
+            len(self.skip) == config.num_layers,
+            f"skip has {len(self.skip)} entries, the model has {config.num_layers} layers",
+        )
+
+    @property
+    def draft_depth(self) -> float:
+        """Fraction of the layers that the draft pass runs (β)."""
+        return 1.0 - sum(self.skip) / len(self.skip)
+
+
+@dataclasses.dataclass(frozen=True)
+class PassCosts(Record):
+    """What the passes of an S3D iteration cost on a device, in steps of plain decoding.
+
+    Attributes:
+        draft: the draft pass of the settings that they belong to.
+        verify: the verify pass with w draft tokens, w = 0 … γ. With none it is a step: 1.
+    """
+
+    draft: float
+    verify: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(is_positive(self.draft), f"the cost of a pass must be > 0, got {self.draft!r}")
+        check(
+            isinstance(self.verify, tuple)
+            and len(self.verify) >= 2
+            and all(map(is_positive, self.verify))
+            and self.verify[0] == 1,
+            "verify must hold the costs of 0, 1, … draft tokens, the first of them 1, got "
+            f"{self.verify!r:.80}",
+        )
+
+    @classmethod
+    def estimated(cls, draft: DraftConfig, bound_by_memory: bool) -> Self:
+        """What the passes of S3D cost by the layers that they run, where nothing was measured.
+
+        Args:
+            draft: skip and γ.
+            bound_by_memory: the device multiplies a few tokens by a weight while it reads it. Then
+                a draft pass costs its share of the layers, and a verify pass a step, at the least.
+                Otherwise (CPUs in float32 and int8) more, about as much as docs/performance.md
+                measured for four and five tokens.
+        """
+        draft_extra, verify = (0.0, 1.0) if bound_by_memory else (0.15, 1.3)
+        return cls(draft.draft_depth + draft_extra, (1.0, *(verify,) * draft.gamma))
+
+    def iteration(self, gamma: int) -> float:
+        """The draft pass, and the verify pass with `gamma` draft tokens."""
+        return self.draft + self.verify[gamma]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookupConfig(Record):
+    """How the text so far drafts for itself.
+
+    Attributes:
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+        ngram: the last tokens that are looked for further up, at most.
+    """
+
+    gamma: int = 4
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+        check(
+            is_integer(self.ngram) and 1 <= self.ngram <= MAX_NGRAM,
+            f"ngram must be an integer from 1 to {MAX_NGRAM}, got {self.ngram!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoModelConfig(Record):
+    """How a second, smaller model drafts.
+
+    Attributes:
+        model: the second model; its vocabulary is the target's.
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+    """
+
+    model: ModelConfig
+    gamma: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+
+
+def _check_gamma(gamma: Any) -> None:
+    check(
+        is_integer(gamma) and gamma >= 1,
+        f"gamma must be an integer >= 1, got {gamma!r}; for no speculation use method='ar'",
+    )

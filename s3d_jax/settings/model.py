@@ -1,0 +1,302 @@
+"""Settings of the model: sizes, switches of the families, rotary embedding.
+
+Every class here is a static argument of `jax.jit`. Array letters: L layers, D model width, F
+feed-forward width, V vocabulary, N query heads, K key/value heads, H head size.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+from s3d_jax.settings.records import Record, check, is_finite, is_integer, is_positive
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
+MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16  # so that damage costs no hours
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig(Record):
+    """Rotary position embedding (Su et al., arXiv 2104.09864) and the ways to stretch it.
+
+    Attributes:
+        type: "default"; "linear" (positions divided by `factor`); "dynamic" (NTK-aware base that
+            grows with the sequence once it passes `original_max_position_embeddings`); "llama3"
+            (Llama 3.1: long wavelengths divided by `factor`, with a smooth band between the two
+            frequency factors); "yarn" (arXiv 2309.00071: as "llama3", but the band lies between the
+            pairs that make `beta_fast` and `beta_slow` turns); "longrope" (Phi 3, arXiv 2402.13753:
+            a stretch for each rotated pair, one set of them for sequences within
+            `original_max_position_embeddings` and one for longer ones).
+        theta: base of the geometric series of wavelengths.
+        rotary_fraction: leading part of each head that is rotated (partial rotary; 1.0 is all of
+            it).
+        factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: of the scaled
+            types.
+        short_factors, long_factors: of "longrope", what each pair's wavelength is multiplied by.
+        beta_fast, beta_slow: of "yarn", turns within `original_max_position_embeddings`.
+        attention_factor: multiplies cosines and sines, and so scores by its square ("yarn" and
+            "longrope").
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    rotary_fraction: float = 1.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
+        )
+        for name in (
+            *("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+            "attention_factor",
+        ):
+            value = getattr(self, name)
+            check(is_positive(value), f"rope {name} must be > 0, got {value!r}")
+        check(self.theta > 1, f"rope theta must be > 1, got {self.theta!r}")
+        for name in ("short_factors", "long_factors"):
+            values = getattr(self, name)
+            check(
+                isinstance(values, tuple) and all(is_positive(value) for value in values),
+                f"rope {name} must be a list of numbers > 0, got {values!r:.80}",
+            )
+        check(
+            is_positive(self.rotary_fraction) and self.rotary_fraction <= 1,
+            f"rotary_fraction must be in (0, 1], got {self.rotary_fraction!r}",
+        )
+        original = self.original_max_position_embeddings
+        check(
+            original is None or (is_integer(original) and 1 < original <= MAX_SIZE),
+            f"original_max_position_embeddings must be an integer > 1, got {original!r:.80}",
+        )
+        if self.type in ("dynamic", "llama3", "yarn", "longrope"):
+            check(
+                original is not None,
+                f"rope type {self.type!r} needs original_max_position_embeddings",
+            )
+        if self.type == "llama3":
+            check(
+                self.low_freq_factor < self.high_freq_factor,
+                "rope type 'llama3' needs 0 < low_freq_factor < high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}",
+            )
+        if self.type == "yarn":
+            check(
+                self.beta_slow < self.beta_fast,
+                "rope type 'yarn' needs 0 < beta_slow < beta_fast, "
+                f"got {self.beta_slow} and {self.beta_fast}",
+            )
+
+    @property
+    def turning_point(self) -> int | None:
+        """Tokens past which a sequence is rotated otherwise, at all its positions ("longrope")."""
+        return self.original_max_position_embeddings if self.type == "longrope" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Record):
+    """A decoder of the Llama kind; the defaults are Llama's, the switches its relatives'.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size: V, D, F.
+        num_layers, num_heads, num_kv_heads, head_dim: L, N, K, H. H need not be D / N.
+        max_position_embeddings: longest sequence the model was made for; the default cache size.
+        activation: of the gated MLP, "silu", "gelu" (erf) or "gelu_tanh".
+        tie_embeddings: the output head is the embedding table.
+        qkv_bias, attention_out_bias, mlp_bias: which linear layers carry a bias.
+        qk_norm: RMS norm over each query and key head before the rotation (Qwen 3, Gemma 3).
+        qk_norm_joint: that norm runs over all heads together, not over each (OLMo 2).
+        norm_offset: added to each norm's scale (1.0 in Gemma, whose scales are stored around 0).
+        pre_norms, post_norms: norms before, and after, attention and MLP (before only in Llama,
+            both in Gemma 2 and 3, after only in OLMo 2).
+        embedding_scale: token embeddings are multiplied by it (sqrt(D) in Gemma).
+        residual_scale: multiplies what attention and MLP add to the residual stream (Granite).
+        logit_divisor: logits are divided by it (Granite).
+        attention_scale: multiplies q·k; None means 1 / sqrt(H).
+        attention_softcap, logit_softcap: c · tanh(x / c) on scores or logits (Gemma 2); None is
+            off.
+        sliding_window: one entry per layer, window size or None; a plain None means no layer has
+            one.
+        rope_layers: one entry per layer, False where nothing is rotated (NoPE, SmolLM 3); a plain
+            None means that every layer rotates.
+        local_rope: rotary settings of the layers with a window, where they differ (Gemma 3).
+        dtype: of weights, activations and cache. Norms, rotations, softmax and logits are float32.
+        quantization: "int8" for linear layers, embeddings and head in int8, one scale per output;
+            None means that they are of the dtype.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    qk_norm_joint: bool = False
+    norm_offset: float = 0.0
+    pre_norms: bool = True
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: tuple[int | None, ...] | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    local_rope: RopeConfig | None = None
+    dtype: str = "float32"
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_sizes()
+        self._check_switches()
+        self._check_positions()
+
+    def _check_sizes(self) -> None:
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+            *("num_kv_heads", "head_dim", "max_position_embeddings"),
+        ):
+            value = getattr(self, name)
+            limit = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
+            check(
+                is_integer(value) and 0 < value <= limit,
+                f"{name} must be a positive integer up to {limit}, got {value!r:.80}",
+            )
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of "
+            f"num_kv_heads ({self.num_kv_heads})",
+        )
+
+    def _check_switches(self) -> None:
+        check(
+            self.activation in ACTIVATIONS,
+            f"activation {self.activation!r} is unknown; known are {ACTIVATIONS}",
+        )
+        check(
+            isinstance(self.dtype, str) and self.dtype in DTYPES,
+            f"dtype {self.dtype!r} is unknown; known are {DTYPES}",
+        )
+        check(
+            self.quantization in (None, *QUANTIZATIONS),
+            f"quantization must be None or one of {QUANTIZATIONS}, got {self.quantization!r:.80}",
+        )
+        for name in (
+            *("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias"),
+            *("qk_norm", "qk_norm_joint", "pre_norms", "post_norms"),
+        ):
+            value = getattr(self, name)
+            check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+        check(self.qk_norm or not self.qk_norm_joint, "qk_norm_joint is True, and qk_norm is False")
+        check(
+            self.pre_norms or self.post_norms,
+            "pre_norms and post_norms are both False: nothing would be normalised",
+        )
+        for name in ("norm_eps", "residual_scale", "logit_divisor"):
+            value = getattr(self, name)
+            check(is_positive(value), f"{name} must be > 0, got {value!r}")
+        for name in ("norm_offset", "embedding_scale"):
+            value = getattr(self, name)
+            check(is_finite(value), f"{name} must be a number, got {value!r}")
+        scale = self.attention_scale
+        check(
+            scale is None or is_positive(scale),
+            f"attention_scale must be a number > 0, or None for 1/sqrt(H), got {scale!r}",
+        )
+        for name in ("attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            check(
+                value is None or is_positive(value),
+                f"{name} must be a number > 0, or None for no cap, got {value!r}",
+            )
+
+    def _check_positions(self) -> None:
+        for name in ("sliding_window", "rope_layers"):
+            entries = getattr(self, name)
+            check(
+                entries is None or isinstance(entries, tuple),
+                f"{name} must be a list with one entry per layer, got {entries!r}",
+            )
+            check(
+                entries is None or len(entries) == self.num_layers,
+                f"{name} has {len(entries or ())} entries, the model {self.num_layers} layers",
+            )
+        windows, rotated = self.sliding_window or (), self.rope_layers or ()
+        check(
+            all(w is None or (is_integer(w) and 0 < w <= MAX_SIZE) for w in windows),
+            f"sliding_window entries must be None or integers > 0, got {windows!r:.80}",
+        )
+        check(
+            all(isinstance(r, bool) for r in rotated),
+            f"rope_layers entries must be True or False, got {rotated}",
+        )
+        for name in ("rope", "local_rope"):
+            rope = getattr(self, name)
+            if name == "local_rope" and rope is None:
+                continue
+            check(isinstance(rope, RopeConfig), f"{name} must be a RopeConfig, got {rope!r}")
+            rotary_dim = int(self.head_dim * rope.rotary_fraction)
+            check(
+                rotary_dim % 2 == 0 and rotary_dim > 0,
+                f"the rotated part of a head must be even, got {rotary_dim} of {self.head_dim}",
+            )
+            check(
+                name == "rope" or rope.turning_point is None,
+                "local_rope must not be of type 'longrope'",
+            )
+            factors = (len(rope.short_factors), len(rope.long_factors))
+            check(
+                factors == ((rotary_dim // 2,) * 2 if rope.type == "longrope" else (0, 0)),
+                f"{name} has {factors[0]} short_factors and {factors[1]} long_factors; rope type "
+                f"'longrope' needs {rotary_dim // 2} of each here, and no other type has any",
+            )
+
+    @property
+    def precision(self) -> str:
+        """What the weights are: the dtype, or "int8"."""
+        return self.quantization or self.dtype
+
+    @property
+    def qkv_features(self) -> int:
+        """Rows of the fused query/key/value projection, (N + 2K)·H."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of `layer`, or None where it sees the whole context."""
+        return None if self.sliding_window is None else self.sliding_window[layer]
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """Rotary settings of `layer`, or None where nothing is rotated."""
+        if self.rope_layers is not None and not self.rope_layers[layer]:
+            return None
+        local = self.local_rope is not None and self.window(layer) is not None
+        return self.local_rope if local else self.rope
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        if isinstance(fields, dict):
+            ropes = {k: fields[k] for k in ("rope", "local_rope") if fields.get(k) is not None}
+            fields = fields | {name: RopeConfig.from_dict(rope) for name, rope in ropes.items()}
+        return super().from_dict(fields)

@@ -1,0 +1,80 @@
+"""Base of the settings: frozen records that check themselves and read and write JSON."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, Self
+
+from s3d_jax.errors import ConfigError
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def is_integer(value: Any) -> bool:
+    """Python's and numpy's; True and False are no numbers here."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_list(value: Any) -> bool:
+    """Whether a setting holds several values: any sequence but a text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def plain(value: Any) -> Any:
+    """Python's own numbers and lists, from those of numpy or jax and from any sequence."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain(v) for v in value] if is_list(value) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def is_finite(value: Any) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer past the largest float
+        return False
+
+
+def is_positive(value: Any) -> bool:
+    return is_finite(value) and value > 0
+
+
+class Record:
+    """JSON in and out for the frozen dataclasses below; an unknown field is an error."""
+
+    def __post_init__(self) -> None:
+        """Lists become tuples, and numpy's numbers Python's: hashable, and fit for JSON."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _frozen(plain(getattr(self, field.name)))
+            object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{cls.__name__}: expected a JSON object, got {fields!r}")
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(fields) - set(known))
+        check(not unknown, f"{cls.__name__}: unknown fields {unknown}; known are {sorted(known)}")
+        required = {
+            name
+            for name, f in known.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        missing = sorted(required - set(fields))
+        check(not missing, f"{cls.__name__}: missing fields {missing}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]

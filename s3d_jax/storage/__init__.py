@@ -1,0 +1,1 @@
+"""The checkpoint folder, and how files are written."""

@@ -1,0 +1,1 @@
+"""How a matrix is stored and multiplied."""
