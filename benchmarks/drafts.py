@@ -26,7 +26,7 @@ from s3d_jax.lm import EMBEDDED, LM
 from s3d_jax.nn.transformer import num_params
 from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import write_atomically
-from s3d_jax.train.data import read_documents
+from s3d_jax.texts.documents import read_documents
 from s3d_jax.train.validation import held_out_prompts
 
 

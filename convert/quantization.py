@@ -13,8 +13,9 @@ from convert.hf import DTYPES
 from convert.parity import lacking_memory, logits_bytes
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.tokenizer import has_vocabulary, read_tokenizer
+from s3d_jax.texts.documents import read_words
+from s3d_jax.texts.files import read_jsonl
 from s3d_jax.texts.suites import HELD_OUT
-from s3d_jax.train.data import read_jsonl, read_words
 
 _ROW = 256  # tokens that see each other
 _ROWS = 8

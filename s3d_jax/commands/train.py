@@ -142,7 +142,7 @@ def _distill(arguments: argparse.Namespace) -> int:
 
     from s3d_jax.drafters.stored import DEFAULT, choose_draft, draft_names
     from s3d_jax.lm import load
-    from s3d_jax.train.data import read_documents
+    from s3d_jax.texts.documents import read_documents
     from s3d_jax.train.distill import distill, prompts_of
 
     _check_least(arguments, limit=1, prompt_tokens=1, seed=0)

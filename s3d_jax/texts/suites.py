@@ -11,7 +11,7 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.settings.records import is_integer
-from s3d_jax.train.data import read_jsonl
+from s3d_jax.texts.files import read_jsonl
 
 if TYPE_CHECKING:
     from s3d_jax.lm import LM

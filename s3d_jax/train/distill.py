@@ -12,7 +12,7 @@ import numpy as np
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.storage.staging import write_atomically
-from s3d_jax.train.data import Document
+from s3d_jax.texts.documents import Document
 from s3d_jax.train.options import differences, in_words
 
 

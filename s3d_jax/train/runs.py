@@ -27,15 +27,8 @@ from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
 from s3d_jax.storage.tokenizer import tokenizer_files
-from s3d_jax.train.data import (
-    Batches,
-    Document,
-    Rows,
-    concatenate,
-    pack,
-    read_documents,
-    row_length_for,
-)
+from s3d_jax.texts.documents import Document, read_documents
+from s3d_jax.train.data import Batches, Rows, concatenate, pack, row_length_for
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, check_run, fit
 from s3d_jax.train.objective import ObjectiveConfig

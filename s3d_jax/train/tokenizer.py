@@ -10,7 +10,7 @@ from typing import Any
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.tokenizer import read_tokenizer
-from s3d_jax.train.data import read_words
+from s3d_jax.texts.documents import read_words
 
 END = "<|endoftext|>"  # begins and ends every text
 USER, ASSISTANT, END_OF_TURN = "<|user|>", "<|assistant|>", "<|end|>"

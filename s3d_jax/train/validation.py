@@ -13,7 +13,8 @@ from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.nn.transformer import Params
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.train.data import Document, Rows
+from s3d_jax.texts.documents import Document
+from s3d_jax.train.data import Rows
 from s3d_jax.train.objective import Mean, next_token_loss, target_stream
 
 

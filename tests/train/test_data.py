@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 from s3d_jax.errors import InputError
-from s3d_jax.train.data import (
-    Batches,
-    Document,
-    Rows,
-    concatenate,
-    pack,
-    read_documents,
-    read_words,
-    row_length_for,
-)
+from s3d_jax.texts.documents import Document, read_documents, read_words
+from s3d_jax.train.data import Batches, Rows, concatenate, pack, row_length_for
 from s3d_jax.train.objective import block_targets, random_anchors
 from s3d_jax.train.tokenizer import train_tokenizer
 

@@ -17,8 +17,9 @@ import pytest
 from s3d_jax.errors import ConfigError, TrainingError
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.storage import staging
+from s3d_jax.texts.documents import read_documents
 from s3d_jax.train import loop as loop_module
-from s3d_jax.train.data import Batches, Rows, pack, read_documents
+from s3d_jax.train.data import Batches, Rows, pack
 from s3d_jax.train.draft import AdapterConfig, DraftTask
 from s3d_jax.train.loop import LoopConfig, fit, read_metrics
 from s3d_jax.train.objective import Mean, ObjectiveConfig

@@ -11,8 +11,8 @@ from s3d_jax.drafters.stored import draft_names, read_draft, save_draft
 from s3d_jax.errors import InputError
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.texts.documents import Document, read_documents
 from s3d_jax.train import runs
-from s3d_jax.train.data import Document, read_documents
 from s3d_jax.train.draft import AdapterConfig, init_draft
 from s3d_jax.train.loop import read_metrics
 from s3d_jax.train.validation import held_out_prompts, measure_acceptance, warn_if_useless

@@ -11,7 +11,7 @@ from s3d_jax.commands.train import parse_skip
 from s3d_jax.drafters.stored import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.storage import native as checkpoint
-from s3d_jax.train.data import Document
+from s3d_jax.texts.documents import Document
 from s3d_jax.train.distill import distill, prompts_of
 from tests.tiny import tiny_config, tiny_lm
 from tests.train.command import run, train

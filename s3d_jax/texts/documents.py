@@ -1,0 +1,207 @@
+"""Documents as token ids: texts, chats, and what `s3d distill` writes."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s3d_jax.errors import InputError
+from s3d_jax.storage.tokenizer import special_ids
+from s3d_jax.texts.files import is_jsonl, read_jsonl, split_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text.
+
+    Attributes:
+        tokens: int32 [n].
+        learn: bool [n], the tokens that are to be predicted; the others are context.
+        prompt_tokens: how many of the tokens a held-out document gives as its prompt; None where
+            it says nothing about that.
+    """
+
+    tokens: np.ndarray
+    learn: np.ndarray
+    prompt_tokens: int | None = None
+
+
+def read_documents(
+    paths: Iterable[str | os.PathLike[str]],
+    tokenizer: Any,
+    eos_token_id: int | None,
+    *,
+    prompts: bool = False,
+    texts: bool = False,
+) -> list[Document]:
+    """Reads .txt and .jsonl files (also .gz), one Document per text.
+
+    A text file holds documents separated by <|endoftext|>, or is one document. A line of a jsonl
+    file is an object with one of
+        "text": a text, all of which is learnt;
+        "messages": [{"role": ..., "content": ...}], written out by the tokenizer's chat template;
+            the assistant's turns are learnt, each up to the token that ends it;
+        "prompt_tokens" and "tokens": ids, as `s3d distill` writes them; "tokens" are learnt.
+
+    Args:
+        paths: the files.
+        tokenizer: a transformers tokenizer; None is enough for ids.
+        eos_token_id: put behind each text, if there is one.
+        prompts: what is read is to be continued: a chat that ends with a turn of the user is a
+            prompt as a whole.
+        texts: the tokenizer is not the one that ids in the files are of: of what `s3d distill`
+            wrote, the words are taken ("prompt" and "text"); ids alone are refused.
+
+    Raises:
+        InputError: a file that cannot be read, or a line that is none of these (named by number).
+    """
+    documents: list[Document] = []
+    for path in map(Path, paths):
+        before = len(documents)
+        if is_jsonl(path):
+            documents += _jsonl_documents(path, tokenizer, eos_token_id, prompts, texts)
+        else:
+            documents += _text_documents(split_texts(path), tokenizer, eos_token_id)
+        if len(documents) == before:
+            raise InputError(f"{path} holds no text")
+    return documents
+
+
+def read_words(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """The words of files that `read_documents` takes with `texts`, for a tokenizer to learn from.
+
+    Raises:
+        InputError: as `read_documents`.
+    """
+    for path in map(Path, paths):
+        if not is_jsonl(path):
+            yield from split_texts(path)
+            continue
+        for where, fields in read_jsonl(path):
+            if "messages" in fields:
+                contents = (m.get("content") for m in _turns(fields["messages"], where))
+                yield from (content for content in contents if isinstance(content, str))
+            else:
+                yield _words(fields, where)
+
+
+def _text_documents(
+    texts: Sequence[str], tokenizer: Any, eos_token_id: int | None
+) -> list[Document]:
+    if not texts:
+        return []
+    if tokenizer is None:
+        raise InputError("texts need a tokenizer, and this checkpoint has none: give ids (jsonl)")
+    end = [] if eos_token_id is None else [eos_token_id]
+    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    arrays = [np.asarray([*ids, *end], np.int32) for ids in rows]
+    return [Document(a, np.ones(len(a), bool)) for a in arrays]
+
+
+def _jsonl_documents(
+    path: Path, tokenizer: Any, eos_token_id: int | None, prompts: bool, texts: bool
+) -> Iterator[Document]:
+    words: list[str] = []
+    for where, fields in read_jsonl(path):
+        if "messages" in fields:
+            yield _chat_document(fields["messages"], tokenizer, prompts, where)
+        elif "tokens" in fields and not texts:
+            yield _ids_document(fields, where)
+        else:
+            words.append(_words(fields, where))
+    yield from _text_documents(words, tokenizer, eos_token_id)
+
+
+def _words(fields: dict[str, Any], where: str) -> str:
+    """The text of a line; of a continuation, the prompt's words too."""
+    text, prompt = fields.get("text"), fields.get("prompt")
+    if isinstance(text, str):
+        return prompt + text if "tokens" in fields and isinstance(prompt, str) else text
+    if "tokens" in fields:
+        raise InputError(
+            f'{where} has "tokens" but no "text": ids of another tokenizer cannot be used here'
+        )
+    raise InputError(
+        f'{where} has none of "text", "messages" and "tokens"; it has {sorted(fields)}'
+    )
+
+
+def _ids_document(fields: dict[str, Any], where: str) -> Document:
+    prompt, output = fields.get("prompt_tokens", []), fields["tokens"]
+    for ids in (prompt, output):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise InputError(f'{where}: "prompt_tokens" and "tokens" must be lists of token ids')
+    if not prompt and not output:
+        raise InputError(f"{where} has no token")
+    tokens = np.asarray([*prompt, *output], np.int32)
+    return Document(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt))
+
+
+def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
+    turns: list[Any] = messages if isinstance(messages, list) else [None]
+    if not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
+        raise InputError(
+            f'{where}: "messages" must be a list of {{"role": ..., "content": ...}} objects'
+        )
+    return turns
+
+
+def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -> Document:
+    turns = _turns(messages, where)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{where} is a chat, and the model's tokenizer has no chat template")
+
+    def render(turns: list[Any], to_be_answered: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=to_be_answered
+            )
+        except Exception as error:  # the template is a program of its own
+            raise InputError(f"{where}: the chat template refuses it: {error}") from error
+
+    if is_prompt and turns[-1]["role"] != "assistant":
+        ids = tokenizer(render(turns, True), add_special_tokens=False, verbose=False)["input_ids"]
+        return Document(np.asarray(ids, np.int32), np.zeros(len(ids), bool), len(ids))
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{where} is a chat, and the tokenizer is a slow one, which cannot say where the "
+            'assistant\'s words are: write the chat out as "prompt_tokens" and "tokens", or use a '
+            "checkpoint with a tokenizer.json"
+        )
+    text = render(turns, False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens = np.asarray(encoded["input_ids"], np.int32)
+    starts, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
+    special = np.isin(tokens, special_ids(tokenizer))
+    learn = np.zeros(len(tokens), bool)
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked, answered = render(turns[:i], True), render(turns[: i + 1], False)
+        # Not all of `answered` comes again in `text`: some templates end each rendering with an
+        # end-of-text token.
+        same = _common_length(text, answered)
+        content = turn.get("content")
+        behind = len(asked)
+        if isinstance(content, str) and (found := text.find(content, behind, same)) >= 0:
+            behind = found + len(content)
+        # Decoding ends with the turn's end token; nothing behind it is ever drafted.
+        stops = ends[special & (starts >= behind) & (ends <= same)]
+        stop = stops[0] if len(stops) else same
+        if not text.startswith(asked) or (not len(stops) and same < len(answered)):
+            raise InputError(
+                f"{where}: the chat template changes earlier turns, so the assistant's words "
+                'cannot be found: write the chat out as "prompt_tokens" and "tokens"'
+            )
+        learn |= (starts >= len(asked)) & (starts < stop)
+    if not learn.any():
+        raise InputError(f"{where} has no turn of the assistant")
+    return Document(tokens, learn, int(np.argmax(learn)))
+
+
+def _common_length(a: str, b: str) -> int:
+    differences = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differences, min(len(a), len(b)))
