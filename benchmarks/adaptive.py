@@ -1,4 +1,4 @@
-"""Dynamic draft length against a fixed one and plain decoding, in turns; see docs/performance.md.
+"""Dynamic draft length against a fixed one and plain decoding, in turns; see docs/log/2026-11-25-falling-back.md.
 
     s3d tune --model DIR && python benchmarks/adaptive.py --model DIR
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Short runs that differ in one thing each, from the reference draft: the table of docs/training.md.
+# Short runs that differ in one thing each, from the reference draft: the table in docs/log/2026-11-25-draft-ablation.md.
 #
 #   recipes/embedded_model/ablation.sh WORK_DIR [STEPS]
 #
