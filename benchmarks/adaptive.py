@@ -1,8 +1,9 @@
-"""Dynamic draft length against a fixed one and plain decoding, in turns; see docs/log/2026-11-25-falling-back.md.
+"""Dynamic draft length against a fixed one and plain decoding, in turns.
 
     s3d tune --model DIR && python benchmarks/adaptive.py --model DIR
 
-One row at a time, greedy and sampled. A prompt's time is the median of its turns.
+One row at a time, greedy and sampled. A prompt's time is the median of its turns. Results:
+docs/log/2026-11-25-falling-back.md.
 """
 
 import argparse
