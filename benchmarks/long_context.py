@@ -19,7 +19,7 @@ import numpy as np
 
 from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
-from s3d_jax.engine.batch import peak_memory_bytes
+from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn import transformer as model
 from s3d_jax.nn.cache import init_cache
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip

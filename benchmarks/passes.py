@@ -13,7 +13,6 @@ import argparse
 import concurrent.futures
 import functools
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -30,13 +29,12 @@ import numpy as np
 from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.drafters import proposers
-from s3d_jax.engine.batch import peak_memory_bytes
 from s3d_jax.lm import LM
+from s3d_jax.machine import core_count, machine_name, peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params, weight_bytes
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
-from s3d_jax.storage import tuning
 
 TURN_SECONDS = 0.5
 _LLAMA = dict(max_position_embeddings=8448)
@@ -169,9 +167,8 @@ def read_run(num_bytes: int) -> tuple[Callable[[], float], int]:
             return time.perf_counter() - start
 
         return on_device, array.nbytes
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = np.array_split(np.ones(num_bytes // 8, np.int64), cores or 1)
-    pool = concurrent.futures.ThreadPoolExecutor(cores)
+    parts = np.array_split(np.ones(num_bytes // 8, np.int64), core_count())
+    pool = concurrent.futures.ThreadPoolExecutor(core_count())
 
     def on_host() -> float:
         start = time.perf_counter()
@@ -258,7 +255,7 @@ def machine() -> dict[str, str]:
     """What the numbers belong to."""
     return {
         "date": date.today().isoformat(),
-        "device": tuning.machine(),
+        "device": machine_name(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

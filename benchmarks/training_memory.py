@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.engine.batch import peak_memory_bytes
 from s3d_jax.errors import S3DError
+from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig

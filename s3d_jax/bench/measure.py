@@ -4,13 +4,10 @@ import dataclasses
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
 from s3d_jax.bench.contestants import Contestant, Run
-from s3d_jax.engine.batch import peak_memory_bytes
+from s3d_jax.machine import peak_memory_bytes, reset_peak_memory
 from s3d_jax.texts.suites import Prompt
 
 _GIB = 2**30
@@ -25,7 +22,7 @@ class Record:
         prompt: its place in the list.
         repeat: 0 is the one that compiles and warms up, whose times do not count.
         run: what came out.
-        memory: the process's peak, in bytes; that of the run alone where `reset_peak` works.
+        memory: the process's peak, in bytes; that of the run alone where `reset_peak_memory` works.
     """
 
     contestant: int
@@ -33,22 +30,6 @@ class Record:
     repeat: int
     run: Run
     memory: int
-
-
-def reset_peak() -> bool:
-    """Begins the peak of `peak_memory_bytes` anew.
-
-    Returns:
-        Whether that is possible: Linux can, of a process's resident set; a device's allocator
-        cannot, nor can a container that keeps /proc to itself.
-    """
-    if "peak_bytes_in_use" in (jax.devices()[0].memory_stats() or {}):
-        return False
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def take_turns(
@@ -76,7 +57,7 @@ def take_turns(
     for repeat in range(repeats + 1):
         for p, prompt in enumerate(prompts):
             for c in next(in_turns) if repeat else range(len(contestants)):
-                reset_peak()
+                reset_peak_memory()
                 run = contestants[c].run(prompt, max_new_tokens)
                 records.append(Record(c, p, repeat, run, peak_memory_bytes()))
                 progress()
@@ -217,12 +198,3 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
         "acceptance_per_position": [count / max(iterations - plain, 1) for count in accepted],
         "plain_share": plain / iterations,
     }
-
-
-def memory_kind(begun_anew: bool) -> str:
-    """What the process's peaks are, where `reset_peak` said so."""
-    if begun_anew:
-        return "the process's resident set"
-    if "peak_bytes_in_use" in (jax.devices()[0].memory_stats() or {}):
-        return "the device's allocator since the start of the process"
-    return "the process's resident set since its start"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s3d_jax.errors import InputError
-from s3d_jax.storage.tuning import machine
+from s3d_jax.machine import machine_name
 
 _GIB = 2**30
 
@@ -27,7 +27,7 @@ def about() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "command": _command(),
-        "machine": machine(),
+        "machine": machine_name(),
         "versions": versions,
     }
 

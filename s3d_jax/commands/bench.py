@@ -123,8 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from s3d_jax.bench import measure, report
-    from s3d_jax.engine.batch import peak_memory_bytes
     from s3d_jax.lm import EMBEDDED, load
+    from s3d_jax.machine import peak_memory_bytes, peak_memory_kind, reset_peak_memory
     from s3d_jax.texts.suites import read_suites
 
     methods = parse_methods(arguments.methods)
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         draft_model=arguments.draft_model,
         progress=True,
     )
-    begun_anew = measure.reset_peak()  # loading may have needed more than what is kept of it
+    was_reset = reset_peak_memory()  # loading may have needed more than what is kept of it
     loaded = peak_memory_bytes()
     suites = arguments.suite or ["stories", "dialogues"]
     room = lm.max_length - arguments.max_new_tokens
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         "max_new_tokens": arguments.max_new_tokens,
         "repeats": arguments.repeats,
         "loaded_memory_bytes": loaded,
-        "memory_is": measure.memory_kind(begun_anew),
+        "memory_is": peak_memory_kind(was_reset),
         "rows": measure.summary(contestants, prompts, records, arguments.max_new_tokens),
     }
     print(json.dumps(found) if arguments.json else report.table(found))

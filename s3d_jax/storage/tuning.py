@@ -10,15 +10,13 @@ it was measured with.
 import dataclasses
 import json
 import os
-import platform
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.machine import machine_name
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.staging import write_atomically
@@ -60,28 +58,6 @@ class Tuning:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dataclasses.asdict(self)
-
-
-def machine() -> str:
-    """The device that jax computes on, in words."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{device.device_kind}, {platform.system()}"
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    cores = _cores()
-    return f"{cores} core{'s' * (cores != 1)} of {name}, {platform.system()}"
-
-
-def _cores() -> int:
-    """Those that XLA computes on: as many as the process may use, or as NPROC tells it to."""
-    usable = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
-    told = os.environ.get("NPROC", "")
-    return min(cores, int(told)) if told.isdecimal() and int(told) else cores
 
 
 def read_tuning(
@@ -184,7 +160,12 @@ def check_writable(model: str | os.PathLike[str]) -> None:
 
 
 def _key(model: Path, dtype: str, draft: str | None) -> dict[str, Any]:
-    key: dict[str, Any] = {"device": machine(), "dtype": dtype, "draft": draft, "draft_crc32": None}
+    key: dict[str, Any] = {
+        "device": machine_name(),
+        "dtype": dtype,
+        "draft": draft,
+        "draft_crc32": None,
+    }
     if draft is not None:
         # Holds the sums of its arrays, so it is another one where the draft is.
         key["draft_crc32"] = zlib.crc32((model / "drafts" / draft / "config.json").read_bytes())

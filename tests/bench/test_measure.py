@@ -116,26 +116,6 @@ def test_the_fastest_candidate_runs():
     assert candidates[0].calls == {1: 1, 2: 1}  # nothing to choose, nothing run
 
 
-def test_the_peak_of_memory_begins_anew(monkeypatch):
-    if not measure.reset_peak():
-        pytest.skip("this system, or a device's allocator, cannot")
-    before = measure.peak_memory_bytes()
-    block = np.ones(2**25)
-    high = measure.peak_memory_bytes()
-    assert high - before > 0.9 * block.nbytes
-    size = block.nbytes
-    del block
-    measure.reset_peak()
-    assert high - measure.peak_memory_bytes() > 0.9 * size
-
-    def refused(*_):
-        raise PermissionError
-
-    monkeypatch.setattr(measure.Path, "write_text", refused)
-    assert not measure.reset_peak()
-    assert measure.memory_kind(False).endswith("since its start")
-
-
 def test_what_our_methods_need_is_computed():
     small = tiny_lm(1, num_layers=1)
     lm = LM(tiny_config(), tiny_params(tiny_config()), draft_model=small)
