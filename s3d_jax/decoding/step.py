@@ -26,7 +26,7 @@ from s3d_jax.decoding.state import (
 )
 from s3d_jax.drafters.proposers import draft_pass
 from s3d_jax.nn.cache import KVCache, grown, init_cache
-from s3d_jax.nn.transformer import Params, forward
+from s3d_jax.nn.transformer import Params, fill_cache, forward
 from s3d_jax.settings.drafting import TwoModelConfig
 from s3d_jax.settings.model import ModelConfig
 
@@ -156,7 +156,7 @@ def prefill_chunk(
         visible: static, slots to read, at least offset + T; None reads all.
     """
     here = cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
-    _, here = forward(config, params, tokens, here, compute_logits=False, visible=visible)
+    here = fill_cache(config, params, tokens, here, visible=visible)
     return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
 
 
@@ -173,7 +173,6 @@ def verify_pass(
     """The full model over x_n and w draft tokens: logits float32 [B, w+1, V], and cache."""
     block = jnp.concatenate([last_token(state), draft], axis=1)
     logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
-    assert logits is not None
     return process(spec, logits, state, draft), cache
 
 

@@ -50,7 +50,6 @@ def draft_pass(
         bidirectional=spec.draft.block_attention == "bidirectional",
         visible=visible,
     )
-    assert logits is not None
     return Proposal(*_chosen(spec, logits, state), cache)
 
 
@@ -72,9 +71,7 @@ def self_draft(
     skip = spec.draft.skip
 
     def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        logits, cache = forward(spec.config, params, block, cache, skip=skip, visible=visible)
-        assert logits is not None
-        return logits, cache
+        return forward(spec.config, params, block, cache, skip=skip, visible=visible)
 
     logits, cache = one_pass(last_token(state), state.cache)
     tokens, q, cache = _one_by_one(spec, state, one_pass, logits, cache)
@@ -98,9 +95,7 @@ def two_model(
 
     def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         assert draft_params is not None and not isinstance(draft_params, DraftParams)
-        logits, cache = forward(model, draft_params, block, cache, visible=visible)
-        assert logits is not None
-        return logits, cache
+        return forward(model, draft_params, block, cache, visible=visible)
 
     # A prompt of one token has none before it: x_0 comes first then, and scratch behind it.
     first = jnp.maximum(n - 1, 0)

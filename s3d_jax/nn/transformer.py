@@ -5,7 +5,7 @@ Transformer > Block > Attention, MLP, RMSNorm. The model families differ in Mode
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -24,10 +24,11 @@ from s3d_jax.nn.linear import (
     random_weight,
 )
 from s3d_jax.nn.rope import rotary_table, rotate
-from s3d_jax.settings.model import ModelConfig, RopeConfig
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights import int8
 
 Params = Mapping[str, Any]
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotary_table`
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -303,7 +304,7 @@ class Attention(nn.Module):
         keys: jax.Array,
         values: jax.Array,
         layout: Layout,
-        rotary: tuple[jax.Array, jax.Array] | None,
+        rotary: Rotary | None,
         deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
@@ -363,7 +364,7 @@ class Block(nn.Module):
         keys: jax.Array,
         values: jax.Array,
         layout: Layout,
-        rotary: tuple[jax.Array, jax.Array] | None,
+        rotary: Rotary | None,
         deltas: Mapping[str, Any],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
@@ -377,52 +378,83 @@ class Block(nn.Module):
         return x, keys, values
 
 
+class Pass(NamedTuple):
+    """What the layers of one pass share.
+
+    Attributes:
+        layouts: one for each layer.
+        rotary: each layer's cosines and sines; None where nothing is rotated.
+        draft: the draft's own parameters; None in a pass of the target.
+    """
+
+    layouts: tuple[Layout, ...]
+    rotary: tuple[Rotary | None, ...]
+    draft: DraftParams | None
+
+
 class Transformer(nn.Module):
-    """The decoder. Its parameter tree is documented in docs/checkpoint.md."""
+    """The decoder. Its parameter tree is documented in docs/checkpoint.md.
+
+    A pass is `begin`, `cross` and `layer` for each layer, `cross` for the head, and `head`. `bound`
+    gives an instance whose methods may be called one by one.
+
+    Attributes:
+        config: the model.
+        remat: the backward pass computes activations again, layer by layer.
+    """
 
     config: ModelConfig
+    remat: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg = self.config
+        block = nn.remat(Block) if self.remat else Block
+        self.embed = Embedding(cfg)
+        self.layers = [block(cfg) for _ in range(cfg.num_layers)]
+        self.final_norm = RMSNorm(cfg)
+        if not cfg.tie_embeddings:
+            self.lm_head = Head(cfg)
+
     def __call__(
         self,
         tokens: jax.Array,
         cache: KVCache,
         *,
         skip: tuple[bool, ...] | None = None,
+        keep: jax.Array | None = None,
         draft: DraftParams | None = None,
         num_masks: int = 0,
         bidirectional: bool = False,
-        compute_logits: bool = True,
         visible: int | None = None,
         layout: Layout | None = None,
-        remat: bool = False,
-    ) -> tuple[jax.Array | None, KVCache]:
-        """Runs a block of tokens that follows each row's committed tokens.
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits and cache of a block of tokens: see `forward`."""
+        x, shared = self.begin(
+            tokens,
+            cache,
+            draft=draft,
+            num_masks=num_masks,
+            bidirectional=bidirectional,
+            visible=visible,
+            layout=layout,
+        )
+        x, cache = self.run_layers(x, cache, shared, skip=skip, keep=keep)
+        return self.head(x), cache
 
-        Args:
-            tokens: int [B, T], at positions length … length+T-1 of each row.
-            cache: keys and values of the committed tokens.
-            skip: static, one entry per layer; True leaves the layer out of the program. None runs
-                all.
-            draft: the draft's own parameters; None runs the target.
-            num_masks: static, mask tokens of the draft that follow each of the tokens as more
-                inputs: T·(1+num_masks) in all, the T below.
-            bidirectional: the block's tokens see each other both ways, not only backwards.
-            compute_logits: False where only the cache is wanted (prefill).
-            visible: static; only the first `visible` slots of the cache are read, so that long
-                caches cost nothing while they are empty. The block must end before it. None reads
-                all.
-            layout: positions and mask of a block that is not behind the committed tokens
-                (training); `bidirectional` and `visible` are its business then.
-            remat: static; activations are computed anew in the backward pass, layer by layer.
-
-        Returns:
-            (logits, cache): float32 [B, T, V] or None; and the cache with the block's keys and
-            values written behind `length`, which is unchanged: committing is the caller's decision.
-        """
+    def begin(
+        self,
+        tokens: jax.Array,
+        cache: KVCache,
+        *,
+        draft: DraftParams | None = None,
+        num_masks: int = 0,
+        bidirectional: bool = False,
+        visible: int | None = None,
+        layout: Layout | None = None,
+    ) -> tuple[jax.Array, Pass]:
+        """The inputs of the first layer, [B, T·(1+num_masks), D], and what all layers share."""
         cfg = self.config
-        embed = Embedding(cfg, name="embed")
-        x = embed(tokens)
+        x = self.embed(tokens)
         if num_masks:
             assert draft is not None
             x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
@@ -431,7 +463,6 @@ class Transformer(nn.Module):
 
         # Layers of equal window and slots share one layout, those of equal rotary settings one
         # table.
-        layers = range(cfg.num_layers)
         kinds = [(cfg.window(i), keys.shape[2]) for i, keys in enumerate(cache.keys)]
         layouts = {}
         for window, slots in dict.fromkeys(kinds):
@@ -443,38 +474,75 @@ class Transformer(nn.Module):
                 )
             layouts[window, slots] = whole.within(window)
         positions = whole.positions
-        rotary: dict[RopeConfig | None, tuple[jax.Array, jax.Array]] = {
+        ropes = [cfg.layer_rope(i) for i in range(cfg.num_layers)]
+        rotary = {
             rope: rotary_table(rope, cfg.head_dim, positions, cache.prompt_length)
-            for rope in dict.fromkeys(map(cfg.layer_rope, layers))
+            for rope in dict.fromkeys(ropes)
             if rope is not None
         }
-        deltas = {} if draft is None else draft.deltas
-        bridges = {} if draft is None else draft.bridges
-        block = nn.remat(Block) if remat else Block
-        keys, values = list(cache.keys), list(cache.values)
-        for i in layers:
-            if skip is not None and skip[i]:
-                continue
-            name = f"layers_{i}"
-            if skip is not None and i > 0 and skip[i - 1]:
-                x = _bridge(x, bridges.get(name), cfg.norm_eps)
-            x, keys[i], values[i] = block(cfg, name=name)(
-                *(x, keys[i], values[i], layouts[kinds[i]]),
-                *(rotary.get(cfg.layer_rope(i)), deltas.get(name, {})),
-            )
-        cache = cache.replace(keys=tuple(keys), values=tuple(values))
-        if not compute_logits:
-            return None, cache
+        by_layer = tuple(None if rope is None else rotary[rope] for rope in ropes)
+        return x, Pass(tuple(layouts[kind] for kind in kinds), by_layer, draft)
 
-        if skip is not None and skip[-1]:
-            x = _bridge(x, bridges.get("final_norm"), cfg.norm_eps)
-        x = RMSNorm(cfg, name="final_norm")(x)
-        logits = embed.logits(x) if cfg.tie_embeddings else Head(cfg, name="lm_head")(x)
+    def run_layers(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        shared: Pass,
+        *,
+        skip: tuple[bool, ...] | None = None,
+        keep: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """All layers, or those that `skip` or `keep` leave: what the head takes, and the cache."""
+        assert skip is None or keep is None
+        gap: bool | jax.Array = False  # whether the layer before is skipped
+        for i in range(self.config.num_layers):
+            if skip is not None and skip[i]:
+                gap = True
+                continue
+            y, cache = self.layer(i, self.cross(i, x, gap, shared), cache, shared)
+            if keep is None:
+                x, gap = y, False
+            else:
+                x, gap = jnp.where(keep[i], y, x), ~keep[i]
+        return self.cross(self.config.num_layers, x, gap, shared), cache
+
+    def cross(self, i: int, x: jax.Array, gap: bool | jax.Array, shared: Pass) -> jax.Array:
+        """Takes x over the bridge to layer i (L: the head), if there is one, where `gap` is True.
+
+        Args:
+            i: the layer after the gap.
+            x: [B, T, D].
+            gap: whether the layer before is skipped; an array is broadcast to [B, T, D].
+            shared: of this pass.
+        """
+        name = f"layers_{i}" if i < self.config.num_layers else "final_norm"
+        bridge = None if shared.draft is None else shared.draft.bridges.get(name)
+        if bridge is None or gap is False:
+            return x
+        crossed = _bridge(x, bridge, self.config.norm_eps)
+        return crossed if gap is True else jnp.where(gap, crossed, x)
+
+    def layer(
+        self, i: int, x: jax.Array, cache: KVCache, shared: Pass
+    ) -> tuple[jax.Array, KVCache]:
+        """Layer i: from [B, T, D] to [B, T, D]; its keys and values are written into the cache."""
+        deltas = {} if shared.draft is None else shared.draft.deltas.get(f"layers_{i}", {})
+        keys, values = list(cache.keys), list(cache.values)
+        x, keys[i], values[i] = self.layers[i](
+            x, keys[i], values[i], shared.layouts[i], shared.rotary[i], deltas
+        )
+        return x, cache.replace(keys=tuple(keys), values=tuple(values))
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Logits float32 [B, T, V] of what the last layer gives, [B, T, D]."""
+        cfg = self.config
+        x = self.final_norm(x)
+        logits = self.embed.logits(x) if cfg.tie_embeddings else self.lm_head(x)
         if cfg.logit_divisor != 1.0:
             logits = logits / cfg.logit_divisor
         if cfg.logit_softcap is not None:
             logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
-        return logits, cache
+        return logits
 
 
 class Embedding(nn.Module):
@@ -528,27 +596,91 @@ def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:
     return jnp.concatenate([x[:, :, None], masks], axis=2).reshape(b, -1, d)
 
 
-def _bridge(x: jax.Array, bridge: Mapping[str, jax.Array] | None, eps: float) -> jax.Array:
-    """What a low-rank stand-in for the skipped layers adds to the residual stream, if there is one.
+def _bridge(x: jax.Array, bridge: Mapping[str, jax.Array], eps: float) -> jax.Array:
+    """x with what a low-rank stand-in for the skipped layers adds to the residual stream.
 
     Nonlinear like the layers it stands for; the input is normalised, as theirs is.
     """
-    if bridge is None:
-        return x
     y = x.astype(jnp.float32)
     y = (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
     return x + low_rank(y, bridge, jax.nn.silu)
 
 
-def forward(
-    config: ModelConfig, params: Params, tokens: jax.Array, cache: KVCache, **options: Any
-) -> tuple[jax.Array | None, KVCache]:
-    """`Transformer.__call__` as a pure function of the parameters; see there."""
-    draft: DraftParams | None = options.get("draft")
+def bound(
+    config: ModelConfig, params: Params, draft: DraftParams | None = None, *, remat: bool = False
+) -> Transformer:
+    """The model with its parameters: the merged layers of a draft in place of the target's."""
     if draft is not None:
         params = {**params, **draft.layers}
-    output: Any = Transformer(config).apply({"params": params}, tokens, cache, **options)
-    return output
+    return Transformer(config, remat).bind({"params": params})
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    *,
+    skip: tuple[bool, ...] | None = None,
+    keep: jax.Array | None = None,
+    draft: DraftParams | None = None,
+    num_masks: int = 0,
+    bidirectional: bool = False,
+    visible: int | None = None,
+    layout: Layout | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, KVCache]:
+    """Runs a block of tokens that follows each row's committed tokens.
+
+    Args:
+        config: the model.
+        params: its parameter tree.
+        tokens: int [B, T], at positions length … length+T-1 of each row.
+        cache: keys and values of the committed tokens.
+        skip: static, one entry per layer; True leaves the layer out of the program. None runs all.
+        keep: bool [L]; a layer whose entry is False is computed and its output is not used. One
+            program then serves all sets of layers. Excludes `skip`.
+        draft: the draft's own parameters; None runs the target.
+        num_masks: static, mask tokens of the draft that follow each of the tokens as more inputs:
+            T·(1+num_masks) in all, the T below.
+        bidirectional: the block's tokens see each other both ways, not only backwards.
+        visible: static; only the first `visible` slots of the cache are read, so that a long cache
+            costs nothing while it is empty. The block must end before it. None reads all.
+        layout: positions and mask of a block that does not follow the committed tokens (training);
+            `bidirectional` and `visible` are then ignored.
+        remat: static; the backward pass computes activations again, layer by layer.
+
+    Returns:
+        (logits, cache): float32 [B, T, V]; and the cache with the block's keys and values written
+        after `length`, which is unchanged: committing is the caller's decision.
+    """
+    return bound(config, params, draft, remat=remat)(
+        tokens,
+        cache,
+        skip=skip,
+        keep=keep,
+        draft=draft,
+        num_masks=num_masks,
+        bidirectional=bidirectional,
+        visible=visible,
+        layout=layout,
+    )
+
+
+def fill_cache(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    *,
+    visible: int | None = None,
+    layout: Layout | None = None,
+    remat: bool = False,
+) -> KVCache:
+    """`forward` of all layers without the logits: the cache with the block's keys and values."""
+    model = bound(config, params, remat=remat)
+    x, shared = model.begin(tokens, cache, visible=visible, layout=layout)
+    return model.run_layers(x, cache, shared)[1]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -565,9 +697,7 @@ def forward_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> ja
     """
     batch, length = tokens.shape
     cache = init_cache(config, batch, length, jnp.full((batch,), length))
-    logits, _ = forward(config, params, tokens, cache)
-    assert logits is not None
-    return logits
+    return forward(config, params, tokens, cache)[0]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
+from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import DraftParams, Params, float_dtype, mean_embedding, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -18,11 +19,9 @@ from s3d_jax.train.objective import (
     agreement,
     block_targets,
     divergence,
-    draft_stream,
     next_anchors,
     next_token_loss,
     random_anchors,
-    target_stream,
 )
 
 MODES = ("adapter", "mask", "full")
@@ -232,7 +231,7 @@ def draft_losses(
         target_is_trained: gradients flow into `params` too, and the target has a loss of its own.
             Its distributions are constants where the draft is compared with them: they are not
             trained to be easy to guess.
-        remat: see `Transformer`.
+        remat: see `forward`.
 
     Returns:
         "draft_loss"; "agreement", see there; and where the target is trained "next_token_loss".
@@ -244,7 +243,6 @@ def draft_losses(
     logits, cache = target_stream(
         *(config, params, tokens),
         slots=tokens.shape[1] + anchors.shape[1] * gamma,
-        compute_logits=compares or target_is_trained,
         remat=remat,
     )
     if not target_is_trained:
@@ -259,13 +257,11 @@ def draft_losses(
     q = stream(params, draft_config, draft, tokens, anchors, cache)
     goal = None
     if compares:
-        assert logits is not None
         goal = jax.lax.stop_gradient(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
     losses = divergence(objective.objective, q, goal, targets)
     full_weight = anchors.size * sum(objective.decay**i for i in range(gamma))
     loss = Mean(jnp.sum(losses * weights), jnp.sum(weights), full_weight)
     metrics = {"draft_loss": loss, "agreement": agreement(q, targets, weights, gamma)}
     if target_is_trained:
-        assert logits is not None
         metrics["next_token_loss"] = next_token_loss(logits, tokens, learn)
     return metrics

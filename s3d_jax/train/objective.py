@@ -1,10 +1,5 @@
 """What a draft is trained for: blocks at many anchors of a text, and the worth of their guesses.
 
-In decoding the kept layers see full-depth keys and values of the context, and the short-depth
-stream of the mask block alone. So training runs two streams: one full-depth pass of the target over
-the text gives the keys, values and target logits; then one draft pass runs the blocks of many
-anchors against them.
-
 Letters: B rows, T tokens of a row, A anchors per row, γ draft tokens, V vocabulary.
 """
 
@@ -13,13 +8,8 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from s3d_jax.errors import ConfigError
-from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.transformer import DraftParams, Params, behind_anchors, float_dtype, forward
-from s3d_jax.settings.drafting import DraftConfig
-from s3d_jax.settings.model import ModelConfig
 
 OBJECTIVES = ("ce", "kl", "tv")
 
@@ -117,72 +107,6 @@ def next_anchors(
     right = (jnp.argmax(draft, axis=-1) == targets).reshape(*anchors.shape, gamma)
     accepted = jnp.sum(jnp.cumprod(right, axis=2), axis=2)
     return jnp.minimum(anchors + accepted + 1, length - 1).astype(jnp.int32)
-
-
-def target_stream(
-    config: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    slots: int,
-    *,
-    compute_logits: bool = True,
-    remat: bool = False,
-) -> tuple[jax.Array | None, KVCache]:
-    """One full-depth pass over whole texts.
-
-    Args:
-        config, params: the target.
-        tokens: int [B, T].
-        slots: of the cache, T or more.
-        compute_logits, remat: see `Transformer`.
-
-    Returns:
-        (logits, cache): float32 [B, T, V] or None; and the cache with T committed tokens.
-    """
-    batch, length = tokens.shape
-    # Keys and values are of the weights' type, which in pretraining is not the config's.
-    config = config.replace(dtype=float_dtype(params).name)
-    # One slot more: a write of a single token takes two (`cache.write`).
-    cache = init_cache(config, batch, slots + 1, np.zeros(batch, np.int32))
-    logits, cache = forward(
-        *(config, params, tokens, cache),
-        compute_logits=compute_logits,
-        visible=length,
-        remat=remat,
-    )
-    return logits, cache.replace(length=jnp.full((batch,), length, jnp.int32))
-
-
-def draft_stream(
-    config: ModelConfig,
-    params: Params,
-    draft_config: DraftConfig,
-    draft: DraftParams,
-    tokens: jax.Array,
-    anchors: jax.Array,
-    cache: KVCache,
-    *,
-    remat: bool = False,
-) -> jax.Array:
-    """The draft pass of every anchor's block, all at once: float32 [B, A·γ, V].
-
-    Row a·γ+i is q for the token at position anchors[a] + 1 + i, as `proposers.draft_pass` gives it.
-    """
-    gamma, length = draft_config.gamma, tokens.shape[1]
-    bidirectional = draft_config.block_attention == "bidirectional"
-    logits, _ = forward(
-        config,
-        params,
-        jnp.take_along_axis(tokens, anchors, axis=1),
-        cache,
-        skip=draft_config.skip,
-        draft=draft,
-        num_masks=gamma - 1,
-        layout=behind_anchors(anchors, gamma, length, bidirectional),
-        remat=remat,
-    )
-    assert logits is not None
-    return logits
 
 
 def divergence(

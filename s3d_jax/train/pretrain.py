@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
+from s3d_jax.nn.streams import target_stream
 from s3d_jax.nn.transformer import Params, init_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.train.draft import AdapterConfig, draft_losses, init_draft
-from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss, target_stream
+from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss
 
 
 class PretrainTask:
@@ -85,7 +86,6 @@ class PretrainTask:
             logits, _ = target_stream(
                 self.config, params, tokens, tokens.shape[1], remat=self.remat
             )
-            assert logits is not None
             return {"next_token_loss": next_token_loss(logits, tokens, learn)}
         return draft_losses(
             *(self.config, params, self.draft_config, tree["draft"]),

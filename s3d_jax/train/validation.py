@@ -11,11 +11,12 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
+from s3d_jax.nn.streams import target_stream
 from s3d_jax.nn.transformer import Params
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.documents import Document
 from s3d_jax.train.data import Rows
-from s3d_jax.train.objective import Mean, next_token_loss, target_stream
+from s3d_jax.train.objective import Mean, next_token_loss
 
 
 def held_out_prompts(
@@ -103,7 +104,6 @@ def _next_token_loss(
     config: ModelConfig, params: Params, tokens: jax.Array, learn: jax.Array
 ) -> Mean:
     logits, _ = target_stream(config, params, tokens, tokens.shape[1])
-    assert logits is not None
     return next_token_loss(logits, tokens, learn)
 
 

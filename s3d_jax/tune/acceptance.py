@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +18,12 @@ import numpy as np
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.transformer import Block, DraftParams, Params, RMSNorm, _bridge, float_dtype
+from s3d_jax.nn.streams import draft_stream, target_cache
+from s3d_jax.nn.transformer import DraftParams, Params, float_dtype
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.suites import Prompt
-from s3d_jax.train.objective import block_targets, draft_stream, target_stream
+from s3d_jax.train.objective import block_targets
 
 Skip = tuple[bool, ...]
 
@@ -31,6 +31,9 @@ _MEASURED_DEPTHS = 12
 _ROWS = 16  # that are written in one batch, at most
 MOST_BYTES = 4 * 2**30  # of keys and values that are held at a time
 _BLOCK_TOKENS = 256  # of one draft pass, all its blocks together
+
+
+_target_cache = jax.jit(target_cache, static_argnames=("config", "slots"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +270,7 @@ class Judge:
         if r < len(self._kept):
             return self._kept[r]
         lm = self.lm
-        return _target_stream(lm.config, lm.params, self.texts.tokens[r : r + 1], self._slots)
+        return _target_cache(lm.config, lm.params, self.texts.tokens[r : r + 1], self._slots)
 
     def _blocks(self, gamma: int) -> int:
         """Blocks of one draft pass."""
@@ -301,11 +304,6 @@ def keeping_all(draft: DraftConfig, gamma: int) -> DraftConfig:
     return draft.replace(skip=(False,) * len(draft.skip), gamma=gamma)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots"))
-def _target_stream(config: ModelConfig, params: Params, tokens: jax.Array, slots: int) -> KVCache:
-    return target_stream(config, params, tokens, slots, compute_logits=False)[1]
-
-
 @functools.partial(jax.jit, static_argnames=("config", "draft_config"))
 def _right_tokens(
     config: ModelConfig,
@@ -318,57 +316,15 @@ def _right_tokens(
     anchors: jax.Array,
     cache: KVCache,
 ) -> jax.Array:
-    """Right draft tokens of each block, int [B, A]; keep: bool [L]."""
-    with nn.intercept_methods(_skipping(keep, draft.bridges, config.norm_eps)):
-        logits = draft_stream(config, params, draft_config, draft, tokens, anchors, cache)
+    """Right draft tokens of each block, int [B, A]; keep: bool [L].
+
+    In decoding the skipped layers are static, and each set has a program of its own. Here hundreds
+    of sets are compared, and computing a layer whose output is dropped costs less than a
+    compilation.
+    """
+    logits = draft_stream(config, params, draft_config, draft, tokens, anchors, cache, keep=keep)
     known = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < length, tokens.shape)
     gamma = draft_config.gamma
     _, targets, weights = block_targets(tokens, known, anchors, gamma, 1.0)
     right = (jnp.argmax(logits, axis=-1) == targets) & (weights > 0)
     return jnp.sum(jnp.cumprod(right.reshape(*anchors.shape, gamma), axis=2), axis=2)
-
-
-Interceptor = Callable[..., Any]
-
-
-def _skipping(keep: jax.Array, bridges: Mapping[str, Any], eps: float) -> Interceptor:
-    """Makes a pass through all layers one that skips those where `keep` [L] is False.
-
-    In decoding the set is static, and each its own program. Here hundreds are compared, and a layer
-    that is computed in vain costs less than a compilation.
-    """
-
-    def intercept(next_fun: Interceptor, args: Any, kwargs: Any, context: Any) -> Any:
-        i = layer_of(context)
-        if i is None:
-            return next_fun(*args, **kwargs)
-        x, *rest = args
-        y = x
-        if i > 0:
-            y = bridged(x, ~keep[i - 1], bridges, context.module.name, eps)
-        if not isinstance(context.module, Block):
-            return next_fun(y, *rest, **kwargs)
-        y, keys, values = next_fun(y, *rest, **kwargs)
-        return jnp.where(keep[i], y, x), keys, values
-
-    return intercept
-
-
-def layer_of(context: Any) -> int | None:
-    """The number of the layer that linen is about to call; L for the final norm, else None."""
-    module = context.module
-    if context.method_name != "__call__":
-        return None
-    if isinstance(module, Block):
-        return int(str(module.name).removeprefix("layers_"))
-    last = isinstance(module, RMSNorm) and module.name == "final_norm"
-    return module.config.num_layers if last else None
-
-
-def bridged(
-    x: jax.Array, gap: jax.Array, bridges: Mapping[str, Any], name: str | None, eps: float
-) -> jax.Array:
-    """x as the module `name` gets it: over the bridge, if it has one, where `gap` is True."""
-    if name is None or name not in bridges:
-        return x
-    return jnp.where(gap, _bridge(x, bridges[name], eps), x)

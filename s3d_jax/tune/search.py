@@ -12,28 +12,24 @@ always a whole draft pass at places of known texts (`Judge.score`).
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import InputError
-from s3d_jax.nn.transformer import Block, DraftParams, Params
+from s3d_jax.nn.streams import text_cache
+from s3d_jax.nn.transformer import DraftParams, Params, behind_anchors, bound
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.train.objective import draft_stream, target_stream
 from s3d_jax.tune.acceptance import (
     MOST_BYTES,
-    Interceptor,
     Judge,
     Skip,
-    bridged,
     context_bytes,
     keeping_all,
-    layer_of,
     num_fitting,
 )
 
@@ -133,80 +129,47 @@ def _skipped_states(
 
     The states of all j are rows of one batch. tokens: int [R, T]; anchors: int [R, A].
     """
-    rows, length = tokens.shape
-    layers, gamma = config.num_layers, draft_config.gamma
-    targets: list[jax.Array] = []
-    with nn.intercept_methods(_recording(targets)):
-        block = anchors.shape[1] * gamma
-        _, cache = target_stream(config, params, tokens, length + block, compute_logits=False)
+    (rows, length), gamma = tokens.shape, draft_config.gamma
+    states = config.num_layers  # one for each number of skipped layers
+    cache = text_cache(config, params, tokens, length + anchors.shape[1] * gamma)
+    model = bound(config, params)
+    x, shared = model.begin(tokens, cache, visible=length)
+    targets = []
     places = jnp.minimum(anchors[:, :, None] + jnp.arange(gamma), length - 1).reshape(rows, -1, 1)
-    targets = [jnp.take_along_axis(x, places, axis=1) for x in targets]
+    for i in range(config.num_layers):
+        x, cache = model.layer(i, x, cache, shared)
+        targets.append(jnp.take_along_axis(x, places, axis=1))
 
     def tiled(x: jax.Array) -> jax.Array:
-        return jnp.tile(x, (layers, *[1] * (x.ndim - 1)))
+        return jnp.tile(x, (states, *[1] * (x.ndim - 1)))
 
-    choices: list[jax.Array] = []
-    with nn.intercept_methods(_choosing(choices, targets, draft.bridges, config.norm_eps)):
-        copies = jax.tree.map(tiled, cache)
-        draft_stream(config, params, draft_config, draft, tiled(tokens), tiled(anchors), copies)
-    return jnp.stack(choices)
-
-
-def _recording(states: list[jax.Array]) -> Interceptor:
-    """Keeps what comes out of each layer."""
-
-    def intercept(next_fun: Interceptor, args: Any, kwargs: Any, context: Any) -> Any:
-        out = next_fun(*args, **kwargs)
-        if isinstance(context.module, Block) and layer_of(context) is not None:
-            states.append(out[0])
-        return out
-
-    return intercept
-
-
-def _choosing(
-    choices: list[jax.Array],
-    targets: list[jax.Array],
-    bridges: Mapping[str, Any],
-    eps: float,
-) -> Interceptor:
-    """Turns a pass through all layers into the search: see `_skipped_states`.
-
-    Args:
-        choices: gets bool [J] of each layer.
-        targets: what the states should be, [R, T, D] behind each layer.
-        bridges, eps: as in `bridged`.
-    """
-    likeness = gap = jnp.zeros(0)
-
-    def intercept(next_fun: Interceptor, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal likeness, gap
-        i = layer_of(context)
-        if i is None or not isinstance(context.module, Block):
-            return next_fun(*args, **kwargs)
-        x, *rest = args
-        rows = targets[i].shape[0]
-        states = x.shape[0] // rows
-        if i == 0:  # nothing is skipped yet, so only that state exists
-            likeness = jnp.where(jnp.arange(states) == 0, 1.0, _NOWHERE)
-            gap = jnp.zeros(states, bool)
-        wide = jnp.repeat(gap, rows)[:, None, None]
-        kept, keys, values = next_fun(
-            bridged(x, wide, bridges, context.module.name, eps), *rest, **kwargs
-        )
-        by_state = (states, *targets[i].shape)
+    model = bound(config, params, draft)
+    bidirectional = draft_config.block_attention == "bidirectional"
+    cache = jax.tree.map(tiled, cache)
+    x, shared = model.begin(
+        tiled(jnp.take_along_axis(tokens, anchors, axis=1)),
+        cache,
+        draft=draft,
+        num_masks=gamma - 1,
+        layout=behind_anchors(tiled(anchors), gamma, length, bidirectional),
+    )
+    likeness = jnp.where(jnp.arange(states) == 0, 1.0, _NOWHERE)  # none is skipped yet
+    over_gap = jnp.zeros(states, bool)
+    choices = []
+    for i, target in enumerate(targets):
+        by_state = (states, *target.shape)
+        wide = jnp.repeat(over_gap, rows)[:, None, None]
+        kept, cache = model.layer(i, model.cross(i, x, wide, shared), cache, shared)
         kept, over = kept.reshape(by_state), jnp.roll(x.reshape(by_state), 1, axis=0)
         exists = likeness > _NOWHERE
-        from_kept = jnp.where(exists, _cosine(kept, targets[i]), _NOWHERE)
+        from_kept = jnp.where(exists, _cosine(kept, target), _NOWHERE)
         fewer = jnp.roll(exists, 1).at[0].set(False)  # the state with one layer less skipped
-        from_over = jnp.where(fewer, _cosine(over, targets[i]), _NOWHERE)
-        gap = from_over > from_kept
+        from_over = jnp.where(fewer, _cosine(over, target), _NOWHERE)
+        over_gap = from_over > from_kept
         likeness = jnp.maximum(from_over, from_kept)
-        choices.append(gap)
-        x = jnp.where(gap[:, None, None, None], over, kept).reshape(x.shape)
-        return x, keys, values
-
-    return intercept
+        choices.append(over_gap)
+        x = jnp.where(over_gap[:, None, None, None], over, kept).reshape(x.shape)
+    return jnp.stack(choices)
 
 
 def _cosine(states: jax.Array, target: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.step import DecodeSpec
 from s3d_jax.drafters import proposers
+from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import DraftParams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
@@ -19,11 +20,9 @@ from s3d_jax.train.objective import (
     agreement,
     block_targets,
     divergence,
-    draft_stream,
     next_anchors,
     next_token_loss,
     random_anchors,
-    target_stream,
 )
 from tests.tiny import tiny_config, tiny_params
 
