@@ -2,7 +2,7 @@
 
 Each row decides for itself, from what its passes cost (`PassCosts`) and from what was accepted
 before, never from the draft that is to be judged. So a row's output does not depend on its
-neighbours, and under sampling it stays that of the target. docs/performance.md says why there are
+neighbours, and under sampling it stays that of the target. docs/log says why there are
 no lengths between.
 """
 

@@ -1,6 +1,6 @@
 """The one linear layer: storage layout, arithmetic, and all choices by backend.
 
-Weights are stored `[out, in]`, as in HF. docs/performance.md has the measurements behind the
+Weights are stored `[out, in]`, as in HF. docs/log has the measurements behind the
 choices.
 """
 

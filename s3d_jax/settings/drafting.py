@@ -101,7 +101,7 @@ class PassCosts(Record):
             draft: skip and γ.
             bound_by_memory: the device multiplies a few tokens by a weight while it reads it. Then
                 a draft pass costs its share of the layers, and a verify pass a step, at the least.
-                Otherwise (CPUs in float32 and int8) more, about as much as docs/performance.md
+                Otherwise (CPUs in float32 and int8) more, about as much as docs/log
                 measured for four and five tokens.
         """
         draft_extra, verify = (0.0, 1.0) if bound_by_memory else (0.15, 1.3)

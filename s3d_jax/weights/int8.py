@@ -1,7 +1,7 @@
 """int8 weights: how they are made, stored and multiplied.
 
 A quantised matrix is {"weight" (of a table "embedding"): int8 [out, in], "scale": float32 [out]}.
-docs/performance.md has the measurements behind the choices.
+docs/log has the measurements behind the choices.
 
 Where activations are rounded to int8 as well, a difference in the last bit of a float can become
 one of a whole step, and then of the output. So that a token gets the very logits in a block of

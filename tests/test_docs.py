@@ -1,0 +1,77 @@
+"""The documentation: links lead somewhere, the README runs as it stands, the API page is full."""
+
+import re
+from pathlib import Path
+
+import convert
+import s3d_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/**/*.md", "recipes/**/*.md", "s3d_jax/assets/**/*.md")
+    for page in ROOT.glob(pattern)
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub makes of the headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith(("http://", "https://")):
+                continue
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert len(PAGES) > 15 and broken == []
+
+
+def test_pages_that_the_code_names_exist():
+    sources = [
+        path
+        for folder in ("s3d_jax", "convert", "benchmarks", "recipes", "tests")
+        for pattern in ("**/*.py", "**/*.sh")
+        for path in (ROOT / folder).glob(pattern)
+    ]
+    named = {
+        (path.name, name)
+        for path in sources
+        for name in re.findall(r"\bdocs/[\w/.-]+\.md", path.read_text(encoding="utf-8"))
+    }
+    assert named and [(by, name) for by, name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_is_short_and_what_it_shows_is_what_comes_out(capsys):
+    """Its Python runs as it stands, and its command prints that text; the times are one machine's.
+
+    (One test, so that both use the same compiled programs.)
+    """
+    assert len(README.splitlines()) <= 90
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(code.split("\n\n")[1].splitlines()) < 10
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "Lily" in capsys.readouterr().out
+
+    command, text, tau = re.search(
+        r"^\$ s3d (.+)\n((?:.+\n)+?)\[s3d: .* ([\d.]+) per iteration", README, re.MULTILINE
+    ).groups()
+    prompt, new = re.fullmatch(r'generate "(.+)" --max-new-tokens (\d+)', command).groups()
+    (result,) = names["lm"].generate(prompt, max_new_tokens=int(new))
+    assert " ".join(text.split()) == " ".join((prompt + result.text).split())
+    assert f"{result.stats.tokens_per_iteration:.2f}" == tau
+
+
+def test_the_api_page_names_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = [f"s3d_jax.{name}" for name in s3d_jax.__all__]
+    names += [f"convert.{name}" for name in convert.__all__]
+    assert [name for name in names if f"`{name}" not in page] == []
