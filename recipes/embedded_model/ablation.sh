@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Short runs that differ in one thing each, from the reference draft: the table in docs/log/2026-11-25-draft-ablation.md.
+# Short runs that differ from the reference draft in one thing each. Results are in
+# docs/log/2026-11-25-draft-ablation.md.
 #
 #   recipes/embedded_model/ablation.sh WORK_DIR [STEPS]
 #
-# WORK_DIR is where make.sh made the model. The drafts go into a copy, WORK_DIR/ablation/model.
+# WORK_DIR is the one of make.sh. The drafts go into a copy of the model, WORK_DIR/ablation/model.
 set -euo pipefail
 work=$1 steps=${2:-150}
 place=$work/ablation
 texts=$work/texts
 [ -d "$place/model" ] || { mkdir -p "$place" && cp -r "$work/model" "$place/model" && rm -r "$place/model/drafts"; }
 
-# train NAME OPTION... ; what is given here comes last, so that OPTION may say it again
+# train NAME OPTION... ; OPTIONs come last, so they override the ones below
 train() {
   name=$1; shift
   [ -f "$place/$name.done" ] || {

@@ -2,9 +2,9 @@
 
     python recipes/embedded_model/held_out.py TEXTS_DIR OUT_DIR
 
-TEXTS_DIR is what prepare.py writes. A prompt is taken from a held-out text that the training runs
-did not look at either (the first 24 of each kind drew their curves), and only if it stands in no
-text that was trained on: of a story its first two sentences, of a dialogue the user's last turn.
+prepare.py writes TEXTS_DIR. A prompt comes from a held-out text that the training runs did not
+decode (they decode the first 24 of each kind for their curves), and only if no training text
+contains it. Of a story it takes the first two sentences, of a dialogue the user's last turn.
 """
 
 import argparse

@@ -3,26 +3,26 @@
 #
 #   recipes/embedded_model/make.sh DATA_DIR WORK_DIR
 #
-# DATA_DIR is what prepare.py reads. The result is WORK_DIR/int8; a step that is there is not done
-# again, and one that was interrupted goes on.
+# prepare.py reads DATA_DIR. The result is WORK_DIR/int8. A finished step is not repeated; an interrupted
+# one continues.
 set -euo pipefail
 recipe=$(dirname "$0")
 data=$1 work=$2
-# Buffers of a training step are large: huge pages, and memory that is kept, save page faults.
+# A training step has large buffers: huge pages, and memory that is not returned, save page faults.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1
 GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$work"
 texts=$work/texts
 
 [ -d "$texts" ] || { python "$recipe/prepare.py" "$data" "$texts.new" && mv "$texts.new" "$texts"; }
-# Held-out texts for the curves of the runs.
+# Held-out texts that the runs decode for their curves.
 for kind in stories dialogues; do
   head -n 24 "$texts/${kind}_valid.jsonl" > "$texts/${kind}_check.jsonl"
 done
 
 resume() { [ -f "$1/options.json" ] && echo --resume || true; }
 
-# Stories three times: they are fewer, and harder than the dialogues.
+# Stories three times: they are fewer and harder than the dialogues.
 [ -d "$work/model" ] || s3d pretrain $(resume "$work/pretrain") \
   --config "$recipe/model.json" --out "$work/model" --run "$work/pretrain" \
   --data "$texts/stories_train.jsonl" --data "$texts/stories_train.jsonl" \
@@ -33,7 +33,7 @@ resume() { [ -f "$1/options.json" ] && echo --resume || true; }
   --batch-size 12 --row-length 320 \
   --joint-draft --skip 2-6 --gamma 6 --anchors 12 --random-anchors --rank 16 --bridge-rank 64
 
-# Its own greedy output: stories from beginnings of two lengths, and answers.
+# The model's own greedy output: stories from prompts of two lengths, and answers.
 distill() {
   [ -f "$work/own_$2.jsonl" ] || s3d distill --model "$work/$1" --dtype float32 \
     --out "$work/own_$2.jsonl" --sampled-fraction 0 --batch-size 64 "${@:3}"
@@ -52,10 +52,10 @@ distill model answers --prompts "$texts/questions_train.jsonl" --limit 3840 --ma
   touch "$work/draft/done"
 }
 
-# As it is shipped: int8 is the fastest on most CPUs, and what is not int8 is small.
+# The shipped precision: int8 is the fastest on most CPUs; what stays float32 is small.
 [ -d "$work/int8" ] || s3d-convert "$work/model" "$work/int8" --quantize int8 --dtype float32
 
-# The draft goes on, of a higher rank and for four tokens, on the output of the int8 model.
+# The draft continues, with a higher rank and γ = 4, on the output of the int8 model.
 distill int8 int8_stories --prompts "$texts/stories_train.jsonl" --limit 1792 --prompt-tokens 16 --max-new-tokens 200
 distill int8 int8_answers --prompts "$texts/questions_train.jsonl" --limit 6400 --max-new-tokens 80
 [ -f "$work/draft_int8/done" ] || {

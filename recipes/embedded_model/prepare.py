@@ -42,11 +42,11 @@ def lower_stories(path: Path) -> Iterator[str]:
 
 
 def valid_stories(path: Path) -> Iterator[str]:
-    """The file has no borders between stories; they begin like stories do."""
+    """The file does not separate stories; a paragraph that begins like a story starts one."""
     story: list[str] = []
     for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
         if paragraph.startswith(OPENINGS) and story:
-            if story[0].startswith(OPENINGS):  # not the end of one that began before the file
+            if story[0].startswith(OPENINGS):  # not the rest of a story whose beginning is missing
                 yield "\n".join(story)
             story = []
         if paragraph.strip():
@@ -54,12 +54,12 @@ def valid_stories(path: Path) -> Iterator[str]:
 
 
 def key(story: str) -> str:
-    """Two stories are the same if their first letters are."""
+    """Identifies a story: two stories with the same first 80 letters are the same."""
     return re.sub(r"[^a-z]+", "", story.lower())[:80]
 
 
 def names_of(stories: Iterable[str]) -> set[str]:
-    """Words that are nearly always capitalised inside a sentence."""
+    """Returns words that are nearly always capitalised inside a sentence."""
     counts: dict[str, collections.Counter[bool]] = collections.defaultdict(collections.Counter)
     for story in stories:
         for word in re.findall(r"(?<=[a-z,] )[A-Za-z]+", story):
@@ -68,7 +68,7 @@ def names_of(stories: Iterable[str]) -> set[str]:
 
 
 def recased(story: str, names: set[str]) -> str:
-    """Capitals for names, for "I", and where sentences and quotations begin."""
+    """Capitalises names, "I", and the beginnings of sentences and quotations."""
     story = re.sub(
         r"[a-z]+", lambda m: m[0].capitalize() if m[0] in names or m[0] == "i" else m[0], story
     )
@@ -77,7 +77,7 @@ def recased(story: str, names: set[str]) -> str:
 
 
 def split_stories(data: Path) -> tuple[list[str], list[str]]:
-    """The stories to train on, and those held out; none is in both."""
+    """Returns the stories to train on and the held-out stories; no story is in both."""
     cased = cased_stories(data / "tinystories_train.txt")
     names, known = names_of(cased), {key(story) for story in cased}
     lower = [s for s in lower_stories(data / "tinystories_train_lower.txt") if key(s) not in known]
@@ -97,7 +97,7 @@ def chats(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def questions(chats: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each chat up to one of the user's first five turns."""
+    """Yields each chat, cut after one of the user's first five turns."""
     generator = random.Random(0)
     for chat in chats:
         turns = chat["messages"]
