@@ -93,6 +93,7 @@ def test_the_installed_wheel_generates_text(data_dir, tmp_path):
         [sys.executable, "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env
     ).stdout
     assert output.count(str(site)) == 2
+    assert all((site / package / "py.typed").exists() for package in ("s3d_jax", "convert"))
     output = command("s3d", "generate", "Once upon a time", "--max-new-tokens", "60", "--json")
     assert json.loads(output)["stats"]["tokens_per_iteration"] > 1.5  # by the model in the wheel
     command("s3d-convert", str(data_dir / "checkpoints" / "babyllama-1m"), "native", "--no-parity")
