@@ -1,17 +1,27 @@
 # `make test` and `make demo` are all there is to know: both create the environment they need.
+# `make test-all` runs the sweeps that `make test` samples: together they run every test once.
 PYTHON ?= python3
 VENV   ?= .venv
 # of the demo: a HF folder or hub id; empty is the small model of the package
 MODEL  ?=
 BIN    := $(VENV)/bin
+# pytest's processes; the tests of a file run in one of them, one after the other
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: test demo bench format clean
+.PHONY: test test-all lint demo bench format clean
 
-test: $(VENV)/dev
+test: lint
+	$(PYTEST)
+
+test-all: $(VENV)/dev
+	$(PYTEST) -m exhaustive
+
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 demo: $(VENV)/base
 	$(BIN)/python benchmarks/demo.py --model "$(MODEL)"

@@ -218,6 +218,7 @@ def test_what_decides(lm):
     assert ar.tokens == fixed.tokens
 
 
+@pytest.mark.usefixtures("compiled_here")
 def test_programs_copy_no_cache():
     """Neither in memory nor as an operation: three ways to go on, one cache."""
     draft_params, sizes = model.untrained_draft(PARAMS), []

@@ -265,6 +265,7 @@ def test_loop_and_single_steps_give_the_same():
     assert calls == counted(whole, PROMPTS, 3)[0].max()
 
 
+@pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("prompts", [[[1, 2]], [[1] * n for n in (1, 2, 3, 17, 33, 5, 9, 64)]])
 def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     """One row and a ragged batch, prefill and decoding: the same buffers throughout."""
@@ -286,6 +287,7 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     assert len(live) == 2 * CONFIG.num_layers
 
 
+@pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("prompts", [[[1, 2]], [[1] * n for n in (1, 2, 3, 17, 33, 5, 9, 64)]])
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_programs_copy_no_cache_inside(program, prompts):
@@ -307,6 +309,7 @@ def test_programs_copy_no_cache_inside(program, prompts):
     assert sizes[1] - sizes[0] < cache / 100
 
 
+@pytest.mark.usefixtures("compiled_here")
 def test_a_single_token_s_write_copies_no_cache():
     """One row, one key head, all slots read: XLA would repeat the write in each of its readers."""
     config, slots = CONFIG.replace(num_kv_heads=1, num_heads=3, head_dim=64), 256

@@ -112,6 +112,7 @@ def test_the_mean_of_the_table_is_that_of_the_float_one():
         np.testing.assert_allclose(masks, table.mean(axis=0)[None], atol=tolerance)
 
 
+@pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("power", [1, 2])
 def test_the_mean_of_the_table_needs_no_copy_of_it(dtype, power):

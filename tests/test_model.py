@@ -66,6 +66,7 @@ def test_in_bfloat16_many_blocks_are_as_exact_as_attention_at_once(monkeypatch):
     assert np.all(np.abs(blocks - whole) <= 2 * rounding + 1e-3)
 
 
+@pytest.mark.usefixtures("compiled_here")
 def test_the_memory_of_a_prefill_grows_with_the_length_and_not_with_its_square():
     # The last layer only writes its keys and values.
     config = tiny_config(num_layers=2, num_heads=32, num_kv_heads=32, head_dim=2)

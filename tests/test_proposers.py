@@ -128,6 +128,7 @@ def test_prompt_lookup_finds_what_is_repeated():
     assert (result.stats.iterations, result.stats.accepted_per_position) == (6, (5, 5, 5, 5))
 
 
+@pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("method", ["self-spec", "two-model"])
 def test_drafting_copies_no_cache(method):
     """One token after the other, in a loop of its own inside the loop: in place all the same."""

@@ -181,7 +181,7 @@ print(json.dumps([before, peak()]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_two_gigabytes_are_converted_in_less_than_one(tmp_path):
     size = write_large_folder(tmp_path / "hf", num_layers=38, shards=4)

@@ -397,7 +397,7 @@ draft_run({run!r}, resume=pathlib.Path({run!r}, "options.json").exists())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ten_kills_leave_the_curve_as_it_is(tmp_path):
     """SIGKILL at random moments, and between any two files of a save, its end and the removal of an
     old state: a save writes or renames some 16 times, then removes twice."""
