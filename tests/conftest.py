@@ -1,4 +1,4 @@
-"""What some tests need from outside: the real checkpoints, and packages that are optional."""
+"""What all tests share: one compilation cache, real checkpoints, and packages that are optional."""
 
 import gc
 import importlib
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives all workers, and the commands that tests start, one compilation cache for this run."""
-    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return  # a worker of pytest-xdist inherits the folder; a cache of the user's own outlives us
+    """Makes one compilation cache for this run, of all workers and the commands that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # the user's own, or this process is a worker, which inherits the cache of the run
     folder = tempfile.mkdtemp(prefix="s3d-compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
@@ -29,10 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compiled_here() -> Iterator[None]:
-    """Compiles in this process what the test runs.
+    """Compiles all programs of a test in this process, without the cache.
 
-    An executable read from the compilation cache does not know all that a test may ask, such as its
-    memory, and compiling it takes no time.
+    For tests of memory and copies: what a test asks of an executable must not depend on the way
+    that it took through a file.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -47,19 +47,19 @@ def compiled_here() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Real checkpoints, configs and texts. Where they are absent tests skip, but not in CI."""
+    """Real checkpoints, configs and texts. Tests skip where they are absent, except in CI."""
     path = Path(os.environ.get("S3D_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not (path / "checkpoints").is_dir():
-        _missing(f"no test data at {path}: set S3D_TEST_DATA to the folder with checkpoints/")
+        _missing(f"no real checkpoints, configs and texts at {path}: S3D_TEST_DATA names the folder")
     return path
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-    """Lets go of the programs that a test file compiled.
+    """Frees the programs of a test file.
 
-    Each takes tens of memory maps, and a Linux process may have 65,530: XLA, refused one more, ends
-    in a segmentation fault.
+    Each takes tens of memory maps, of which a Linux process may have 65,530. XLA crashes when it is
+    refused one.
     """
     yield
     if "jax" in sys.modules:
@@ -70,7 +70,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture
 def hf_silent(caplog) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which transformers must not warn."""
+    """A context in which a warning of transformers is an error."""
 
     @contextmanager
     def silent() -> Iterator[None]:
@@ -87,7 +87,7 @@ def hf_silent(caplog) -> Callable[[], AbstractContextManager[None]]:
 
 
 def need(module: str) -> Any:
-    """An optional module, for a whole test file or one test. Skips without it, but not in CI."""
+    """Imports an optional module for a test file or a test. Skips without it, except in CI."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -95,6 +95,6 @@ def need(module: str) -> Any:
 
 
 def _missing(reason: str) -> None:
-    if os.environ.get("CI"):  # where nobody would notice a test that is not run
+    if os.environ.get("CI"):  # nobody would notice there that a test is not run
         pytest.fail(reason)
     pytest.skip(reason, allow_module_level=True)
