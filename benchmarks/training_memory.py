@@ -22,10 +22,9 @@ from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.train.draft import AdapterConfig, DraftTask
-from s3d_jax.train.loop import LoopConfig, begin, make_step
-from s3d_jax.train.objective import ObjectiveConfig
-from s3d_jax.train.optimizer import OptimizerConfig
+from s3d_jax.settings.training import AdapterConfig, LoopConfig, ObjectiveConfig, OptimizerConfig
+from s3d_jax.train.draft import DraftTask
+from s3d_jax.train.loop import begin, make_step
 
 
 def gigabytes(tree: object) -> float:

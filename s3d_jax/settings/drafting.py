@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal, Self, get_args
 
+from s3d_jax.errors import InputError
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.records import Record, check, is_integer, is_positive
 
@@ -23,6 +24,27 @@ def symmetric_skip(num_layers: int, num_skipped: int) -> tuple[bool, ...]:
     )
     first = (num_layers - num_skipped + 1) // 2
     return tuple(first <= i < first + num_skipped for i in range(num_layers))
+
+
+def parse_skip(text: str, num_layers: int) -> tuple[bool, ...]:
+    """A skip mask from "2-5", "2,3,6" or "" (no layer is skipped).
+
+    Raises:
+        InputError: it is none of these, or names a layer that the model does not have.
+    """
+    skipped: set[int] = set()
+    try:
+        for part in filter(None, text.replace(" ", "").split(",")):
+            first, dash, last = part.partition("-")
+            layers = range(int(first), int(last if dash else first) + 1)
+            if not layers:
+                raise ValueError(f"{part} is no range")
+            skipped.update(layers)
+    except ValueError as error:
+        raise InputError(f'--skip takes layers like "2-5" or "2,3,6", got {text!r}') from error
+    if skipped and not 0 <= min(skipped) <= max(skipped) < num_layers:
+        raise InputError(f"--skip {text}: the model has the layers 0 to {num_layers - 1}")
+    return tuple(i in skipped for i in range(num_layers))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from s3d_jax.settings.options import option
 from s3d_jax.settings.records import Record, check, is_finite, is_integer, is_positive
 
 _LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
@@ -30,13 +31,13 @@ class SamplingConfig(Record):
     Temperature, biases and penalties are bounded, so that no step of it leaves float32.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float = option(0.0, "0 is greedy", metavar="T")
+    top_k: int = option(0, "0 is off", metavar="K")
+    top_p: float = option(1.0, "1 is off", metavar="P")
+    min_p: float = option(0.0, "0 is off", metavar="P")
+    repetition_penalty: float = option(1.0, "1 is off", metavar="R")
+    presence_penalty: float = option(0.0, "0 is off", metavar="P")
+    frequency_penalty: float = option(0.0, "0 is off", metavar="P")
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
-"""Training the draft of a model, in three modes: mask, adapter, full (see docs/training.md)."""
+"""The training task of a draft, in three modes: mask, adapter, full (see docs/training.md)."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +12,9 @@ from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import DraftParams, Params, float_dtype, mean_embedding, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
 from s3d_jax.train.objective import (
     Mean,
-    ObjectiveConfig,
     agreement,
     block_targets,
     divergence,
@@ -23,25 +22,6 @@ from s3d_jax.train.objective import (
     next_token_loss,
     random_anchors,
 )
-
-MODES = ("adapter", "mask", "full")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """The size of the low-rank parts.
-
-    Attributes:
-        rank: of the deltas on the linear layers of kept layers; 0 is none.
-        bridge_rank: of what stands in for each gap of skipped layers; 0 is none.
-    """
-
-    rank: int = 16
-    bridge_rank: int = 64
-
-    def __post_init__(self) -> None:
-        if self.rank < 0 or self.bridge_rank < 0:
-            raise ConfigError(f"ranks must be at least 0, got {self.rank}, {self.bridge_rank}")
 
 
 def init_draft(
@@ -51,10 +31,10 @@ def init_draft(
     adapter: AdapterConfig,
     key: jax.Array,
 ) -> DraftParams:
-    """A draft that computes what the untrained one does: every low-rank part starts with up = 0.
+    """A draft that computes the same as the untrained one: every low-rank part starts with up = 0.
 
     Args:
-        config, params: the target; `params` may be abstract but for the embedding.
+        config, params: the target; `params` may be abstract except for the embedding.
         draft_config: γ - 1 mask embeddings are made, one at least.
         adapter: ranks.
         key: typed PRNG key.
@@ -98,31 +78,32 @@ def init_draft(
     return DraftParams(mask_embeddings=masks, deltas=deltas, bridges=bridges)
 
 
-def _begun(new: Any, old: Any) -> Any:
-    """New arrays with what they have room for of old ones."""
+def _copied_into(new: Any, old: Any) -> Any:
+    """The new arrays with the old ones written over their leading parts, as far as they fit."""
     if isinstance(new, Mapping):
-        return {k: _begun(x, old[k]) if k in old else x for k, x in new.items()}
+        return {k: _copied_into(x, old[k]) if k in old else x for k, x in new.items()}
     common = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape, strict=True))
     return new.at[common].set(old[common])
 
 
 class DraftTask:
-    """What `fit` needs to know to train a draft.
+    """The `Task` of training a draft.
 
-    The trained tree is {"draft": DraftParams}, in "full" mode with {"layers": the kept layers}.
+    The trained tree is {"draft": DraftParams}; in mode "full" it also has {"layers": the kept
+    layers}.
 
     Args:
         config, params: the target.
         draft_config: skip, γ, block attention.
-        mode, objective, adapter, next_token_weight, remat: as in `train_draft`.
-        start: a draft to begin with, with any γ and ranks of at most those of `adapter`; None
-            begins as the untrained one.
+        mode, objective, adapter, next_token_weight, remat: as in `TrainDraftConfig`.
+        start: a draft to start from, of any γ and of ranks up to those of `adapter`; None starts
+            from the untrained one.
 
     Raises:
         ConfigError: settings that do not fit together.
 
     Attributes:
-        frozen: the target's parameters, an argument of the step, never of the optimiser.
+        frozen: the target's parameters, an argument of the step, never of the optimizer.
         loss_weights, loss_scale: see `Task`.
     """
 
@@ -139,8 +120,8 @@ class DraftTask:
         next_token_weight: float = 1.0,
         remat: bool = False,
     ) -> None:
-        if mode not in MODES:
-            raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
+        if mode not in ("adapter", "mask", "full"):
+            raise ConfigError(f"mode must be 'adapter', 'mask' or 'full', got {mode!r}")
         draft_config.validate_for(config)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
@@ -163,18 +144,18 @@ class DraftTask:
         self.remat = remat
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """The tree that is trained, in float32."""
+        """The trained tree, float32."""
         draft = init_draft(self.config, self.frozen, self.draft_config, self.adapter, key)
         if self.start is not None:
             draft = DraftParams(
-                mask_embeddings=_begun(draft.mask_embeddings, self.start.mask_embeddings),
-                deltas=_begun(draft.deltas, self.start.deltas),
-                bridges=_begun(draft.bridges, self.start.bridges),
+                mask_embeddings=_copied_into(draft.mask_embeddings, self.start.mask_embeddings),
+                deltas=_copied_into(draft.deltas, self.start.deltas),
+                bridges=_copied_into(draft.bridges, self.start.bridges),
             )
         tree: dict[str, Any] = {"draft": draft}
         if self.mode == "full":
             kept = [f"layers_{i}" for i, s in enumerate(self.draft_config.skip) if not s]
-            # Copies: the step donates what is trained, and the frozen target must live on.
+            # Copies: the step donates the trained tree, and the frozen target must survive that.
             tree["layers"] = jax.tree.map(
                 lambda x: jnp.array(x, jnp.float32, copy=True),
                 {name: dict(self.frozen[name]) for name in kept},
@@ -197,14 +178,20 @@ class DraftTask:
         """The losses of one batch, and other metrics.
 
         Args:
-            tree: what is trained.
+            tree: the trained tree.
             frozen: the target's parameters.
             batch: {"tokens": int [B, T], "learn": bool [B, T]}.
             key: of the anchors.
         """
         params, draft = self.merged(tree, frozen)
         return draft_losses(
-            *(self.config, params, self.draft_config, draft, self.objective, batch, key),
+            self.config,
+            params,
+            self.draft_config,
+            draft,
+            self.objective,
+            batch,
+            key,
             target_is_trained=self.mode == "full",
             remat=self.remat,
         )
@@ -225,23 +212,27 @@ def draft_losses(
     """The losses of one batch.
 
     Args:
-        config, params, draft_config, draft, objective: what is judged, and how.
+        config, params, draft_config, draft: the target and its draft.
+        objective: which losses, at which anchors.
         batch: {"tokens": int [B, T], "learn": bool [B, T]}.
         key: of the anchors.
-        target_is_trained: gradients flow into `params` too, and the target has a loss of its own.
-            Its distributions are constants where the draft is compared with them: they are not
-            trained to be easy to guess.
+        target_is_trained: gradients flow into `params` too, and the target has its own loss. The
+            target's distributions stay constants of the draft's loss: the target is not trained
+            to be easy to guess.
         remat: see `forward`.
 
     Returns:
-        "draft_loss"; "agreement", see there; and where the target is trained "next_token_loss".
+        "draft_loss"; "agreement", see `agreement`; and "next_token_loss" where the target is
+        trained.
     """
     tokens, learn = batch["tokens"], batch["learn"]
     gamma = draft_config.gamma
     anchors = random_anchors(key, learn, min(objective.anchors, tokens.shape[1] - 1))
     compares = objective.objective != "ce"  # with the target's distributions
     logits, cache = target_stream(
-        *(config, params, tokens),
+        config,
+        params,
+        tokens,
         slots=tokens.shape[1] + anchors.shape[1] * gamma,
         remat=remat,
     )
@@ -250,15 +241,15 @@ def draft_losses(
     stream = functools.partial(draft_stream, config, remat=remat)
     if objective.hop:
         _, targets, _ = block_targets(tokens, learn, anchors, gamma, objective.decay)
-        still = jax.lax.stop_gradient((params, draft, cache))
-        q = stream(still[0], draft_config, still[1], tokens, anchors, still[2])
+        constant = jax.lax.stop_gradient((params, draft, cache))
+        q = stream(constant[0], draft_config, constant[1], tokens, anchors, constant[2])
         anchors = next_anchors(anchors, q, targets, gamma, tokens.shape[1])
     rows, targets, weights = block_targets(tokens, learn, anchors, gamma, objective.decay)
     q = stream(params, draft_config, draft, tokens, anchors, cache)
-    goal = None
+    target_logits = None
     if compares:
-        goal = jax.lax.stop_gradient(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
-    losses = divergence(objective.objective, q, goal, targets)
+        target_logits = jax.lax.stop_gradient(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
+    losses = divergence(objective.objective, q, target_logits, targets)
     full_weight = anchors.size * sum(objective.decay**i for i in range(gamma))
     loss = Mean(jnp.sum(losses * weights), jnp.sum(weights), full_weight)
     metrics = {"draft_loss": loss, "agreement": agreement(q, targets, weights, gamma)}

@@ -1,52 +1,15 @@
-"""What a draft is trained for: blocks at many anchors of a text, and the worth of their guesses.
+"""Training objectives of a draft: blocks at many anchors of a text, and losses of their tokens.
 
 Letters: B rows, T tokens of a row, A anchors per row, γ draft tokens, V vocabulary.
 """
-
-import dataclasses
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.errors import ConfigError
-
-OBJECTIVES = ("ce", "kl", "tv")
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """How draft predictions are judged.
-
-    Attributes:
-        objective: "ce", cross-entropy on the text's own tokens (best where the text is the target's
-            output); "kl", KL divergence of the draft from the target's distribution; "tv", total
-            variation, 1 - Σ min(p, q), which is one minus the acceptance rate of sampling.
-        decay: the i-th draft token (from 0) weighs decay^i: it counts only if all before it were
-            accepted.
-        anchors: blocks per row.
-        hop: train at the places where decoding would go on after a block at a random place, and
-            not at the random places themselves. Blocks of decoding begin behind a token that was
-            hard to guess, so random places are too easy; finding the others costs one more draft
-            pass without gradients.
-    """
-
-    objective: str = "ce"
-    decay: float = 0.85
-    anchors: int = 16
-    hop: bool = True
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"decay must be in (0, 1], got {self.decay}")
-        if self.anchors < 1:
-            raise ConfigError(f"anchors must be at least 1, got {self.anchors}")
-
 
 def random_anchors(key: jax.Array, learn: jax.Array, count: int) -> jax.Array:
-    """Anchors whose next token is to be learnt, drawn without repetition.
+    """Draws anchors whose next token is learnt, without repetition.
 
     Args:
         key: typed PRNG key.
@@ -54,8 +17,8 @@ def random_anchors(key: jax.Array, learn: jax.Array, count: int) -> jax.Array:
         count: A.
 
     Returns:
-        int32 [B, A]. A row with fewer than A such places is filled up with others, which weigh
-        nothing since none of their tokens is learnt.
+        int32 [B, A]. A row with fewer than A such places gets others as well, whose weight is 0
+        since none of their tokens is learnt.
     """
     allowed = learn[:, 1:]
     score = jnp.where(allowed, jax.random.uniform(key, allowed.shape), -1.0)
@@ -65,7 +28,7 @@ def random_anchors(key: jax.Array, learn: jax.Array, count: int) -> jax.Array:
 def block_targets(
     tokens: jax.Array, learn: jax.Array, anchors: jax.Array, gamma: int, decay: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the draft tokens of each block should be.
+    """The tokens that each block should draft.
 
     Args:
         tokens, learn: [B, T].
@@ -74,8 +37,8 @@ def block_targets(
         decay: see ObjectiveConfig.
 
     Returns:
-        (rows, targets, weights), each [B, A·γ]: the place in the text whose next token it is; that
-        token; and its weight, 0 behind the end of the text.
+        (rows, targets, weights), each [B, A·γ]: the place in the text before the token; the token;
+        and its weight, 0 after the end of the text.
     """
     batch, length = tokens.shape
     offsets = jnp.arange(gamma)
@@ -83,7 +46,7 @@ def block_targets(
     at = jnp.minimum(rows + 1, length - 1).reshape(batch, -1)
     targets = jnp.take_along_axis(tokens, at, axis=1)
     learnt = jnp.take_along_axis(learn, at, axis=1).reshape(rows.shape) & (rows + 1 < length)
-    # A block ends with the text it began in: no token behind a gap counts.
+    # A block ends with the text that it starts in: no token after a gap counts.
     learnt = jnp.cumprod(learnt, axis=2)
     weights = (learnt * jnp.float32(decay) ** offsets).reshape(batch, -1)
     return jnp.minimum(rows, length - 1).reshape(batch, -1), targets, weights
@@ -92,7 +55,7 @@ def block_targets(
 def next_anchors(
     anchors: jax.Array, draft: jax.Array, targets: jax.Array, gamma: int, length: int
 ) -> jax.Array:
-    """Where greedy decoding goes on after these blocks: behind the accepted tokens and the bonus.
+    """Where greedy decoding continues after these blocks: at their bonus tokens.
 
     Args:
         anchors: int [B, A].
@@ -102,7 +65,7 @@ def next_anchors(
         length: T.
 
     Returns:
-        int32 [B, A]; the last place of the row where decoding is through with it.
+        int32 [B, A], at most T - 1, the last place of the row.
     """
     right = (jnp.argmax(draft, axis=-1) == targets).reshape(*anchors.shape, gamma)
     accepted = jnp.sum(jnp.cumprod(right, axis=2), axis=2)
@@ -115,10 +78,10 @@ def divergence(
     """The loss of each prediction, float32 [...].
 
     Args:
-        objective: see ObjectiveConfig.
+        objective: "ce", "kl" or "tv", see ObjectiveConfig.
         draft: float32 [..., V], the draft's logits.
-        target: float32 [..., V], the target's; "ce" needs none.
-        tokens: int [...], the text's tokens; "ce" alone looks at them.
+        target: float32 [..., V], the target's; "ce" does not use them.
+        tokens: int [...], the text's tokens; only "ce" uses them.
     """
     log_q = jax.nn.log_softmax(draft, axis=-1)
     if objective == "ce":
@@ -132,7 +95,7 @@ def divergence(
 
 
 class Mean(flax.struct.PyTreeNode):
-    """A weighted mean in parts, so that those of the parts of a batch can be added.
+    """A weighted mean as its two sums, so that the means of the parts of a batch can be added.
 
     Attributes:
         total: Σ w·v, float32 of any shape.
@@ -151,17 +114,17 @@ class Mean(flax.struct.PyTreeNode):
 
     @property
     def loss(self) -> jax.Array:
-        """What is minimised: the mean, scaled by the share of the batch that is learnt.
+        """The minimized value: the mean, scaled by the share of the batch that is learnt.
 
-        So every token counts the same, in whichever batch or part of a batch it is.
+        Every token counts the same, in whichever batch or part of a batch it is.
         """
         return self.total / self.full_weight
 
 
 def agreement(draft: jax.Array, tokens: jax.Array, weights: jax.Array, gamma: int) -> Mean:
-    """Share of blocks whose first i+1 draft tokens are all the text's own, [γ].
+    """Share of blocks whose first i + 1 draft tokens all equal the text's, [γ].
 
-    On the target's greedy output this is what decoding would accept, so 1 + its sum is nearly τ.
+    On the target's greedy output decoding accepts exactly these, so 1 + the sum is nearly τ.
     """
     right = (jnp.argmax(draft, axis=-1) == tokens).reshape(-1, gamma)
     whole = (weights > 0).reshape(-1, gamma)[:, -1:]  # blocks with all γ tokens
@@ -170,7 +133,7 @@ def agreement(draft: jax.Array, tokens: jax.Array, weights: jax.Array, gamma: in
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array, learn: jax.Array) -> Mean:
-    """Mean cross-entropy of the next token, over those that are learnt.
+    """Mean cross-entropy of the next token, over the tokens that are learnt.
 
     Args:
         logits: float32 [B, T, V].

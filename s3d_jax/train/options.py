@@ -1,4 +1,4 @@
-"""What a call was asked for, beside what an earlier one was: what goes on must be the same."""
+"""Compares the options of a call with those of an earlier one that it is to resume."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,5 +14,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, lis
 
 
 def in_words(changes: Mapping[str, list[Any]]) -> str:
-    """The same for a message."""
+    """The differences as text for a message."""
     return "; ".join(f"{k} was {a!r:.80}, is now {b!r:.80}" for k, (a, b) in changes.items())

@@ -1,4 +1,4 @@
-"""Plain language-model training of a small model from nothing."""
+"""The training task of a small model from scratch, optionally jointly with its draft."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,22 @@ from s3d_jax.nn.streams import target_stream
 from s3d_jax.nn.transformer import Params, init_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.train.draft import AdapterConfig, draft_losses, init_draft
-from s3d_jax.train.objective import Mean, ObjectiveConfig, next_token_loss
+from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
+from s3d_jax.train.draft import draft_losses, init_draft
+from s3d_jax.train.objective import Mean, next_token_loss
 
 
 class PretrainTask:
-    """What `fit` needs to know to train a model from nothing.
+    """The `Task` of training a model from scratch.
 
-    The trained tree is {"params": the model's}, with {"draft": DraftParams} where the model learns
-    to draft along the way.
+    The trained tree is {"params": Params}; where the model also learns to draft, it has {"draft":
+    DraftParams} as well.
 
     Args:
         config: the model.
-        draft_config, draft_weight, objective, adapter, remat: as in `pretrain`.
+        draft_config, draft_weight, objective, adapter, remat: as in `PretrainConfig`.
         compute_dtype: of matrix products and activations, "float32" or "bfloat16" (mixed
-            precision: weights, optimiser, losses and sums stay float32).
+            precision: weights, optimizer, losses and sums stay float32).
 
     Raises:
         ConfigError: another compute_dtype.
@@ -61,7 +62,7 @@ class PretrainTask:
         self.remat = remat
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Random weights, N(0, 0.02²); those that end a residual branch smaller by √(2L)."""
+        """Random weights, N(0, 0.02²); at the end of residual branches they are √(2L) smaller."""
         key, draft_key = jax.random.split(key)
         params: Any = init_params(self.config.replace(dtype="float32"), key)
         shrink = (2 * self.config.num_layers) ** -0.5
@@ -79,7 +80,7 @@ class PretrainTask:
     def losses(
         self, tree: Mapping[str, Any], frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> dict[str, Mean]:
-        """As `DraftTask.losses`."""
+        """The losses of one batch; see `DraftTask.losses`."""
         tokens, learn = batch["tokens"], batch["learn"]
         params = jax.tree.map(lambda x: x.astype(self.compute_dtype), tree["params"])
         if self.draft_config is None:
@@ -88,8 +89,13 @@ class PretrainTask:
             )
             return {"next_token_loss": next_token_loss(logits, tokens, learn)}
         return draft_losses(
-            *(self.config, params, self.draft_config, tree["draft"]),
-            *(self.objective, batch, key),
+            self.config,
+            params,
+            self.draft_config,
+            tree["draft"],
+            self.objective,
+            batch,
+            key,
             target_is_trained=True,
             remat=self.remat,
         )

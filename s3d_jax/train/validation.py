@@ -1,4 +1,4 @@
-"""Judging a draft by the real thing: acceptance in actual decoding of held-out prompts."""
+"""Validation: acceptance in actual decoding of held-out prompts, and perplexity."""
 
 import functools
 import math
@@ -12,7 +12,8 @@ import numpy as np
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.nn.streams import target_stream
-from s3d_jax.nn.transformer import Params
+from s3d_jax.nn.transformer import DraftParams, Params
+from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.documents import Document
 from s3d_jax.train.data import Rows
@@ -25,9 +26,9 @@ def held_out_prompts(
     """The beginnings of documents, as prompts.
 
     Args:
-        documents: held out ones.
+        documents: held-out ones.
         count: prompts at most, evenly from all documents.
-        length: tokens of a prompt, where the document does not say itself what its prompt is.
+        length: tokens of a prompt, where the document does not have a prompt of its own.
         max_length: tokens that the model is made for; prompts without room for a new one are left
             out, with a warning that counts them.
 
@@ -53,13 +54,48 @@ def held_out_prompts(
     return [prompts[int(i)] for i in chosen]
 
 
+class HeldOutDecoding:
+    """Decodes held-out prompts by S3D, with the weights and the draft of each call.
+
+    Args:
+        config: the target.
+        draft: its draft.
+        eos_token_ids: tokens that end a text.
+        prompts: ids.
+        new_tokens: tokens to decode per prompt.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        draft: DraftConfig,
+        eos_token_ids: Sequence[int],
+        prompts: Sequence[np.ndarray],
+        new_tokens: int,
+    ) -> None:
+        self._make_lm = functools.partial(
+            LM, config, draft_config=draft, eos_token_ids=eos_token_ids
+        )
+        self._lm: LM | None = None  # one for all calls: it keeps the compiled programs
+        self._prompts = prompts
+        self._new_tokens = new_tokens
+
+    def measure(self, params: Params, draft: DraftParams) -> dict[str, Any]:
+        """The report of `measure_acceptance`."""
+        self._lm = self._lm or self._make_lm(params)
+        self._lm.params, self._lm.draft_params = params, draft
+        report = measure_acceptance(self._lm, self._prompts, self._new_tokens)
+        self._lm.params = {}  # else trained weights stay in memory until the next validation
+        return report
+
+
 def measure_acceptance(
     lm: LM, prompts: Sequence[np.ndarray], max_new_tokens: int, **options: Any
 ) -> dict[str, Any]:
     """Decodes the prompts in one batch by S3D.
 
     Args:
-        lm: the model with the draft in question.
+        lm: the model with the draft to measure.
         prompts: ids.
         max_new_tokens: per prompt.
         **options: of `LM.generate`; γ tokens are drafted in every iteration.
@@ -82,13 +118,14 @@ def measure_acceptance(
 
 
 def warn_if_useless(before: float, after: float, gamma: int) -> None:
-    """A loud word where training did not teach the draft much.
+    """Warns when the trained draft barely beats the untrained one.
 
     Args:
         before, after: τ of the untrained and of the trained draft.
         gamma: γ.
     """
-    # Of τ one token is the bonus, which is no merit of the draft. Nine in ten are always good.
+    # One token of τ is the bonus, to which the draft contributes nothing. A draft that gets nine in
+    # ten tokens accepted is always good.
     if after - 1 < min(max(1.2 * (before - 1), 0.1), 0.9 * gamma):
         warnings.warn(
             f"the trained draft makes {after:.2f} tokens per iteration, the untrained one "
@@ -108,7 +145,7 @@ def _next_token_loss(
 
 
 def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int = 8) -> float:
-    """exp of the mean cross-entropy of the tokens that are to be learnt.
+    """exp of the mean cross-entropy of the tokens that are learnt.
 
     Args:
         config, params: the target.
@@ -119,7 +156,7 @@ def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int 
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
         tokens, learn = rows.tokens[part], rows.learn[part]
-        missing = batch_size - len(tokens)  # padded, so that one program serves all
+        missing = batch_size - len(tokens)  # padded, so that one program serves all passes
         tokens = np.pad(tokens, ((0, missing), (0, 0)))
         learn = np.pad(learn, ((0, missing), (0, 0)))
         mean = _next_token_loss(config, params, tokens, learn)

@@ -1,11 +1,11 @@
-"""Ctrl-C in the commands, and going on."""
+"""Ctrl-C in the commands, and resuming."""
 
 import json
 import signal
 
 import pytest
 
-from s3d_jax.train import runs
+from s3d_jax.train import runs, session
 from s3d_jax.train.data import Batches
 from tests.train.command import run
 
@@ -20,7 +20,7 @@ class Interrupted(Batches):
 
 
 @pytest.mark.parametrize("command", ["train", "pretrain"])
-def test_a_command_that_was_interrupted_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_command_resumes_as_if_nothing_had_happened(
     command, model, texts, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
@@ -41,7 +41,7 @@ def test_a_command_that_was_interrupted_goes_on_as_if_it_had_not_been(
 
     assert call("whole") == 0
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "Batches", Interrupted)
+        patched.setattr(session, "Batches", Interrupted)
         assert call("cut") == 130
     assert "interrupted" in capsys.readouterr().err
     states = sorted(p.name for p in (tmp_path / "run-cut" / "states").iterdir())

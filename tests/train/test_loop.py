@@ -16,14 +16,16 @@ import pytest
 
 from s3d_jax.errors import ConfigError, TrainingError
 from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.training import AdapterConfig, LoopConfig, ObjectiveConfig, OptimizerConfig
 from s3d_jax.storage import staging
 from s3d_jax.texts.documents import read_documents
-from s3d_jax.train import loop as loop_module
+from s3d_jax.train import folder
 from s3d_jax.train.data import Batches, Rows, pack
-from s3d_jax.train.draft import AdapterConfig, DraftTask
-from s3d_jax.train.loop import LoopConfig, fit, read_metrics
-from s3d_jax.train.objective import Mean, ObjectiveConfig
-from s3d_jax.train.optimizer import OptimizerConfig
+from s3d_jax.train.draft import DraftTask
+from s3d_jax.train.folder import read_metrics
+from s3d_jax.train.loop import fit
+from s3d_jax.train.objective import Mean
+from s3d_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from tests.tiny import tiny_config, tiny_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,9 +85,10 @@ def test_every_optimizer_learns(changes, schedule, tmp_path):
 
 
 def test_the_schedule():
-    rate = OptimizerConfig(
+    optimizer = OptimizerConfig(
         110, learning_rate=2.0, warmup_steps=10, schedule="linear", final_fraction=0.1
-    ).learning_rate_at()
+    )
+    rate = learning_rate_schedule(optimizer)
     assert float(rate(0)) == pytest.approx(0.2) and float(rate(9)) == pytest.approx(2.0)
     assert float(rate(10)) == pytest.approx(2.0) and float(rate(60)) == pytest.approx(1.1)
     assert float(rate(110)) == pytest.approx(0.2)
@@ -141,7 +144,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
 
     with pytest.raises(Killed):
         fit(Line(), dying, loop, tmp_path / "run", options={"a": 1})
-    assert max(losses(tmp_path / "run")) > 30  # behind the last state: will be done anew
+    assert max(losses(tmp_path / "run")) > 30  # after the last state: they are computed again
     resumed, _ = fit(Line(), batches, loop, tmp_path / "run", options={"a": 1}, resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
@@ -153,7 +156,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
 def test_another_run_is_not_touched(tmp_path):
     run, options = tmp_path / "run", {"draft": {"rank": 4}, "loop": {"steps": 5}}
     fit(Line(), batches, config(5), run, options=options)
-    with pytest.raises(TrainingError, match="holds a run already: go on with --resume"):
+    with pytest.raises(TrainingError, match="holds a run already: continue it with --resume"):
         fit(Line(), batches, config(5), run, options=options)
     other = options | {"draft": {"rank": 8}}
     with pytest.raises(TrainingError, match=r"other options: draft/rank was 4, is now 8\."):
@@ -180,7 +183,7 @@ def test_a_kill_while_a_change_is_noted_does_not_hide_it(name, tmp_path, monkeyp
         staging.write_atomically(path, text)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop_module, "write_atomically", killed)
+        patched.setattr(folder, "write_atomically", killed)
         fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
     fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
     changed = [x["changed"] for x in read_metrics(run / "metrics.jsonl") if "changed" in x]
@@ -210,7 +213,7 @@ def test_gradients_that_overflow_are_not_called_a_loss(scale, tmp_path):
 def test_weight_decay_follows_the_learning_rate():
     for name in ("adamw", "adafactor", "lion"):
         settings = dict(optimizer=name, warmup_steps=0, schedule="constant", learning_rate=1e-2)
-        optimizer = OptimizerConfig(10, weight_decay=0.5, **settings).build()
+        optimizer = make_optimizer(OptimizerConfig(10, weight_decay=0.5, **settings))
         tree = {"matrix": jnp.ones((9, 9)), "vector": jnp.ones(2)}
         zero = jax.tree.map(jnp.zeros_like, tree)
         updates, _ = optimizer.update(zero, optimizer.init(tree), tree)

@@ -1,4 +1,4 @@
-"""What is trained is what is decoded: the two-stream pass against the real draft pass."""
+"""Training computes the same as decoding: the two-stream pass against the real draft pass."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from s3d_jax.nn.transformer import DraftParams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
-from s3d_jax.train.draft import AdapterConfig, DraftTask, init_draft
+from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
+from s3d_jax.train.draft import DraftTask, init_draft
 from s3d_jax.train.objective import (
-    ObjectiveConfig,
     agreement,
     block_targets,
     divergence,
@@ -28,7 +28,7 @@ from tests.tiny import tiny_config, tiny_params
 
 
 def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
-    """A draft whose every part matters."""
+    """A draft whose parts all have an effect."""
     draft = init_draft(config, params, draft_config, AdapterConfig(3, 5), jax.random.key(1))
     leaves, tree = jax.tree.flatten(draft)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -37,7 +37,7 @@ def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
 
 
 def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
-    """q of one block, from the functions that decoding uses: float32 [γ, V]."""
+    """q of one block, by the functions that decoding uses: float32 [γ, V]."""
     prompt = np.asarray(tokens[: anchor + 1])
     sampling, features = batch_sampling(
         [SamplingConfig(temperature=1.0)], jax.random.split(jax.random.key(0), 1), config.vocab_size
@@ -70,7 +70,7 @@ def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
     ],
     ids=["llama", "windows", "gemma", "llama3 and granite"],
 )
-def test_training_sees_what_decoding_sees(block_attention, changes):
+def test_training_computes_the_draft_pass_of_decoding(block_attention, changes):
     config = tiny_config(**changes)
     params = tiny_params(config)
     draft_config = DraftConfig((False, True, True, False), 4, block_attention)
@@ -85,13 +85,13 @@ def test_training_sees_what_decoding_sees(block_attention, changes):
             expected = decoded_draft_logits(
                 config, params, draft_config, draft, np.asarray(tokens[b]), int(anchor)
             )
-            # Decoding shifts its logits; the distributions are what counts.
+            # Decoding shifts its logits, so the distributions are compared.
             np.testing.assert_allclose(
                 jax.nn.log_softmax(q[b, a]), jax.nn.log_softmax(expected), atol=2e-5
             )
 
 
-def test_a_new_adapter_changes_nothing():
+def test_a_new_adapter_computes_the_untrained_draft():
     config = tiny_config()
     params = tiny_params(config)
     draft_config = DraftConfig((True, False, True, False), 3)
@@ -106,7 +106,7 @@ def test_a_new_adapter_changes_nothing():
     np.testing.assert_array_equal(*both)
 
 
-def test_a_bridge_stands_in_for_trailing_layers_too():
+def test_a_bridge_replaces_trailing_layers_too():
     config = tiny_config()
     params = tiny_params(config)
     draft_config = DraftConfig((False, False, True, True), 2)
@@ -120,7 +120,7 @@ def test_a_bridge_stands_in_for_trailing_layers_too():
     assert np.abs(one - other).max() > 0.1
 
 
-def test_anchors_are_where_something_is_learnt():
+def test_anchors_precede_tokens_that_are_learnt():
     learn = np.zeros((2, 12), bool)
     learn[0, [3, 4, 8]] = True
     learn[1, 1:] = True
@@ -141,7 +141,7 @@ def test_block_targets_end_with_the_text():
     rows, targets, weights = block_targets(tokens, learn, jnp.array([[2, 4, 7]]), 3, 0.5)
     assert rows.tolist() == [[2, 3, 4, 4, 5, 6, 7, 8, 9]]
     assert targets[0, :4].tolist() == [30, 40, 50, 50] and targets[0, 6:8].tolist() == [80, 90]
-    # Nothing behind the gap at 6, nothing behind the end.
+    # Nothing after the gap at 6, nothing after the end.
     assert weights.tolist() == [[1, 0.5, 0.25, 1, 0, 0, 1, 0.5, 0]]
 
 
@@ -168,7 +168,7 @@ def test_agreement_counts_whole_prefixes():
     np.testing.assert_allclose(agreement(logits, tokens, weights, 3).value, [1.0, 0.5, 0.5])
 
 
-def test_next_token_loss_is_the_mean_over_what_is_learnt():
+def test_next_token_loss_is_the_mean_over_learnt_tokens():
     logits = jax.random.normal(jax.random.key(0), (1, 4, 5))
     tokens, learn = jnp.array([[0, 1, 2, 3]]), jnp.array([[True, True, False, True]])
     log_p = jax.nn.log_softmax(logits)
@@ -179,8 +179,8 @@ def test_next_token_loss_is_the_mean_over_what_is_learnt():
     assert next_token_loss(logits, tokens, jnp.zeros((1, 4), bool)).value == 0.0
 
 
-def minimised(task):
-    """What the loop minimises, with the metrics."""
+def minimized(task):
+    """The loss that the loop minimizes, with the metrics."""
 
     def loss(*arguments):
         means = task.losses(*arguments)
@@ -192,7 +192,7 @@ def minimised(task):
 @pytest.mark.parametrize(
     "mode, objective", [("adapter", "ce"), ("adapter", "tv"), ("mask", "kl"), ("full", "kl")]
 )
-def test_gradients_reach_what_is_trained_and_nothing_is_nan(mode, objective):
+def test_gradients_reach_all_trained_arrays_and_are_finite(mode, objective):
     config = tiny_config()
     params = tiny_params(config)
     draft_config = DraftConfig(symmetric_skip(4, 2), 3)
@@ -207,13 +207,13 @@ def test_gradients_reach_what_is_trained_and_nothing_is_nan(mode, objective):
         "tokens": jax.random.randint(jax.random.key(1), (2, 16), 0, 31),
         "learn": jnp.ones((2, 16), bool).at[1, 9:].set(False),
     }
-    gradients, metrics = jax.jit(jax.grad(minimised(task), has_aux=True))(
+    gradients, metrics = jax.jit(jax.grad(minimized(task), has_aux=True))(
         tree, params, batch, jax.random.key(2)
     )
     flat = jax.tree_util.tree_flatten_with_path(gradients)[0]
-    still = {jax.tree_util.keystr(p) for p, g in flat if float(jnp.abs(g).max()) == 0.0}
+    zero = {jax.tree_util.keystr(p) for p, g in flat if float(jnp.abs(g).max()) == 0.0}
     # Every "up" is 0 at first, so no gradient passes to its "down" in the first step.
-    assert all("down" in name for name in still) and all(
+    assert all("down" in name for name in zero) and all(
         np.isfinite(np.asarray(g)).all() for _, g in flat
     )
     parts = {p[0].key for p, _ in flat}
@@ -226,7 +226,7 @@ def test_gradients_reach_what_is_trained_and_nothing_is_nan(mode, objective):
 
 
 def test_gradients_survive_float16():
-    """Those of single tokens are too small for it: the loss is a mean over many."""
+    """Gradients of single tokens are too small for it: the loss is a mean over many."""
     tokens = jax.random.randint(jax.random.key(0), (64, 48), 0, 31)
     batch = {"tokens": tokens, "learn": jnp.ones(tokens.shape, bool)}
     found = []
@@ -238,7 +238,7 @@ def test_gradients_survive_float16():
             mode="mask",
             objective=ObjectiveConfig(hop=False),
         )
-        gradient = jax.jit(jax.grad(lambda *a, t=task: t.loss_scale * minimised(t)(*a)[0]))
+        gradient = jax.jit(jax.grad(lambda *a, t=task: t.loss_scale * minimized(t)(*a)[0]))
         tree = gradient(task.init(jax.random.key(0)), params, batch, jax.random.key(1))
         found.append(tree["draft"].mask_embeddings / task.loss_scale)
     error = jnp.linalg.norm(found[1] - found[0]) / jnp.linalg.norm(found[0])
@@ -249,7 +249,7 @@ def test_gradients_survive_float16():
 
 @pytest.mark.parametrize("mode", ["full", "adapter"])
 def test_recomputed_activations_give_the_same_gradients(mode):
-    """Also through the pass that looks for the places where decoding goes on (hop)."""
+    """Also through the pass that finds the places where decoding would continue (hop)."""
     config = tiny_config()
     params = tiny_params(config)
     batch = {
@@ -266,15 +266,15 @@ def test_recomputed_activations_give_the_same_gradients(mode):
         )
         assert task.objective.hop
         tree = task.init(jax.random.key(0))
-        if mode == "adapter":  # or no gradient would reach the "down" of its pairs
+        if mode == "adapter":  # else no gradient reaches the "down" of its pairs
             tree = {"draft": noisy_draft(config, params, task.draft_config)}
-        gradient = jax.jit(jax.grad(minimised(task), has_aux=True))
+        gradient = jax.jit(jax.grad(minimized(task), has_aux=True))
         gradients.append(gradient(tree, params, batch, jax.random.key(2))[0])
     assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(gradients[0]["draft"]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
 
 
-def test_the_next_block_begins_where_decoding_goes_on():
+def test_the_next_block_begins_where_decoding_continues():
     gamma, anchors = 3, jnp.array([[0, 4, 8]])
     targets = jnp.array([[1, 2, 3, 1, 2, 3, 1, 2, 3]])
     guesses = jnp.array([[1, 2, 3, 1, 9, 3, 9, 2, 3]])  # 3, 1 and 0 are accepted

@@ -1,4 +1,4 @@
-"""Training a model from nothing: precision."""
+"""Training a model from scratch: precision."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ import pytest
 
 from s3d_jax.errors import ConfigError
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
-from s3d_jax.train.objective import ObjectiveConfig
+from s3d_jax.settings.training import ObjectiveConfig
 from s3d_jax.train.pretrain import PretrainTask
 from tests.tiny import tiny_config
 
 
 def test_mixed_precision_keeps_weights_and_gradients_in_float32():
-    """Products are of bfloat16, gradients those of float32 to within its rounding."""
+    """Products are in bfloat16; gradients match float32 to within its rounding."""
     batch = {
         "tokens": jax.random.randint(jax.random.key(1), (2, 16), 0, 31),
         "learn": jnp.ones((2, 16), bool),
@@ -27,11 +27,11 @@ def test_mixed_precision_keeps_weights_and_gradients_in_float32():
         )
         tree = task.init(jax.random.key(0))
 
-        def minimised(tree, task=task):
+        def minimized(tree, task=task):
             means = task.losses(tree, task.frozen, batch, jax.random.key(2))
             return sum(means[name].loss for name in task.loss_weights)
 
-        gradient = jax.grad(minimised)
+        gradient = jax.grad(minimized)
         program = str(jax.make_jaxpr(gradient)(tree))
         assert ("bf16" in program) == (dtype == "bfloat16")
         gradients = jax.jit(gradient)(tree)

@@ -1,4 +1,4 @@
-"""What a run says of its outcome: it is of what is stored, and whether that is worth something."""
+"""The report of a run describes what is stored, and warns where that is worth little."""
 
 import json
 
@@ -10,11 +10,12 @@ import s3d_jax
 from s3d_jax.drafters.stored import draft_names, read_draft, save_draft
 from s3d_jax.errors import InputError
 from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.training import AdapterConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.texts.documents import Document, read_documents
-from s3d_jax.train import runs
-from s3d_jax.train.draft import AdapterConfig, init_draft
-from s3d_jax.train.loop import read_metrics
+from s3d_jax.train import runs, validation
+from s3d_jax.train.draft import init_draft
+from s3d_jax.train.folder import read_metrics
 from s3d_jax.train.validation import held_out_prompts, measure_acceptance, warn_if_useless
 from tests.tiny import tiny_config, tiny_params
 from tests.train.command import run, train
@@ -32,7 +33,7 @@ from tests.train.command import run, train
         (2.5, 2.6, 4, True),
     ],
 )
-def test_a_draft_that_learnt_nothing_is_said_loudly(before, after, gamma, useless, recwarn):
+def test_a_draft_that_learnt_nothing_gives_a_warning(before, after, gamma, useless, recwarn):
     if useless:
         with pytest.warns(UserWarning, match="learnt next to nothing"):
             warn_if_useless(before, after, gamma)
@@ -51,18 +52,16 @@ def test_prompts_that_are_too_long_are_left_out_and_counted():
         held_out_prompts([documents[1], documents[3]], 9, 16, 128)
 
 
-def test_a_draft_that_goes_on_is_compared_with_the_untrained_one_and_is_stored_first(model):
+def test_a_continued_draft_is_compared_with_the_untrained_one_and_is_stored_first(model):
     config, draft = tiny_config(), DraftConfig((False, True, True, False), 3)
-    empty = init_draft(
-        *(config, tiny_params(config), draft, AdapterConfig(4, 8)), jax.random.key(0)
-    )
+    empty = init_draft(config, tiny_params(config), draft, AdapterConfig(4, 8), jax.random.key(0))
     save_draft(model / "model", "empty", draft, empty, {})
     options = ("--steps", "1", "--learning-rate", "1e-9", "--batch-size", "8", "--start", "empty")
-    validation = ("--valid-prompts", "8", "--valid-tokens", "24", "--row-length", "32")
+    decoding = ("--valid-prompts", "8", "--valid-tokens", "24", "--row-length", "32")
     with pytest.raises(UserWarning, match="learnt next to nothing"):  # tests make errors of them
         run(
             *("train", "--model", model / "model", "--data", model / "own.jsonl"),
-            *("--run", model / "run-onward", "--name", "onward", *options, *validation),
+            *("--run", model / "run-onward", "--name", "onward", *options, *decoding),
         )
     assert "onward" in draft_names(model / "model")
 
@@ -101,26 +100,26 @@ def bfloat16_model(model, tmp_path_factory):
     return folder
 
 
-def judged_again(folder, run_folder, dtype):
-    """τ of a stored draft on the prompts of its run, and what the run said of it."""
+def measured_again(folder, run_folder, dtype):
+    """τ of a stored draft on the prompts of its run, and what the run reported."""
     lm = s3d_jax.load(folder, dtype=dtype)
     lines = read_metrics(run_folder / "metrics.jsonl")
-    said = [line["validation"] for line in lines if "validation" in line][-1]
+    reported = [line["validation"] for line in lines if "validation" in line][-1]
     settings = json.loads((run_folder / "options.json").read_text())
     documents = read_documents([run_folder.parent / "own.jsonl"], None, None)
     order = np.random.default_rng(settings["loop"]["seed"]).permutation(len(documents))
     held_out = [documents[i] for i in sorted(order[: max(1, round(0.02 * len(documents)))])]
     prompts = held_out_prompts(held_out, 8, 16, lm.max_length)
     found = measure_acceptance(lm, prompts, 24)
-    return found, {name: said[name] for name in found}
+    return found, {name: reported[name] for name in found}
 
 
-def test_a_bfloat16_target_trains_and_what_is_judged_is_what_is_stored(bfloat16_model):
+def test_a_bfloat16_target_trains_and_the_report_is_of_the_stored_draft(bfloat16_model):
     """Here the target computes in bfloat16; the trained weights and the optimiser are float32."""
     assert train(bfloat16_model, "default") == 0
     run_folder = bfloat16_model / "run-default"
-    found, said = judged_again(bfloat16_model / "model", run_folder, None)
-    assert found == said
+    found, reported = measured_again(bfloat16_model / "model", run_folder, None)
+    assert found == reported
     before = read_metrics(run_folder / "metrics.jsonl")[0]["validation"]
     assert found["tokens_per_iteration"] > before["tokens_per_iteration"] + 0.4
     lm = s3d_jax.load(bfloat16_model / "model")
@@ -135,11 +134,11 @@ def decoded_drafts(monkeypatch):
         seen.append(lm.draft_params)
         return measure_acceptance(lm, *arguments)
 
-    monkeypatch.setattr(runs, "measure_acceptance", measure)
+    monkeypatch.setattr(validation, "measure_acceptance", measure)
     return seen
 
 
-def test_a_draft_is_judged_as_it_is_stored(bfloat16_model, monkeypatch):
+def test_a_draft_is_measured_as_it_is_stored(bfloat16_model, monkeypatch):
     """Not as it was trained, in float32."""
     seen = decoded_drafts(monkeypatch)
     monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
@@ -158,8 +157,8 @@ def test_full_mode_writes_the_type_of_the_checkpoint(bfloat16_model):
     after, before = checkpoint.load(out).params, checkpoint.load(bfloat16_model / "model").params
     for name in ("embed", "layers_1", "layers_2", "final_norm"):
         jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
-    found, said = judged_again(out, bfloat16_model / "run-full", "float32")
-    assert found == said
+    found, reported = measured_again(out, bfloat16_model / "run-full", "float32")
+    assert found == reported
 
 
 def test_pretraining_decodes_the_prompts_once_for_its_last_validation(texts, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
-"""Training as people do it: distill, train, generate; and a model from nothing."""
+"""Training as users do it: distill, train, generate; and a model from scratch."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,9 +8,20 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax.commands.train import parse_skip
 from s3d_jax.drafters.stored import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, InputError
+from s3d_jax.settings.drafting import DraftConfig, parse_skip
+from s3d_jax.settings.training import (
+    AdapterConfig,
+    DistillConfig,
+    LoopConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    PromptsConfig,
+    TrainDraftConfig,
+    ValidationConfig,
+)
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.texts.documents import Document
 from s3d_jax.train.distill import distill, prompts_of
@@ -47,7 +59,7 @@ def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
     assert train(model, "again", "--steps", "20") == 2
     assert "has a draft 'again' already" in capsys.readouterr().err
     assert train(model, "again", "--steps", "20", "--overwrite") == 2
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
     assert train(model, "again", "--steps", "20", "--overwrite", "--resume") == 0
 
 
@@ -128,21 +140,21 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
         (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--name", "a/b"), "cannot be the name of a draft"),
-        (("--row-length", "1"), "--row-length must be at least 2, got 1"),
+        (("--row-length", "1"), "row_length must be at least 2, got 1"),
         (
             ("--row-length", "129"),
             "is 129, but the model is made for 128 tokens",
         ),
-        (("--row-length", "0"), "--row-length must be at least 2, got 0"),
-        (("--seed", "-1"), "seed must be from 0 to"),
-        (("--valid-prompts", "0"), "--valid-prompts must be at least 1, got 0"),
-        (("--prompt-tokens", "0"), "--prompt-tokens must be at least 1, got 0"),
-        (("--weight-decay", "-0.1"), "weight_decay must be >= 0, got -0.1"),
-        (("--held-out", "1"), "--held-out must be between 0 and 1"),
+        (("--row-length", "0"), "row_length must be at least 2, got 0"),
+        (("--seed", "-1"), "seed must be at least 0 and below 4294967296"),
+        (("--valid-prompts", "0"), "prompts (--valid-prompts) must be at least 1, got 0"),
+        (("--prompt-tokens", "0"), "prompt_tokens must be at least 1, got 0"),
+        (("--weight-decay", "-0.1"), "weight_decay must be at least 0, got -0.1"),
+        (("--held-out", "1"), "held_out must be above 0 and below 1"),
         (("--held-out", "0.1", "--valid", "x"), "give one of them"),
         (("--next-token-weight", "1"), "--next-token-weight: belongs to --mode full, not adapter"),
         (("--mode", "mask"), "--rank, --bridge-rank: belong to --mode adapter, not mask"),
-        (("--resume",), "holds no run to go on with: begin without --resume"),
+        (("--resume",), "holds no run to resume: start without --resume"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
@@ -155,8 +167,8 @@ def test_wrong_arguments_are_said_before_anything_is_written(model, arguments, m
 def test_distilled_lines_are_the_targets_own_and_a_cut_off_file_goes_on(model, tmp_path):
     lm = tiny_lm()
     prompts = [[i, i + 1] for i in range(10)]
-    options = dict(max_new_tokens=8, batch_size=4, sampled_fraction=0.5, seed=3)
-    whole = distill(lm, prompts, tmp_path / "whole.jsonl", **options)
+    config = DistillConfig(max_new_tokens=8, batch_size=4, sampled_fraction=0.5, seed=3)
+    whole = distill(lm, prompts, tmp_path / "whole.jsonl", config)
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [line["prompt_tokens"] for line in lines] == prompts
     assert [line["temperature"] for line in lines] == [0.0, 1.0] * 5
@@ -165,16 +177,16 @@ def test_distilled_lines_are_the_targets_own_and_a_cut_off_file_goes_on(model, t
     assert len({tuple(line["tokens"]) for line in lines[1::2]}) == 5
 
     with pytest.raises(InputError, match="exists: choose another file"):
-        distill(lm, prompts, whole, **options)
+        distill(lm, prompts, whole, config)
 
     text, other = whole.read_text(), tmp_path / "other.jsonl"
-    partial = interrupted(lm, prompts, other, **options)
+    partial = interrupted(lm, prompts, other, config)
     partial.write_text(partial.read_text() + '{"prompt_tokens": [8')  # cut off by a kill
-    assert distill(lm, prompts, other, **options).read_text() == text
+    assert distill(lm, prompts, other, config).read_text() == text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "whole.jsonl"]
 
 
-def interrupted(lm, prompts, out, **options):
+def interrupted(lm, prompts, out, config):
     """Distills two batches; returns the partial file."""
     calls = []
 
@@ -186,51 +198,62 @@ def interrupted(lm, prompts, out, **options):
             return super().generate(*arguments, **more)
 
     with pytest.raises(KeyboardInterrupt):
-        distill(Interrupted(lm.config, lm.params), prompts, out, **options)
+        distill(Interrupted(lm.config, lm.params), prompts, out, config)
     partial = out.with_name(out.name + ".partial")
-    assert len(partial.read_text().splitlines()) == 2 * options["batch_size"]
+    assert len(partial.read_text().splitlines()) == 2 * config.batch_size
     return partial
 
 
-def test_what_another_call_left_unfinished_is_not_gone_on_with(tmp_path):
+def test_what_another_call_left_unfinished_is_not_continued(tmp_path):
     lm = tiny_lm()
     prompts, out = [[i, i + 1] for i in range(7)], tmp_path / "own.jsonl"
-    options = dict(max_new_tokens=4, batch_size=2, seed=3)
-    partial = interrupted(lm, prompts, out, **options)
+    config = DistillConfig(max_new_tokens=4, batch_size=2, seed=3)
+    partial = interrupted(lm, prompts, out, config)
     for change, message in (
         (dict(max_new_tokens=5), "max_new_tokens was 4, is now 5"),
         (dict(temperature=0.5), "temperature was 1.0, is now 0.5"),
-        (dict(identity={"model": "b"}), "target/model was None, is now 'b'"),
     ):
         with pytest.raises(InputError, match=message):
-            distill(lm, prompts, out, **options | change)
+            distill(lm, prompts, out, dataclasses.replace(config, **change))
+    with pytest.raises(InputError, match="target/model was None, is now 'b'"):
+        distill(lm, prompts, out, config, identity={"model": "b"})
     with pytest.raises(InputError, match="prompts was 7, is now 6; prompts_sha256"):
-        distill(lm, prompts[1:], out, **options)
+        distill(lm, prompts[1:], out, config)
     assert len(partial.read_text().splitlines()) == 4
-    fresh = distill(lm, prompts[1:], out, **options, overwrite=True).read_text()
+    fresh = distill(lm, prompts[1:], out, config, overwrite=True).read_text()
     assert [json.loads(x)["prompt_tokens"] for x in fresh.splitlines()] == prompts[1:]
     partial.write_text(fresh)
     out.unlink()
-    with pytest.raises(InputError, match="with what options is not known"):
-        distill(lm, prompts[1:], out, **options)
+    with pytest.raises(InputError, match="its options are not known"):
+        distill(lm, prompts[1:], out, config)
 
 
 @pytest.mark.parametrize(
-    "prompts, options, message",
+    "prompts, message",
     [
-        ([], {}, "no prompts"),
-        ([[1], []], {}, "prompt 1 is empty"),
-        ([[1], [31]], {}, "prompt 1 holds token 31"),
-        ([[1], [1] * 127, [1] * 128], {}, "1 of 3 prompts .*: prompt 2 has 128 tokens"),
-        ([[1]], {"batch_size": 0}, "batch_size must be at least 1"),
-        ([[1]], {"sampled_fraction": 2}, "sampled_fraction must be in"),
-        ([[1]], {"temperature": 0.0}, "temperature must be > 0"),
+        ([], "no prompts"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[1], [31]], "prompt 1 holds token 31"),
+        ([[1], [1] * 127, [1] * 128], "1 of 3 prompts .*: prompt 2 has 128 tokens"),
     ],
 )
-def test_what_cannot_be_distilled_is_said_before_the_run(prompts, options, message, tmp_path):
+def test_wrong_prompts_are_refused_before_the_first_one_is_continued(prompts, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        distill(tiny_lm(), prompts, tmp_path / "x.jsonl", **options)
+        distill(tiny_lm(), prompts, tmp_path / "x.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"sampled_fraction": 2}, "sampled_fraction must be at least 0 and at most 1, got 2"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_wrong_settings_of_distilling_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(**options)
 
 
 def test_prompts_are_beginnings_of_texts_or_whole_ones():
@@ -238,10 +261,10 @@ def test_prompts_are_beginnings_of_texts_or_whole_ones():
         return Document(np.arange(size), np.ones(size, bool), prompt_tokens)
 
     documents = [document(5), document(3), document(9, 7), document(0), document(4, 0)]
-    lengths = lambda *a: [len(p) for p in prompts_of(documents, *a)]  # noqa: E731
+    lengths = lambda *a: [len(p) for p in prompts_of(documents, PromptsConfig(*a))]  # noqa: E731
     assert lengths(None, 4) == [4, 3, 7, 4]
     assert lengths(None, 5) == [5, 3, 7, 4]
-    assert lengths(3, None) == [5, 3, 7]
+    assert lengths(3, 1, True) == [5, 3, 7]
 
 
 def test_distilling_needs_no_choice_of_a_draft(model, tmp_path, capsys):
@@ -312,11 +335,11 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
         (("--gamma", "4", "--random-anchors"), "--gamma, --random-anchors: without --joint-draft"),
         (("--rank", "0"), "--rank: without --joint-draft"),
         (("--valid-prompts", "4"), "--valid-prompts: without --joint-draft"),
-        (("--joint-draft", "--draft-weight", "-1"), "--draft-weight must be at least 0"),
+        (("--joint-draft", "--draft-weight", "-1"), "draft_weight must be at least 0"),
         (("--tokenizer", tmp_path / "none"), "no tokenizer at"),
         (("--config", tmp_path / "small.json"), "is 256, but the model is made for 128"),
-        (("--heads", "0"), "--heads must be at least 1"),
-        (("--resume",), "holds no run to go on with"),
+        (("--heads", "0"), "heads must be at least 1"),
+        (("--resume",), "holds no run to resume"),
     ):
         assert run(*common, tmp_path / "r4", *arguments) == 2
         assert message in capsys.readouterr().err
@@ -325,39 +348,61 @@ def test_pretrain_says_what_is_wrong(tmp_path, capsys):
 
 
 def test_python_refuses_what_the_command_refuses(model):
-    from s3d_jax.train.loop import LoopConfig
-    from s3d_jax.train.optimizer import OptimizerConfig
     from s3d_jax.train.runs import train_draft
 
-    loop = LoopConfig(OptimizerConfig(3))
-    arguments = (model / "model", [model / "own.jsonl"], model / "run-x", loop)
+    arguments = (model / "model", [model / "own.jsonl"], model / "run-x")
     with pytest.raises(ConfigError, match="mode must be one of"):
-        train_draft(*arguments, mode="half", name="half")
+        TrainDraftConfig(mode="half")
     with pytest.raises(CheckpointError, match="it is, or holds, what is being read"):
-        train_draft(*arguments, mode="full", out=model / "model")
+        train_draft(*arguments, TrainDraftConfig(mode="full", out=model / "model"))
     with pytest.raises(ConfigError, match="say where the new one goes"):
-        train_draft(*arguments, mode="full")
+        train_draft(*arguments, TrainDraftConfig(mode="full"))
 
 
-def test_the_command_and_python_have_the_same_defaults(monkeypatch):
-    import inspect
-
+def test_the_commands_and_python_have_the_same_defaults(model, monkeypatch):
     from s3d_jax.train import runs
-    from s3d_jax.train.draft import AdapterConfig
-    from s3d_jax.train.loop import LoopConfig
-    from s3d_jax.train.objective import ObjectiveConfig
-    from s3d_jax.train.optimizer import OptimizerConfig
 
-    given, defaults = {}, inspect.signature(runs.pretrain).parameters
+    given = {}
     for name in ("train_draft", "pretrain"):
-        monkeypatch.setattr(runs, name, lambda *a, **k: given.update(k, loop=a) or 1 / 0)
+        monkeypatch.setattr(runs, name, lambda *a, **k: given.update(k, config=a[-1]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(*("pretrain", "--data", "x", "--out", "y", "--run", "z", "--joint-draft"))
-    loop = LoopConfig(OptimizerConfig(2000, learning_rate=3e-3))
-    assert given["loop"][-1] == loop
-    assert given["adapter"] == AdapterConfig()
-    assert given["objective"] == ObjectiveConfig()
-    assert given["validation"] == runs.ValidationConfig()
-    assert {k: given[k] for k in ("draft_weight", "row_length")} == {
-        k: defaults[k].default for k in ("draft_weight", "row_length")
-    }
+        run(*("pretrain", "--data", "x", "--out", "y", "--run", "z"))
+    loop = LoopConfig(OptimizerConfig(learning_rate=3e-3))
+    assert given["config"] == PretrainConfig(loop=loop)
+    assert (given["valid"], given["resume"], given["overwrite"]) == ([], False, False)
+    with pytest.raises(ZeroDivisionError):
+        run(*("train", "--model", model / "model", "--data", "x", "--run", "z"))
+    draft = DraftConfig((False, True, True, False))
+    assert given["config"] == TrainDraftConfig(draft=draft, adapter=AdapterConfig())
+    with pytest.raises(ZeroDivisionError):
+        run(*("train", "--model", model / "model", "--data", "x", "--run", "z", "--mode", "full"))
+    assert given["config"].loop.optimizer.learning_rate == 3e-4
+
+
+def test_every_option_of_training_reaches_its_setting(model, monkeypatch):
+    """Every option of `s3d train` with another value than its default."""
+    from s3d_jax.train import runs
+
+    given = {}
+    monkeypatch.setattr(runs, "train_draft", lambda *a, **k: given.update(k, config=a[-1]) or 1 / 0)
+    options = """--steps 7 --optimizer lion --learning-rate 0.5 --schedule linear --warmup-steps 3
+        --weight-decay 0.25 --clip-norm 2 --batch-size 6 --accumulate 3 --ema-decay 0.5 --seed 9
+        --log-every 2 --save-every 3 --validate-every 4 --keep-states 5 --remat --row-length 64
+        --valid-prompts 11 --prompt-tokens 12 --valid-tokens 13 --held-out 0.5 --gamma 3 --skip 2
+        --block-attention bidirectional --rank 2 --bridge-rank 5 --objective kl --decay 0.75
+        --anchors 8 --random-anchors --name other --dtype bfloat16 --resume 5 --overwrite"""
+    with pytest.raises(ZeroDivisionError):
+        run(*("train", "--model", model / "model", "--data", "x", "--run", "z"), *options.split())
+    optimizer = OptimizerConfig(7, "lion", 0.5, "linear", 3, weight_decay=0.25, clip_norm=2.0)
+    assert given["config"] == TrainDraftConfig(
+        loop=LoopConfig(optimizer, 6, 3, 0.5, 9, 2, 3, 4, 5),
+        objective=ObjectiveConfig("kl", 0.75, 8, hop=False),
+        validation=ValidationConfig(11, 12, 13, 0.5),
+        remat=True,
+        row_length=64,
+        name="other",
+        dtype="bfloat16",
+        draft=DraftConfig((False, False, True, False), 3, "bidirectional"),
+        adapter=AdapterConfig(2, 5),
+    )
+    assert (given["resume"], given["overwrite"]) == (5, True)

@@ -1,0 +1,111 @@
+"""What `s3d generate` and `s3d chat` have in common: the model, and how it decodes."""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from s3d_jax.commands.arguments import add_options, build, given
+from s3d_jax.errors import InputError
+from s3d_jax.settings.drafting import METHODS, parse_skip
+from s3d_jax.settings.options import option
+from s3d_jax.settings.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from s3d_jax.lm import LM
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """Arguments of `load`."""
+
+    draft_model: str | None = option(
+        None,
+        "of two-model: native checkpoint of a smaller model with the same vocabulary",
+        metavar="DIR",
+    )
+    draft: str | None = option(
+        None, "which of the trained drafts", metavar="NAME", shown="s3d info lists them"
+    )
+    max_length: int | None = option(None, "tokens per row at most", shown="the model's")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "cast the weights while loading"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """Arguments of `generate` beyond those of sampling."""
+
+    gamma: int | None = option(
+        None,
+        "draft tokens per iteration",
+        metavar="G",
+        shown="what s3d tune chose for this device, else the draft's own; 4 for other methods",
+    )
+    skip: str | None = option(
+        None,
+        'layers that the draft skips: "2-5", "2,3,6"',
+        metavar="LAYERS",
+        shown="what s3d tune chose for this device, else the draft's own; of self-spec the middle "
+        "half, of early-exit the last half",
+    )
+    adaptive: bool | None = option(
+        None, "of s3d: decode plainly for a while where drafting does not pay", shown="yes"
+    )
+    ngram: int | None = option(
+        None, "of prompt-lookup: how many of the last tokens are looked for at most", shown="3"
+    )
+    max_new_tokens: int = option(128, "tokens to generate at most")
+    seed: int = option(0, "of sampling", metavar="S")
+    stop: tuple[str, ...] = option((), "ends a text; may be repeated", metavar="TEXT")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds --model."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="native checkpoint folder, as written by s3d-convert (default: the small model that "
+        "comes with the package)",
+    )
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Adds the group "decoding"."""
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="s3d",
+        help="the drafter: s3d, the model in one pass (default); ar, none: one token per pass; "
+        "prompt-lookup, the text so far; self-spec and early-exit, the model without its middle or "
+        "last layers, token by token; two-model, a second one",
+    )
+    for settings in (_Decoding, SamplingConfig, _Model):
+        add_options(group, settings)
+
+
+def load_model(arguments: argparse.Namespace) -> "LM":
+    """The model that the options name.
+
+    Raises:
+        InputError: a draft model for a method that has none; else as `load`.
+    """
+    from s3d_jax.lm import load
+
+    options = given(_Model, arguments)
+    if "draft_model" in options and arguments.method != "two-model":
+        raise InputError("--draft-model is for --method two-model")
+    return load(arguments.model, **options, progress=True)
+
+
+def decoding_options(arguments: argparse.Namespace, lm: "LM") -> dict[str, Any]:
+    """Keyword arguments of `generate` and `conversation`.
+
+    Raises:
+        InputError: --skip names layers that the model does not have.
+    """
+    options = dataclasses.asdict(build(_Decoding, arguments))
+    if options["skip"] is not None:
+        options["skip"] = parse_skip(options["skip"], lm.config.num_layers)
+    return {"method": arguments.method, **options, **given(SamplingConfig, arguments)}

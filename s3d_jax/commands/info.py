@@ -1,0 +1,139 @@
+"""The command `s3d info`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from s3d_jax.commands.generation import add_model
+
+if TYPE_CHECKING:
+    from s3d_jax.drafters.stored import Draft
+    from s3d_jax.settings.drafting import DraftConfig
+
+
+def add_command(commands: Any) -> None:
+    """Adds `info` to the subparsers of `s3d`."""
+    parser = commands.add_parser(
+        "info",
+        help="what a checkpoint is: shape, size, draft",
+        description="Prints what a native checkpoint holds, without loading its weights.",
+    )
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import jax
+
+    from s3d_jax.decoding.step import PREFILL_BUCKETS
+    from s3d_jax.drafters.stored import draft_names, read_draft
+    from s3d_jax.lm import EMBEDDED, default_draft
+    from s3d_jax.nn import transformer as model
+    from s3d_jax.nn.cache import layer_slots
+    from s3d_jax.storage import native as checkpoint
+    from s3d_jax.storage.tuning import read_entries
+
+    header = checkpoint.read_header(arguments.model or EMBEDDED)
+    config = header.config
+    drafts = {
+        name: _draft_facts(read_draft(header.path, name, config, weights=False))
+        for name in draft_names(header.path)
+    }
+    tuned = read_entries(header.path)
+    parameters = model.num_params(config)
+    weights = model.weight_bytes(config)
+    size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
+    per_slot = 2 * config.num_kv_heads * config.head_dim * size
+    cache = per_slot * config.num_layers
+    context = config.max_position_embeddings
+    full_cache = per_slot * sum(layer_slots(config, context, PREFILL_BUCKETS[-1]))
+    facts = {
+        "model": str(header.path),
+        "parameters": parameters,
+        "weight_bytes": weights,
+        "cache_bytes_per_token": cache,
+        "cache_bytes_of_full_row": full_cache,
+        "config": config.to_dict(),
+        "drafts": drafts,
+        "tuning": tuned,
+        "tokenizer": header.has_tokenizer,
+        "eos_token_ids": list(header.eos_token_ids),
+        "generation_config_ignored": header.generation_config_ignored,
+        "source": header.source,
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+        return 0
+    rows = [
+        ("model", arguments.model or "the embedded one"),
+        ("parameters", f"{parameters:,} in {config.precision}, {weights / 2**20:,.1f} MiB"),
+        (
+            "shape",
+            f"{config.num_layers} layers, width {config.hidden_size}, feed-forward "
+            f"{config.intermediate_size}, {config.num_heads} heads / {config.num_kv_heads} "
+            f"key-value heads of {config.head_dim}, vocabulary {config.vocab_size}",
+        ),
+        ("context", f"{config.max_position_embeddings} tokens, rope {config.rope.type}"),
+        (
+            "cache",
+            f"{cache / 1024:,.1f} KiB per token and row; {full_cache / 2**20:,.1f} MiB for a row "
+            f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
+        ),
+        *_draft_rows(drafts, default_draft(config)),
+        *map(_tuning_row, tuned),
+        ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
+        ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
+    ]
+    if header.generation_config_ignored:
+        ignored = ", ".join(f"{k}={v}" for k, v in header.generation_config_ignored.items())
+        rows.append(("not used", f"from generation_config.json: {ignored} (pass what you want)"))
+    for name, value in rows:
+        print(f"{name:12} {value}")
+    return 0
+
+
+def _draft_facts(draft: "Draft") -> dict[str, Any]:
+    reached = draft.training.get("reached", {})
+    return {
+        **draft.config.to_dict(),
+        "draft_depth": draft.config.draft_depth,
+        "parameters": draft.num_params,
+        "mode": draft.training.get("mode"),
+        "tokens_per_iteration": reached.get("tokens_per_iteration"),
+    }
+
+
+def _draft_rows(
+    drafts: dict[str, dict[str, Any]], untrained: "DraftConfig"
+) -> list[tuple[str, str]]:
+    def layers(skip: Sequence[bool]) -> str:
+        return f"layers {[i for i, skipped in enumerate(skip) if not skipped]} of {len(skip)}"
+
+    if not drafts:
+        shape = f"{layers(untrained.skip)}, gamma {untrained.gamma}"
+        return [("draft", f"untrained, {shape} (s3d train makes one)")]
+    rows = []
+    for name, facts in drafts.items():
+        tau = facts["tokens_per_iteration"]
+        reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
+        rows.append(
+            (
+                "draft",
+                f"{name}: {layers(facts['skip'])}, gamma {facts['gamma']}, "
+                f"{facts['parameters']:,} parameters{reached}",
+            )
+        )
+    return rows
+
+
+def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
+    key, tuned = entry["key"], entry["tuning"]
+    skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
+    return (
+        "tuned",
+        f"γ={tuned['gamma']}, layers {skipped} skipped, improvement factor "
+        f"{tuned['improvement_factor']:.2f}; {key['dtype']}, draft {key['draft'] or 'untrained'}, "
+        f"{key['device']}",
+    )

@@ -1,0 +1,149 @@
+"""What all training runs have in common: reading their data, and training on it in a folder."""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.training import RunConfig, ValidationConfig
+from s3d_jax.texts.documents import Document, read_documents
+from s3d_jax.train.data import Batches, Rows, pack
+from s3d_jax.train.loop import Task, fit
+from s3d_jax.train.validation import held_out_prompts
+
+Files = Sequence[str | os.PathLike[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The data of a run.
+
+    Attributes:
+        rows: to train on.
+        held_out: rows of held-out documents.
+        prompts: int32 [n] each, the beginnings of held-out documents.
+        data, valid: names of the files.
+    """
+
+    rows: Rows
+    held_out: Rows
+    prompts: list[np.ndarray]
+    data: list[str]
+    valid: list[str]
+
+
+def check_row_length(row_length: int | None, model: ModelConfig) -> None:
+    """Raises ConfigError for rows longer than the model is made for."""
+    limit = model.max_position_embeddings
+    if row_length is not None and row_length > limit:
+        raise ConfigError(
+            f"row_length (--row-length) is {row_length}, but the model is made for {limit} tokens "
+            "(max_position_embeddings): take at most that"
+        )
+
+
+def read_corpus(
+    data: Files,
+    valid: Files,
+    tokenizer: Any,
+    end: int | None,
+    model: ModelConfig,
+    config: RunConfig,
+    arrange: Callable[[Sequence[Document]], Rows],
+    *,
+    texts: bool = False,
+) -> Corpus:
+    """Reads, splits and packs the documents of a run.
+
+    Args:
+        data: files to train on.
+        valid: held-out files; without them a share of the documents is held out.
+        tokenizer, texts: as in `read_documents`.
+        end: the id that ends a text, if there is one.
+        model: its vocabulary and its length bound what is read.
+        config: seed and validation.
+        arrange: makes rows of the documents to train on.
+
+    Raises:
+        InputError: files that cannot be used, no document left in a part, or foreign token ids.
+    """
+    documents = read_documents(data, tokenizer, end, texts=texts)
+    if valid:
+        held_out = read_documents(valid, tokenizer, end, texts=texts)
+    else:
+        count = max(1, round(config.validation.held_out * len(documents)))
+        order = np.random.default_rng(config.loop.seed).permutation(len(documents))
+        held_out = [documents[i] for i in sorted(order[:count])]
+        documents = [documents[i] for i in sorted(order[count:])]
+    for name, part in (("to train on", documents), ("held out", held_out)):
+        if not part:
+            raise InputError(f"no document is {name}: give more data, or files with --valid")
+        largest = max(int(d.tokens.max(initial=0)) for d in part)
+        if largest >= model.vocab_size:
+            raise InputError(
+                f"the data holds token {largest}; the vocabulary has {model.vocab_size}"
+            )
+    rows = arrange(documents)
+    validation: ValidationConfig = config.validation
+    limit = model.max_position_embeddings
+    return Corpus(
+        rows,
+        pack(held_out, rows.tokens.shape[1]),
+        held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit),
+        [Path(file).name for file in data],
+        [Path(file).name for file in valid],
+    )
+
+
+def train(
+    task: Task,
+    corpus: Corpus,
+    config: RunConfig,
+    run: str | os.PathLike[str],
+    *,
+    options: Mapping[str, Any],
+    validate: Callable[[Any], dict[str, Any]],
+    resume: bool | int,
+    progress: bool,
+) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
+    """Trains on the corpus, in the run's folder.
+
+    Args:
+        task, run, validate, resume, progress: as in `fit`.
+        corpus: the data.
+        config: the settings that both kinds of training share.
+        options: JSON, all else that the run depends on.
+
+    Returns:
+        (tree, validations, options): as `fit`; and all options of the run, JSON.
+    """
+    rows = corpus.rows
+    options = {
+        **options,
+        "objective": dataclasses.asdict(config.objective),
+        "row_length": rows.tokens.shape[1],
+        "validation": dataclasses.asdict(config.validation),
+        "remat": config.remat,
+        "loop": dataclasses.asdict(config.loop),
+        "data": corpus.data,
+        "valid": corpus.valid,
+        # So that a run is not resumed on other data.
+        "rows_crc32": zlib.crc32(rows.learn.tobytes(), zlib.crc32(rows.tokens.tobytes())),
+    }
+    tree, validations = fit(
+        task,
+        Batches(rows, config.loop.batch_size, config.loop.seed),
+        config.loop,
+        run,
+        options=options,
+        validate=validate,
+        resume=resume,
+        progress=progress,
+    )
+    return tree, validations, options
