@@ -6,7 +6,7 @@ and a command can tell what was given from what was not.
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from s3d_jax.errors import InputError
@@ -54,21 +54,20 @@ def build(settings: type[T], arguments: argparse.Namespace, **others: Any) -> T:
 
 
 def refuse(
-    arguments: argparse.Namespace, settings: type, reason: str, names: Iterable[str] | None = None
+    arguments: argparse.Namespace, reason: str, fields: Mapping[type, Iterable[str] | None]
 ) -> None:
     """Raises InputError for options that were given and would have no effect.
 
     Args:
         arguments: what was given.
-        settings: the dataclass that they belong to.
         reason: completes the message "--rank, --decay: ...".
-        names: the fields that have no effect; None is all.
+        fields: names of the fields that have no effect, by dataclass; None is all of them.
     """
-    found = given(settings, arguments)
     flags = [
         flag_of(field)
+        for settings, names in fields.items()
         for field in _options(settings)
-        if field.name in found and (names is None or field.name in names)
+        if field.name in given(settings, arguments) and (names is None or field.name in names)
     ]
     if flags:
         raise InputError(f"{', '.join(flags)}: {reason}")

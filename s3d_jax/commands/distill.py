@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     selection, config = build(PromptsConfig, arguments), build(DistillConfig, arguments)
     if selection.whole_prompts:
         reason = "--whole-prompts takes texts whole: leave out --prompt-tokens"
-        refuse(arguments, PromptsConfig, reason, ["prompt_tokens"])
+        refuse(arguments, reason, {PromptsConfig: ["prompt_tokens"]})
     name, names = arguments.draft, draft_names(arguments.model)
     # A draft changes the speed alone, so none of several has to be chosen.
     use_draft = name is not None or len(names) < 2 or DEFAULT in names

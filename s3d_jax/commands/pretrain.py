@@ -61,12 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
     from s3d_jax.train.runs import pretrain
 
     if not arguments.joint_draft:
-        reason = "without --joint-draft there is no draft"
-        decoding = ["prompts", "prompt_tokens", "new_tokens"]
-        for settings in (DraftOptions, AdapterConfig, ObjectiveConfig):
-            refuse(arguments, settings, reason)
-        refuse(arguments, PretrainConfig, reason, ["draft_weight"])
-        refuse(arguments, ValidationConfig, reason, decoding)
+        fields = {
+            DraftOptions: None,
+            AdapterConfig: None,
+            ObjectiveConfig: None,
+            PretrainConfig: ["draft_weight"],
+            ValidationConfig: ["prompts", "prompt_tokens", "new_tokens"],
+        }
+        refuse(arguments, "without --joint-draft there is no draft", fields)
     config = build(PretrainConfig, arguments, **run_settings(arguments, _LEARNING_RATE))
     model = _model_config(arguments, config.row_length)
     if arguments.joint_draft:
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _model_config(arguments: argparse.Namespace, row_length: int) -> ModelConfig:
     if arguments.config is None:
         return build(SizesConfig, arguments).model_config(row_length)
-    refuse(arguments, SizesConfig, "--config says that already")
+    refuse(arguments, "--config says that already", {SizesConfig: None})
     path = Path(arguments.config)
     try:
         return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -60,16 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
     model = read_header(arguments.model).config
     config = build(TrainDraftConfig, arguments)
     if config.mode != "adapter":
-        refuse(arguments, AdapterConfig, f"belong to --mode adapter, not {config.mode}")
+        refuse(arguments, f"belong to --mode adapter, not {config.mode}", {AdapterConfig: None})
     if config.mode != "full":
         reason = f"belongs to --mode full, not {config.mode}"
-        refuse(arguments, TrainDraftConfig, reason, ["next_token_weight"])
+        refuse(arguments, reason, {TrainDraftConfig: ["next_token_weight"]})
     if config.start is None:
         draft = build(DraftOptions, arguments).config(model.num_layers)
         adapter = build(AdapterConfig, arguments)
     else:
         reason = "--start takes what that draft has"
-        refuse(arguments, DraftOptions, reason, ["skip", "block_attention"])
+        refuse(arguments, reason, {DraftOptions: ["skip", "block_attention"]})
         choose_draft(arguments.model, config.start)  # says which drafts there are
         start = read_draft(arguments.model, config.start, model, weights=False)
         draft = start.config.replace(**given(DraftOptions, arguments))

@@ -70,10 +70,10 @@ def run_settings(arguments: argparse.Namespace, learning_rate: float) -> dict[st
     """
     if arguments.valid:
         reason = "is a share of the data, and --valid names files: give one of them"
-        refuse(arguments, ValidationConfig, reason, ["held_out"])
+        refuse(arguments, reason, {ValidationConfig: ["held_out"]})
     if getattr(arguments, "skip", "some").strip() == "":
         reason = "no layer is skipped, so there is no gap to bridge"
-        refuse(arguments, AdapterConfig, reason, ["bridge_rank"])
+        refuse(arguments, reason, {AdapterConfig: ["bridge_rank"]})
     optimizer = build(OptimizerConfig, arguments, learning_rate=learning_rate)
     return {
         "loop": build(LoopConfig, arguments, optimizer=optimizer),
