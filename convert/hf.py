@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import bullets, cast
+from s3d_jax.storage.arrays import cast
+from s3d_jax.storage.trees import bullets
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),

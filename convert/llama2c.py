@@ -13,7 +13,7 @@ import numpy as np
 from convert.hf import Tensor
 from s3d_jax.errors import ConversionError
 from s3d_jax.settings.model import MAX_LAYERS, MAX_SIZE
-from s3d_jax.storage.native import cast
+from s3d_jax.storage.arrays import cast
 
 # Of sentencepiece. llama2.c's run.c stops at the first, which stands between its training texts.
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": [1, 2]}

@@ -25,6 +25,7 @@ from s3d_jax.nn.transformer import num_params, weight_bytes
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.staging import check_apart, check_replaceable, check_space, free_space
 from s3d_jax.storage.tokenizer import tokenizer_files
+from s3d_jax.storage.trees import top_level_key
 
 _LIBRARIES = 200_000_000  # bytes of python with jax and orbax, measured
 _CAST = 16  # bytes for each of the numbers cast at a time: stored, cast, and both in float32
@@ -135,13 +136,10 @@ def _plan_native(
     check_apart(out, source, own)
     drafts = [read_draft(source, name, config, weights=False) for name in draft_names(source)]
     check_space(out, weight_bytes(config))
-    folders = [header.path / "weights" / name for name in header.groups]
-    sizes = {
-        folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for folder in folders
-    }
+    weights = header.path / "weights"
+    size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file())
     largest_group = max(
-        sum(math.prod(shape) for path, shape in header.arrays.items() if path.split("/")[0] == name)
+        sum(math.prod(x.shape) for path, x in header.arrays.items() if top_level_key(path) == name)
         for name in header.groups
     )
     itemsizes = [hf.DTYPES[c.dtype].itemsize for c in (header.config, config)]
@@ -150,7 +148,7 @@ def _plan_native(
         model_type="native checkpoint",
         config=config,
         num_params=num_params(config),
-        files=dict[Path, int | None](sizes),
+        files={weights: size},
         remote=(),
         absent=(),
         num_read=weight_bytes(header.config),

@@ -20,18 +20,11 @@ from s3d_jax.drafters.stored import draft_names, read_draft, write_draft
 from s3d_jax.errors import ConversionError
 from s3d_jax.nn.transformer import num_params, weight_bytes
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.storage.native import (
-    FORMAT,
-    Header,
-    cast,
-    checkpoint_writer,
-    flatten,
-    read_group,
-    read_header,
-    unflatten,
-)
+from s3d_jax.storage.arrays import cast
+from s3d_jax.storage.native import FORMAT, Header, checkpoint_writer, read_group, read_header
 from s3d_jax.storage.staging import check_apart
 from s3d_jax.storage.tokenizer import has_vocabulary
+from s3d_jax.storage.trees import flatten, unflatten
 
 
 def is_native(source: str | os.PathLike[str]) -> bool:

@@ -14,9 +14,11 @@ from convert.families import FAMILIES, Family, Part, Table, family_for_export, f
 from convert.hf import DTYPES, SafetensorsWriter
 from s3d_jax.errors import ConfigError
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.storage.native import Header, flatten, read_group, read_header, write_json
+from s3d_jax.storage.json_files import write_json
+from s3d_jax.storage.native import Header, read_group, read_header
 from s3d_jax.storage.staging import check_apart, staged_folder
 from s3d_jax.storage.tokenizer import tokenizer_files
+from s3d_jax.storage.trees import flatten
 from s3d_jax.weights.int8 import dequantize_tree
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

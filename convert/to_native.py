@@ -20,15 +20,10 @@ from convert.tokenizer import write_tokenizer
 from s3d_jax.errors import ConfigError, ConversionError
 from s3d_jax.nn.transformer import weight_bytes
 from s3d_jax.settings.model import DTYPES, ModelConfig
-from s3d_jax.storage.native import (
-    FORMAT,
-    CheckpointWriter,
-    bullets,
-    checkpoint_writer,
-    unflatten,
-)
+from s3d_jax.storage.native import FORMAT, CheckpointWriter, checkpoint_writer
 from s3d_jax.storage.staging import check_apart
 from s3d_jax.storage.tokenizer import has_vocabulary
+from s3d_jax.storage.trees import bullets, unflatten
 from s3d_jax.weights.int8 import quantize_tree
 
 NOT_ASKED = "not asked for"

@@ -9,7 +9,8 @@ from typing import Any
 
 from convert.hf import read_json
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import CheckpointWriter, write_json
+from s3d_jax.storage.json_files import write_json
+from s3d_jax.storage.native import CheckpointWriter
 from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
 
 # Without runs of spaces, special tokens and rare letters, on which rules and not pieces decide.

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.hf import CHUNK, Tensor, collect
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import cast
+from s3d_jax.storage.arrays import cast
 
 
 class TorchSource:

@@ -4,17 +4,21 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 from s3d_jax.errors import CheckpointError
+from s3d_jax.storage import arrays
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_replaceable
+from s3d_jax.storage.trees import flatten
 from tests.tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config(num_layers=2)
@@ -37,7 +41,7 @@ def test_round_trip_is_bit_identical(tmp_path, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     loaded = checkpoint.load(checkpoint.save(tmp_path / "model", config, params))
     assert loaded.config == config
-    ours, theirs = checkpoint.flatten(loaded.params), checkpoint.flatten(params)
+    ours, theirs = flatten(loaded.params), flatten(params)
     assert ours.keys() == theirs.keys()
     for path in theirs:
         assert ours[path].dtype == theirs[path].dtype == dtype
@@ -59,7 +63,7 @@ def test_the_header(saved):
     assert header.eos_token_ids == (2, 5)
     assert header.generation_config_ignored == {"temperature": 0.6}
     assert set(header.groups) == {"embed", "layers_0", "layers_1", "final_norm", "lm_head"}
-    assert header.arrays["embed/embedding"] == (31, 24)
+    assert header.arrays["embed/embedding"].shape == (31, 24)
     assert not header.has_tokenizer
     (saved / "tokenizer_config.json").write_text("{}")
     assert not checkpoint.read_header(saved).has_tokenizer  # settings alone are none
@@ -106,8 +110,8 @@ def test_wrong_folders(saved, tmp_path, data_dir):
         (lambda d: (d / "weights.json").write_text("{}"), "embed/embedding: missing"),
         (lambda d: edit(d / "generation_config.json", eos_token_id=31), "eos_token_id 31"),
         (
-            lambda d: (d / "weights" / "layers_1").rename(d / "aside"),
-            "layers_1: missing from the folder",
+            lambda d: (d / "weights" / "manifest.ocdbt").unlink(),
+            "layers_1/mlp/down/weight: missing from the folder weights",
         ),
     ],
 )
@@ -117,29 +121,86 @@ def test_damage_is_named_without_reading_the_weights(saved, damage, message):
         _ = checkpoint.read_header(saved).eos_token_ids
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The files that hold numbers: zarr's chunks."""
-    return sorted(p for p in (folder / "weights").rglob("*") if p.is_file() and "c" in p.parts)
+def stored_files(folder: Path) -> list[Path]:
+    """The files of the store without orbax's description of the tree."""
+    files = (folder / "weights").rglob("*")
+    return sorted(p for p in files if p.is_file() and p.name != "_METADATA")
 
 
-# A failed read of tensorstore's may outlive orbax's event loop, and complains of that.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_every_damaged_array_is_noticed(saved):
-    """Of every array: one bit flipped, the end cut off, the file gone."""
-    files = data_files(saved)
-    assert len(files) == len(checkpoint.read_header(saved).arrays) == 15
+def test_every_damaged_array_is_named(tmp_path):
+    """One bit of each array is flipped in turn."""
     rng = np.random.default_rng(0)
-    for file in files:
-        good = file.read_bytes()
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), PARAMS)
+    saved = checkpoint.save(tmp_path / "model", CONFIG, params)
+    data = max(stored_files(saved), key=lambda file: file.stat().st_size)
+    good = data.read_bytes()
+    assert len(flatten(params)) == 15
+    for path, array in flatten(params).items():
+        raw = array.tobytes()
         flipped = bytearray(good)
-        flipped[rng.integers(len(good))] ^= 1 << int(rng.integers(8))
-        group = file.relative_to(saved / "weights").parts[0]
-        for damaged in (bytes(flipped), good[:-3], None):
-            file.unlink() if damaged is None else file.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=rf"weights/{group}"):
+        flipped[good.index(raw) + rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+        data.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=f"{path} in .*weights is damaged"):
+            checkpoint.load(saved)
+    data.write_bytes(good)
+    checkpoint.load(saved)
+
+
+def test_every_damaged_file_is_noticed(saved):
+    """Of every file of the store: some bits flipped, the end cut off, the file gone."""
+    rng = np.random.default_rng(0)
+    for file in stored_files(saved):
+        good = file.read_bytes()
+        for damage in [*range(20), "end", "gone"]:
+            flipped = bytearray(good)
+            flipped[rng.integers(len(good))] ^= 1 << int(rng.integers(8))
+            file.write_bytes(good[:-3] if damage == "end" else flipped)
+            if damage == "gone":
+                file.unlink()
+            with pytest.raises(CheckpointError, match="weights"):
                 checkpoint.load(saved)
         file.write_bytes(good)
     checkpoint.load(saved)
+
+
+def test_a_store_is_an_orbax_checkpoint(saved):
+    with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore((saved / "weights").absolute())
+    jax.tree.map(np.testing.assert_array_equal, restored, PARAMS)
+
+
+def test_few_files_whatever_the_number_of_layers(tmp_path):
+    config = tiny_config(num_layers=40)
+    folder = checkpoint.save(tmp_path / "model", config, tiny_params(config))
+    assert sum(file.is_file() for file in folder.rglob("*")) <= 8
+    traces = [str(tmp_path).encode(), b"partial-"]  # a checkpoint is staged, and passed on
+    for file in folder.rglob("*"):
+        assert file.is_dir() or not any(trace in file.read_bytes() for trace in traces)
+
+
+def test_arrays_are_written_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_BATCH_BYTES", 20_000)
+    checkpoint.save(tmp_path / "model", CONFIG, PARAMS)
+    assert len(stored_files(tmp_path / "model")) > 5
+    loaded = checkpoint.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, PARAMS)
+
+
+def test_the_format_with_files_per_array_is_read(saved):
+    """Format version 2: an orbax checkpoint without OCDBT for each group."""
+    shutil.rmtree(saved / "weights")
+    for name, group in PARAMS.items():
+        handler = orbax.checkpoint.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+        tree = jax.tree.map(np.asarray, group)
+        with orbax.checkpoint.Checkpointer(handler) as checkpointer:
+            checkpointer.save(
+                (saved / "weights" / name).absolute(), args=orbax.checkpoint.args.PyTreeSave(tree)
+            )
+    edit(saved / "config.json", version=2)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(saved).params, PARAMS)
+    shutil.rmtree(saved / "weights" / "layers_1" / "mlp.down.weight")
+    with pytest.raises(CheckpointError, match="  layers_1/mlp/down/weight: missing"):
+        checkpoint.load(saved)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -239,6 +300,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
 FILLED_DISK = """
 import resource, signal, sys
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.trees import flatten
 from s3d_jax.errors import CheckpointError
 from tests.tiny import tiny_config, tiny_params
 config = tiny_config(num_layers=2, hidden_size=200)

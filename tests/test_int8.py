@@ -22,7 +22,7 @@ from s3d_jax.nn.transformer import (
 )
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import RopeConfig
-from s3d_jax.storage.native import flatten
+from s3d_jax.storage.trees import flatten
 from s3d_jax.train.draft import DraftTask
 from s3d_jax.weights import int8
 from tests.tiny import tiny_config, tiny_params

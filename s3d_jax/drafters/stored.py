@@ -6,6 +6,7 @@ drafts/<name>/weights/       an orbax checkpoint: mask_embeddings, deltas, bridg
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,12 +21,16 @@ from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.nn.transformer import DraftParams, Params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.arrays import ArrayWriter, cast, index_from_json, index_to_json, read_array
+from s3d_jax.storage.json_files import read_json_object, write_json
+from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import staged_folder
+from s3d_jax.storage.trees import flatten, unflatten
 from s3d_jax.weights import int8
 
 FORMAT, VERSION = "s3d_jax draft", 1
 DEFAULT = "default"  # the name of the draft that is used where none is asked for
+_AGAIN = "train it again, or restore it from a copy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ def save_draft(
             one whose deltas are merged into its layers.
     """
     check_name(name)
-    header = checkpoint.read_header(model)
+    header = read_header(model)
     config.validate_for(header.config)
     folder = header.path / "drafts" / name
     with staged_folder(folder, overwrite=overwrite) as partial:
@@ -105,22 +110,18 @@ def write_draft(
             "cannot be stored: save the draft that drafts.read_draft gives"
         )
     dtype = jnp.dtype(model.dtype)
-    arrays = {
-        path: checkpoint.cast(np.asarray(x), dtype, path)
-        for path, x in checkpoint.flatten(_tree(params)).items()
-    }
-    checkpoint.save_tree(folder / "weights", checkpoint.unflatten(arrays))
+    writer = ArrayWriter(folder / "weights")
+    for path, x in flatten(_tree(params)).items():
+        writer.add({path: cast(np.asarray(x), dtype, path)})
+    writer.finish()
     fields = {
         "format": FORMAT,
         "version": VERSION,
         "draft": config.to_dict(),
         "training": dict(training),
-        "arrays": {
-            path: {"shape": list(x.shape), "crc32": checkpoint.crc32(x)}
-            for path, x in arrays.items()
-        },
+        "arrays": index_to_json(writer.index),
     }
-    checkpoint.write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", fields)
 
 
 def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -169,7 +170,7 @@ def read_draft(
         CheckpointError: it is missing, damaged, of another version, or does not fit the target.
     """
     folder = Path(model) / "drafts" / name
-    fields = checkpoint.read_json(folder / "config.json")
+    fields = read_json_object(folder / "config.json")
     if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(
             f"{folder} is no draft of format version {VERSION}: train it again, or update s3d_jax"
@@ -177,33 +178,18 @@ def read_draft(
     try:
         draft = DraftConfig.from_dict(fields["draft"])
         draft.validate_for(config)
-        index: dict[str, Any] = fields["arrays"]
-        shapes = {str(path): tuple(entry["shape"]) for path, entry in index.items()}
-        sums = {str(path): entry["crc32"] for path, entry in index.items()}
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        index = index_from_json(fields["arrays"])
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from error
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    count = sum(math.prod(record.shape) for record in index.values())
     params = None
     if weights:
-        tree = checkpoint.restore_tree(
-            folder / "weights", checkpoint.unflatten(dict.fromkeys(shapes))
-        )
-        arrays = checkpoint.flatten(tree)
-        damaged = [
-            path
-            for path, shape in shapes.items()
-            if path not in arrays
-            or arrays[path].shape != shape
-            or checkpoint.crc32(arrays[path]) != sums[path]
-        ]
-        if damaged:
-            raise CheckpointError(
-                f"the draft in {folder} is damaged: train it again, or restore it from a copy\n"
-                + checkpoint.bullets(damaged)
-            )
         dtype = jnp.dtype(config.dtype)
-        cast = {k: jnp.asarray(checkpoint.cast(x, dtype, k)) for k, x in arrays.items()}
-        params = DraftParams(**checkpoint.unflatten(cast))
+        arrays = {
+            path: cast(read_array(folder / "weights", path, record, advice=_AGAIN), dtype, path)
+            for path, record in index.items()
+        }
+        params = DraftParams(**unflatten({path: jnp.asarray(x) for path, x in arrays.items()}))
     return Draft(name, draft, params, fields.get("training") or {}, count)
 
 

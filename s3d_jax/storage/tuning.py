@@ -19,10 +19,12 @@ from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.machine import machine_name
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.json_files import read_json_object
 from s3d_jax.storage.staging import write_atomically
 
 FORMAT, VERSION = "s3d_jax tuning", 1
 FILE = "tuning.json"
+_AGAIN = "delete it, and run s3d tune again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +97,13 @@ def read_entries(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
         CheckpointError: the file is damaged, or of another version.
     """
     path = Path(model) / FILE
+    if not path.exists():
+        return []
+    fields = read_json_object(path, advice=_AGAIN)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
         found, entries = (fields["format"], fields["version"]), fields["entries"]
         whole = all(isinstance(e["key"], dict) and isinstance(e["tuning"], dict) for e in entries)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     if found != (FORMAT, VERSION) or not whole:
         raise _damaged(path, f"no {FORMAT} of version {VERSION}")
@@ -173,4 +173,4 @@ def _key(model: Path, dtype: str, draft: str | None) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged ({reason}): delete it, and run s3d tune again")
+    return CheckpointError(f"{path} is damaged ({reason}): {_AGAIN}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from s3d_jax.storage.native import flatten
+from s3d_jax.storage.trees import flatten
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:

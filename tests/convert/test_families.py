@@ -9,7 +9,7 @@ from convert.families import FAMILIES, Family, family_of, native_shape
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn import transformer as model
 from s3d_jax.settings.model import ModelConfig, RopeConfig
-from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.trees import flatten
 
 SIZES = dict(
     vocab_size=37,
@@ -68,7 +68,7 @@ def test_real_configs(data_dir):
     assert [file.name.removesuffix(".config.json") for file in files] == sorted(PARAMETERS)
     for name, count in PARAMETERS.items():
         family, config = real(data_dir, name)
-        arrays = checkpoint.flatten(model.abstract_params(config))
+        arrays = flatten(model.abstract_params(config))
         assert sum(array.size for array in arrays.values()) == count, name
         shapes = {path: native_shape(parts) for path, parts in family.table(config).items()}
         assert shapes == {path: array.shape for path, array in arrays.items()}, name

@@ -11,6 +11,7 @@ import s3d_jax
 from s3d_jax.errors import ConversionError
 from s3d_jax.nn.transformer import forward_logits
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.trees import flatten
 
 QUIET = dict(parity=False, progress=False)
 
@@ -20,9 +21,7 @@ def test_the_same_as_the_hf_folder(tmp_path, data_dir):
     file = data_dir / "llama2c" / "stories260K.bin"
     convert.convert(file, tmp_path / "bin", tokenizer=folder, **QUIET)
     convert.convert(folder, tmp_path / "hf", **QUIET)
-    ours, theirs = (
-        checkpoint.flatten(checkpoint.load(tmp_path / name).params) for name in ("bin", "hf")
-    )
+    ours, theirs = (flatten(checkpoint.load(tmp_path / name).params) for name in ("bin", "hf"))
     assert ours.keys() == theirs.keys()
     for path in theirs:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)

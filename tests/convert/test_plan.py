@@ -15,6 +15,7 @@ from convert.__main__ import main
 from convert.plan import inspect, plan
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.trees import flatten
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
 TIED = FIELDS | {"tie_word_embeddings": True}
@@ -68,7 +69,7 @@ def test_every_tensor_goes_where_inspect_says(tmp_path, reads):
     assert not reads
     assert {entry.name for entry in entries} == tensors.keys()
     convert.convert(folder, tmp_path / "native", parity=False, progress=False)
-    native = checkpoint.flatten(checkpoint.load(tmp_path / "native").params)
+    native = flatten(checkpoint.load(tmp_path / "native").params)
     assert {entry.native for entry in entries} == native.keys()
     for entry in entries:
         place = eval(f"np.s_{entry.slice or '[...]'}")

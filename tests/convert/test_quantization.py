@@ -18,6 +18,7 @@ from s3d_jax.errors import CheckpointError, ConfigError, ConversionError, InputE
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.tokenizer import read_tokenizer
+from s3d_jax.storage.trees import flatten
 from s3d_jax.texts.suites import HELD_OUT
 from s3d_jax.weights import int8
 from tests.conftest import need
@@ -45,7 +46,7 @@ def test_every_matrix_is_quantised_and_nothing_else(tmp_path):
         ours = checkpoint.load(tmp_path / "int8")
         expected = int8.quantize_tree(jax.device_get(checkpoint.load(tmp_path / "float").params))
         assert (ours.config.quantization, ours.config.dtype) == ("int8", dtype)
-        ours, expected = checkpoint.flatten(ours.params), checkpoint.flatten(expected)
+        ours, expected = flatten(ours.params), flatten(expected)
         assert ours.keys() == expected.keys()
         for path, x in ours.items():
             np.testing.assert_array_equal(x, np.asarray(expected[path]))
@@ -109,8 +110,8 @@ def test_exports_hold_float_weights(tmp_path, stories):
     back = checkpoint.load(tmp_path / "back")
     whole = checkpoint.load(folder / "int8")
     assert back.config == whole.config.replace(quantization=None)
-    expected = checkpoint.flatten(int8.dequantize_tree(whole.params, "float32"))
-    for path, x in checkpoint.flatten(back.params).items():
+    expected = flatten(int8.dequantize_tree(whole.params, "float32"))
+    for path, x in flatten(back.params).items():
         np.testing.assert_array_equal(x, expected[path])
 
 
@@ -165,7 +166,7 @@ def test_a_dry_run_plans_a_native_checkpoint_from_its_header(tmp_path, monkeypat
     save_draft(source, "mine", draft, noisy_draft(config, params, draft), {})
     words = [str(source), str(tmp_path / "out"), "--quantize", "int8", "--dtype", "bfloat16"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "restore_tree", None)  # no weights are read
+        patch.setattr(checkpoint, "read_array", None)  # no weights are read
         assert main(["--dry-run", *words]) == 0
         planned = plan(source, tmp_path / "out", dtype="bfloat16", quantization="int8")
     out = capsys.readouterr().out

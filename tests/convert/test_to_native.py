@@ -16,6 +16,7 @@ from convert.to_hf import parse_size
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
 from s3d_jax.nn import transformer as model
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.trees import flatten
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 from tests.tiny import tiny_config, tiny_params
@@ -25,7 +26,7 @@ QUIET = dict(parity=False, progress=False)
 
 def convert_folder(folder, out, **options) -> dict[str, np.ndarray]:
     convert.convert(folder, out, **QUIET, **options)
-    return {k: np.asarray(v) for k, v in checkpoint.flatten(checkpoint.load(out).params).items()}
+    return {k: np.asarray(v) for k, v in flatten(checkpoint.load(out).params).items()}
 
 
 def failing(folder, tmp_path, error=ConversionError, **options) -> str:

@@ -17,6 +17,7 @@ from convert.hf import open_source
 from convert.plan import inspect, plan
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.trees import flatten
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
@@ -41,7 +42,7 @@ def write_bin(folder, state: dict, shards: int = 1, **options):
 
 def arrays_of(folder, out, **options):
     convert.convert(folder, out, parity=False, progress=False, **options)
-    return {k: np.asarray(v) for k, v in checkpoint.flatten(checkpoint.load(out).params).items()}
+    return {k: np.asarray(v) for k, v in flatten(checkpoint.load(out).params).items()}
 
 
 @pytest.mark.parametrize("old_format", [False, True])

@@ -1,0 +1,212 @@
+"""Arrays on disk: one orbax checkpoint per model or draft, written and read array by array.
+
+    manifest.ocdbt, d/   a key-value store (OCDBT), which holds each array in the zarr format
+    _METADATA            the tree of the arrays, as orbax reads it
+
+`orbax.checkpoint.PyTreeCheckpointer().restore` reads the folder. Orbax itself writes and reads a
+whole tree at once, so tensorstore, which orbax is built on, does both here: a conversion holds a
+few arrays, not the model.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from s3d_jax.errors import CheckpointError
+from s3d_jax.storage.json_files import AGAIN
+
+# Arrays are written together until they have this many bytes: each batch makes one or two files.
+_BATCH_BYTES = 2**25
+_MANIFEST = "manifest.ocdbt"
+
+
+class ArrayRecord(NamedTuple):
+    """What the index of a store says about one array."""
+
+    shape: tuple[int, ...]
+    crc32: int
+
+
+class ArrayWriter:
+    """Writes arrays into one store.
+
+    Args:
+        folder: the store, in a folder that is being staged: staging flushes it to the disk.
+
+    Attributes:
+        index: the record of each array added so far, by its path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.index: dict[str, ArrayRecord] = {}
+        self._folder = folder
+        self._batch: dict[str, np.ndarray] = {}
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes arrays, by their paths. They must not change before `finish`.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        self._batch |= arrays
+        for path, array in arrays.items():
+            self.index[path] = ArrayRecord(array.shape, _crc32(array))
+        if sum(array.nbytes for array in self._batch.values()) >= _BATCH_BYTES:
+            self._write_batch()
+
+    def finish(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._write_batch()
+        tree = {
+            str(tuple(path.split("/"))): {
+                "key_metadata": [{"key": key, "key_type": 2} for key in path.split("/")],  # dicts
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+            }
+            for path in self.index
+        }
+        fields = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": True}
+        fields |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+        (self._folder / "_METADATA").write_text(json.dumps(fields), encoding="utf-8")
+
+    def _write_batch(self) -> None:
+        import tensorstore as ts
+
+        context = ts.Context({"file_io_sync": False})
+        # Without a transaction each array would be a commit, and each commit makes two files.
+        commit = ts.Transaction(atomic=False)
+        try:
+            for path, array in self._batch.items():
+                # Values stay out of the tree's nodes: a damaged node would hide many arrays.
+                place = _in_store(self._folder, path) | {"config": {"max_inline_value_bytes": 0}}
+                spec = {
+                    "driver": "zarr3",
+                    "kvstore": place,
+                    "metadata": _layout(array),
+                    "store_data_equal_to_fill_value": True,
+                }
+                store = ts.open(spec, create=True, context=context, transaction=commit).result()
+                store.write(array, can_reference_source_data_indefinitely=True).result()
+            commit.commit_async().result()
+        except ValueError as error:  # tensorstore's form of an OSError
+            if match := re.search(r"os_error_code='(\d+)'", str(error)):
+                raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+            raise
+        self._batch = {}
+
+
+def read_array(
+    folder: Path,
+    path: str,
+    record: ArrayRecord,
+    dtype: np.dtype | None = None,
+    *,
+    advice: str = AGAIN,
+) -> np.ndarray:
+    """Reads one array of a store.
+
+    Args:
+        folder: the store.
+        path: the array's path in the tree.
+        record: its shape and checksum.
+        dtype: the dtype it must have; None accepts any.
+        advice: what the user can do about a damaged array.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    import tensorstore as ts
+
+    spec = {"driver": "zarr3", "kvstore": _location(folder, path)}
+    try:
+        array = ts.open(spec, open=True).result().read().result()
+    except Exception as error:  # tensorstore raises most kinds for damaged files
+        raise CheckpointError(f"cannot read {path} in {folder}: {advice} ({error})") from error
+    fits = array.shape == record.shape and (dtype is None or array.dtype == dtype)
+    if not fits or _crc32(array) != record.crc32:
+        raise CheckpointError(f"{path} in {folder} is damaged: {advice}")
+    return array
+
+
+def index_to_json(index: Mapping[str, ArrayRecord]) -> dict[str, dict[str, Any]]:
+    """The index of a store as JSON."""
+    return {path: {"shape": list(x.shape), "crc32": x.crc32} for path, x in index.items()}
+
+
+def index_from_json(fields: Mapping[str, Any]) -> dict[str, ArrayRecord]:
+    """The index of a store from JSON.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it is not what `index_to_json` returns.
+    """
+    return {
+        path: ArrayRecord(tuple(int(n) for n in x["shape"]), int(x["crc32"]))
+        for path, x in fields.items()
+    }
+
+
+def missing_arrays(folder: Path, paths: Iterable[str]) -> list[str]:
+    """Arrays without files, as far as that shows without reading the store."""
+    if (folder / _MANIFEST).is_file():
+        return []
+    return [path for path in paths if not os.path.isdir(_location(folder, path)["path"])]
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`values` in another dtype.
+
+    Raises:
+        CheckpointError: a finite value becomes infinite (float16 ends at 65504).
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        result = values.astype(dtype)
+    if dtype.itemsize <= 2 and not np.array_equal(
+        np.isfinite(result.astype(np.float32)), np.isfinite(values.astype(np.float32))
+    ):
+        raise CheckpointError(
+            f"{name} holds values too large for {dtype.name}: use --dtype float32"
+        )
+    return result
+
+
+def _location(folder: Path, path: str) -> dict[str, Any]:
+    """The place of an array, as tensorstore spells it."""
+    if (folder / _MANIFEST).is_file():
+        return _in_store(folder, path)
+    # Before format version 3: files of its own, for a model in one folder per group.
+    parts = path.split("/")
+    if not (own := folder / ".".join(parts)).is_dir():
+        own = folder / parts[0] / ".".join(parts[1:])
+    return {"driver": "file", "path": f"{own.absolute().as_posix()}/"}
+
+
+def _in_store(folder: Path, path: str) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder.absolute().as_posix()}/"}
+    return {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
+
+
+def _layout(array: np.ndarray) -> dict[str, Any]:
+    """One chunk without compression: weights hardly compress, and it doubled time and memory."""
+    chunks = {"name": "regular", "configuration": {"chunk_shape": list(array.shape)}}
+    codec = {"name": "bytes", "configuration": {"endian": "little"}}
+    return {
+        "shape": list(array.shape),
+        "data_type": array.dtype.name,
+        "chunk_grid": chunks,
+        "codecs": [codec],
+    }
+
+
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
