@@ -21,7 +21,7 @@ import numpy as np
 
 import s3d_jax
 from s3d_jax.bench.report import about
-from s3d_jax.drafters.stored import Draft, draft_names, read_draft
+from s3d_jax.drafters.stored import StoredDraft, draft_names, read_draft
 from s3d_jax.lm import EMBEDDED, LM
 from s3d_jax.nn.transformer import num_params
 from s3d_jax.storage.native import read_header
@@ -69,7 +69,7 @@ def compare(
     }
 
 
-def described(draft: Draft | None, dtype_bytes: int, parameters: int) -> dict[str, str]:
+def described(draft: StoredDraft | None, dtype_bytes: int, parameters: int) -> dict[str, str]:
     """What a draft is, in the words of the table."""
     if draft is None:
         return {"mode": "untrained", "kept": "", "trained for": "", "size": ""}

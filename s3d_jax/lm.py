@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from s3d_jax.conversation import Conversation
-from s3d_jax.drafters.stored import choose_draft, merge, merged_bytes, read_draft
+from s3d_jax.drafters.stored import choose_draft, merge_deltas, merged_bytes, read_draft
 from s3d_jax.engine.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.nn.transformer import DraftParams, Params, untrained_draft
@@ -60,7 +60,7 @@ def load(
             Of an int8 checkpoint it is the type of all that is not int8.
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
             only one. A checkpoint without any drafts untrained. Where the layers that it changes
-            have at most 64 MiB, they are copied and changed once (`drafts.merge`).
+            have at most 64 MiB, they are copied and changed once (`merge_deltas`).
         use_draft: False leaves the trained drafts alone.
         draft_model: a second, smaller model of the same vocabulary, for the method "two-model": its
             checkpoint folder, loaded with `dtype`, or an LM.
@@ -86,7 +86,7 @@ def load(
     trained = None if name is None else read_draft(path, name, loaded.config)
     draft_params = trained.params if trained else None
     if draft_params and merged_bytes(loaded.params, draft_params) <= _MOST_MERGED:
-        draft_params = merge(loaded.params, draft_params)
+        draft_params = merge_deltas(loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
     return LM(

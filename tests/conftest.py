@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes one compilation cache for this run, of all workers and the commands that tests start."""
+    """Makes one compilation cache for this run: for workers and for commands that tests start."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return  # the user's own, or this process is a worker, which inherits the cache of the run
     folder = tempfile.mkdtemp(prefix="s3d-compiled-")
@@ -50,7 +50,7 @@ def data_dir() -> Path:
     """Real checkpoints, configs and texts. Tests skip where they are absent, except in CI."""
     path = Path(os.environ.get("S3D_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not (path / "checkpoints").is_dir():
-        _missing(f"no real checkpoints, configs and texts at {path}: S3D_TEST_DATA names the folder")
+        _missing(f"no real checkpoints, configs or texts at {path}: S3D_TEST_DATA names the folder")
     return path
 
 

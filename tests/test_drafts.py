@@ -1,10 +1,13 @@
 """Trained drafts in a checkpoint: stored exactly, chosen by name, whole or absent."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import s3d_jax
+from s3d_jax.commands.main import main
 from s3d_jax.drafters.stored import choose_draft, draft_names, read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.nn.transformer import DraftParams
@@ -111,11 +114,26 @@ def test_damage_is_noticed(model):
     with pytest.raises(CheckpointError, match=r"mask_embeddings in .* is damaged: train it again"):
         read_draft(model, "a", tiny_config())
     (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 9}')
-    with pytest.raises(CheckpointError, match="format version 1"):
+    with pytest.raises(CheckpointError, match="format version 2"):
         read_draft(model, "a", tiny_config())
     (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 1}')
     with pytest.raises(CheckpointError, match="damaged"):
         read_draft(model, "a", tiny_config())
+
+
+def test_a_stored_draft_has_a_kind(model, capsys):
+    folder = save_draft(model, "a", DRAFT, draft_of(model), {})
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["kind"] == read_draft(model, "a", tiny_config()).kind == "s3d"
+    del fields["kind"]
+    (folder / "config.json").write_text(json.dumps(fields | {"version": 1}))
+    assert read_draft(model, "a", tiny_config()).kind == "s3d"
+    (folder / "config.json").write_text(json.dumps(fields | {"kind": "eagle"}))
+    with pytest.raises(CheckpointError, match=r"'a' of .* the kind 'eagle', and this s3d_jax"):
+        s3d_jax.load(model)
+    assert main(["info", "--model", str(model)]) == 0
+    assert "a: of the kind 'eagle', which is not known here" in capsys.readouterr().out
+    s3d_jax.load(model, use_draft=False)
 
 
 def test_a_draft_of_another_model_is_refused(model):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax.drafters.stored import merge, merged_bytes
+from s3d_jax.drafters.stored import merge_deltas, merged_bytes
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import LM
 from s3d_jax.nn import transformer as model
@@ -286,7 +286,7 @@ def test_s3d_is_plain_decoding(name):
     _, _, config, params = quantized(VARIANTS[name])
     draft = DraftConfig((False, True, False, False), 5)
     trained = noisy_draft(config, params, draft)
-    lm = LM(config, params, draft_config=draft, draft_params=merge(params, trained))
+    lm = LM(config, params, draft_config=draft, draft_params=merge_deltas(params, trained))
     for prompt in ([5, 6, 7], [1], list(range(20))):
         plain = lm.generate([prompt], max_new_tokens=90, method="ar")[0].tokens
         assert lm.generate([prompt], max_new_tokens=90)[0].tokens == plain
@@ -302,7 +302,7 @@ def test_merged_deltas_draft_as_the_others(kind):
         config, params = quantized_config, whole
     draft = DraftConfig((False, True, False, False), 5)
     trained = noisy_draft(config, params, draft)
-    merged = merge(params, trained)
+    merged = merge_deltas(params, trained)
     kept = [name for name in merged.layers]
     assert sorted(kept) == ["layers_0", "layers_2", "layers_3"] and not merged.deltas
     assert merged_bytes(params, trained) == sum(x.nbytes for x in jax.tree.leaves(merged.layers))
@@ -322,7 +322,7 @@ def test_a_draft_that_is_not_finite_is_not_merged():
     up = draft.deltas["layers_2"]["mlp"]["down"]["up"]
     draft.deltas["layers_2"]["mlp"]["down"]["up"] = up.at[0, 0].set(jnp.nan)
     with pytest.raises(CheckpointError, match=r"train it again: layers_2/mlp/down .* NaN"):
-        merge(params, draft)
+        merge_deltas(params, draft)
 
 
 def test_a_full_draft_needs_float_weights():
@@ -333,5 +333,5 @@ def test_a_full_draft_needs_float_weights():
 
 def test_small_drafts_are_merged_when_they_are_loaded(monkeypatch):
     assert s3d_jax.load().draft_params.layers and not s3d_jax.load().draft_params.deltas
-    monkeypatch.setattr(s3d_jax.generate, "_MOST_MERGED", 1000)
+    monkeypatch.setattr(s3d_jax.lm, "_MOST_MERGED", 1000)
     assert s3d_jax.load().draft_params.deltas and not s3d_jax.load().draft_params.layers

@@ -20,7 +20,7 @@ def python(code: str, **env: str) -> str:
 
 
 def test_import_costs_little_more_than_jax_and_flax():
-    """Measured in s of CPU time: jax 0.71, flax's linen too 0.94, `load` 0.95; `s3d_jax` alone 0.01.
+    """Measured, s of CPU time: jax 0.71, flax's linen too 0.94, `load` 0.95; `s3d_jax` alone 0.01.
 
     What flax adds is its own __init__, which any of its parts imports.
     """

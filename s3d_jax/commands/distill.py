@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from s3d_jax.drafters.stored import DEFAULT, choose_draft, draft_names
+    from s3d_jax.drafters.stored import DEFAULT_NAME, choose_draft, draft_names
     from s3d_jax.lm import load
     from s3d_jax.texts.documents import read_documents
     from s3d_jax.train.distill import distill, prompts_of
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         refuse(arguments, reason, {PromptsConfig: ["prompt_tokens"]})
     name, names = arguments.draft, draft_names(arguments.model)
     # A draft changes the speed alone, so none of several has to be chosen.
-    use_draft = name is not None or len(names) < 2 or DEFAULT in names
+    use_draft = name is not None or len(names) < 2 or DEFAULT_NAME in names
     lm = load(
         arguments.model, dtype=arguments.dtype, draft=name, use_draft=use_draft, progress=True
     )

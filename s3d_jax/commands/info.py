@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from s3d_jax.commands.generation import add_model
 
 if TYPE_CHECKING:
-    from s3d_jax.drafters.stored import Draft
     from s3d_jax.settings.drafting import DraftConfig
+    from s3d_jax.storage.native import Header
 
 
 def add_command(commands: Any) -> None:
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
 
     from s3d_jax.decoding.step import PREFILL_BUCKETS
-    from s3d_jax.drafters.stored import draft_names, read_draft
+    from s3d_jax.drafters.stored import draft_names
     from s3d_jax.lm import EMBEDDED, default_draft
     from s3d_jax.nn import transformer as model
     from s3d_jax.nn.cache import layer_slots
@@ -37,10 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     header = checkpoint.read_header(arguments.model or EMBEDDED)
     config = header.config
-    drafts = {
-        name: _draft_facts(read_draft(header.path, name, config, weights=False))
-        for name in draft_names(header.path)
-    }
+    drafts = {name: _draft_facts(header, name) for name in draft_names(header.path)}
     tuned = read_entries(header.path)
     parameters = model.num_params(config)
     weights = model.weight_bytes(config)
@@ -94,9 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _draft_facts(draft: "Draft") -> dict[str, Any]:
+def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
+    from s3d_jax.drafters.stored import KINDS, draft_kind, read_draft
+
+    if (kind := draft_kind(header.path, name)) not in KINDS:
+        return {"kind": kind}
+    draft = read_draft(header.path, name, header.config, weights=False)
     reached = draft.training.get("reached", {})
     return {
+        "kind": kind,
         **draft.config.to_dict(),
         "draft_depth": draft.config.draft_depth,
         "parameters": draft.num_params,
@@ -116,6 +119,10 @@ def _draft_rows(
         return [("draft", f"untrained, {shape} (s3d train makes one)")]
     rows = []
     for name, facts in drafts.items():
+        if "skip" not in facts:
+            unknown = f"{name}: of the kind {facts['kind']!r}, which is not known here"
+            rows.append(("draft", unknown))
+            continue
         tau = facts["tokens_per_iteration"]
         reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
         rows.append(

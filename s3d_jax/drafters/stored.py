@@ -1,8 +1,10 @@
-"""The trained drafts of a checkpoint: one target may carry several, under names of their own.
+"""Trained drafts in a checkpoint: one target can carry several, each under its own name.
 
-drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 1, "draft": {...},
-                             "training": {...}, "arrays": {path: shape and CRC-32}}
-drafts/<name>/weights/       an orbax checkpoint: mask_embeddings, deltas, bridges
+    drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 2, "kind": "s3d",
+                                 "draft": {...}, "training": {...}, "arrays": {...}}
+    drafts/<name>/weights/       one orbax checkpoint: mask_embeddings, deltas, bridges
+
+"kind" names the drafter that uses the draft. "arrays" holds shape and CRC-32 of each array.
 """
 
 import dataclasses
@@ -28,24 +30,28 @@ from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import flatten, unflatten
 from s3d_jax.weights import int8
 
-FORMAT, VERSION = "s3d_jax draft", 1
-DEFAULT = "default"  # the name of the draft that is used where none is asked for
+FORMAT, VERSION = "s3d_jax draft", 2
+_READABLE_VERSIONS = (1, 2)
+KINDS = ("s3d",)  # a draft of version 1 names no kind, and is of the first
+DEFAULT_NAME = "default"  # the draft that is used unless another is requested
 _AGAIN = "train it again, or restore it from a copy"
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
-    """A draft as it is stored.
+class StoredDraft:
+    """A trained draft of a checkpoint.
 
     Attributes:
         name: its name in the checkpoint.
+        kind: the drafter that uses it.
         config: skip, γ, block attention.
-        params: its arrays, in the target's type; None where only the settings were read.
-        training: how it was made, and what it reached (free form, JSON).
-        num_params: parameters it has beside the target's.
+        params: its arrays, in the target's dtype; None if only the settings were read.
+        training: how it was trained, and what it reached (free form, JSON).
+        num_params: parameters in addition to the target's.
     """
 
     name: str
+    kind: str
     config: DraftConfig
     params: DraftParams | None
     training: dict[str, Any]
@@ -61,22 +67,22 @@ def save_draft(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Adds a draft to a checkpoint; it appears whole or not at all.
+    """Adds an S3D draft to a checkpoint; it appears whole or not at all.
 
     Args:
         model: the native checkpoint folder.
         name: letters, digits, ".", "-" and "_".
         config: skip, γ, block attention.
-        params: arrays of any float type; stored in the target's.
-        training: how it was made (JSON).
+        params: arrays of any float dtype; they are stored in the target's.
+        training: how it was trained (JSON).
         overwrite: replace a draft of that name.
 
     Returns:
         The draft's folder.
 
     Raises:
-        CheckpointError: no such checkpoint, a name that cannot be one, a draft of that name, or
-            one whose deltas are merged into its layers.
+        CheckpointError: the checkpoint is missing, the name is not allowed or is taken, or the
+            deltas are merged into layers.
     """
     check_name(name)
     header = read_header(model)
@@ -94,20 +100,20 @@ def write_draft(
     params: DraftParams,
     training: Mapping[str, Any],
 ) -> None:
-    """Writes the files of a draft into a folder that is being staged.
+    """Writes the files of an S3D draft into a folder that is being staged.
 
     Args:
-        folder: drafts/<name> of a checkpoint, or where that is being put together.
+        folder: drafts/<name> of a checkpoint that is being written.
         model: the target's settings.
         config, params, training: as in `save_draft`.
 
     Raises:
-        CheckpointError: the deltas are merged into the layers, which cannot be stored.
+        CheckpointError: the deltas are merged into layers, which cannot be stored.
     """
     if params.layers:
         raise CheckpointError(
             "the draft's deltas are merged into its layers, as load does for small models, and "
-            "cannot be stored: save the draft that drafts.read_draft gives"
+            "cannot be stored: save the draft that read_draft returns"
         )
     dtype = jnp.dtype(model.dtype)
     writer = ArrayWriter(folder / "weights")
@@ -117,6 +123,7 @@ def write_draft(
     fields = {
         "format": FORMAT,
         "version": VERSION,
+        "kind": KINDS[0],
         "draft": config.to_dict(),
         "training": dict(training),
         "arrays": index_to_json(writer.index),
@@ -131,13 +138,13 @@ def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
-    """The draft to use: `name`; without one the default, or the only one there is.
+    """The draft to use: `name`; if that is None, the draft called "default", or the only one.
 
     Returns:
-        Its name, or None where the checkpoint has no draft.
+        Its name, or None if the checkpoint has no draft.
 
     Raises:
-        CheckpointError: there is none of that name; or several, and none is the default.
+        CheckpointError: no draft has that name; or there are several, and none is the default.
     """
     names = draft_names(model)
     if name is not None and name not in names:
@@ -145,19 +152,19 @@ def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
         raise CheckpointError(f"{model} has no draft {name!r}: {known}")
     if name is not None or not names:
         return name
-    if DEFAULT in names:
-        return DEFAULT
+    if DEFAULT_NAME in names:
+        return DEFAULT_NAME
     if len(names) > 1:
         raise CheckpointError(
-            f"{model} has the drafts {', '.join(names)}, and none is called {DEFAULT!r}: say which "
-            "one (--draft NAME, draft=...)"
+            f"{model} has the drafts {', '.join(names)}, and none is called {DEFAULT_NAME!r}: "
+            "choose one (--draft NAME, draft=...)"
         )
     return names[0]
 
 
 def read_draft(
     model: str | os.PathLike[str], name: str, config: ModelConfig, *, weights: bool = True
-) -> Draft:
+) -> StoredDraft:
     """Reads one draft.
 
     Args:
@@ -167,13 +174,16 @@ def read_draft(
         weights: False reads the settings alone.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another version, or does not fit the target.
+        CheckpointError: it is missing, damaged, of another version, of an unknown kind, or does not
+            fit the target.
     """
     folder = Path(model) / "drafts" / name
-    fields = read_json_object(folder / "config.json")
-    if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
+    fields = _read_config(folder)
+    if (kind := fields["kind"]) not in KINDS:
         raise CheckpointError(
-            f"{folder} is no draft of format version {VERSION}: train it again, or update s3d_jax"
+            f"the draft {name!r} of {model} is of the kind {kind!r:.80}, and this s3d_jax knows "
+            f"{', '.join(KINDS)}: update s3d_jax, choose another draft, or use none "
+            "(use_draft=False)"
         )
     try:
         draft = DraftConfig.from_dict(fields["draft"])
@@ -190,23 +200,42 @@ def read_draft(
             for path, record in index.items()
         }
         params = DraftParams(**unflatten({path: jnp.asarray(x) for path, x in arrays.items()}))
-    return Draft(name, draft, params, fields.get("training") or {}, count)
+    return StoredDraft(name, kind, draft, params, fields.get("training") or {}, count)
+
+
+def draft_kind(model: str | os.PathLike[str], name: str) -> str:
+    """The kind of a draft, which need not be one that this version knows.
+
+    Raises:
+        CheckpointError: the draft is missing, damaged, or of another version.
+    """
+    return str(_read_config(Path(model) / "drafts" / name)["kind"])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A draft's config.json, with a kind."""
+    fields = read_json_object(folder / "config.json", advice=_AGAIN)
+    if fields.get("format") != FORMAT or fields.get("version") not in _READABLE_VERSIONS:
+        raise CheckpointError(
+            f"{folder} is no draft of format version {VERSION}: train it again, or update s3d_jax"
+        )
+    return {"kind": KINDS[0]} | fields
 
 
 def merged_bytes(params: Params, draft: DraftParams) -> int:
-    """Bytes of the copies of layers that `merge` would make."""
+    """Bytes of the layer copies that `merge_deltas` makes."""
     return sum(x.nbytes for name in draft.deltas for x in jax.tree.leaves(params[name]))
 
 
-def merge(params: Params, draft: DraftParams) -> DraftParams:
-    """A draft whose deltas are added to copies of the layers that have them.
+def merge_deltas(params: Params, draft: DraftParams) -> DraftParams:
+    """Adds a draft's deltas to copies of the layers that have them.
 
-    Its passes do without the two small products beside each linear layer, which cost a small model
-    more than the layer itself; in return the kept layers are in memory twice.
+    The draft passes then need no low-rank products, which cost a small model more than the layer
+    itself. In return the kept layers are in memory twice.
 
     Args:
-        params: the target's parameters. Where they are int8, so are the copies.
-        draft: with deltas.
+        params: the target's parameters. The copies have the same weight format.
+        draft: has deltas.
 
     Returns:
         The draft with `layers`, and without deltas.
@@ -219,23 +248,24 @@ def merge(params: Params, draft: DraftParams) -> DraftParams:
         layer = {part: dict(linears) for part, linears in params[name].items()}
         for part, factors in deltas.items():
             for linear, delta in factors.items():
-                arrays = layer[part][linear]
-                whole = int8.dequantize_tree(arrays, jnp.float32)
-                whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
-                if "scale" in arrays:
-                    try:
-                        quantized = int8.quantize_tree(jax.device_get(whole))
-                    except ValueError as error:
-                        raise CheckpointError(
-                            f"the draft cannot be used, train it again: {name}/{part}/{linear} "
-                            f"with its delta: {error}"
-                        ) from error
-                    layer[part][linear] = jax.device_put(quantized)
-                else:
-                    whole["weight"] = whole["weight"].astype(arrays["weight"].dtype)
-                    layer[part][linear] = whole
+                try:
+                    layer[part][linear] = _add_delta(layer[part][linear], delta)
+                except ValueError as error:
+                    raise CheckpointError(
+                        f"the draft cannot be used, train it again: {name}/{part}/{linear} with "
+                        f"its delta: {error}"
+                    ) from error
         layers[name] = layer
     return draft.replace(deltas={}, layers=layers)
+
+
+def _add_delta(linear: Mapping[str, Any], delta: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """A linear layer's arrays plus a low-rank delta, in the same weight format."""
+    whole = int8.dequantize_tree(linear, jnp.float32)
+    whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
+    if "scale" in linear:
+        return jax.device_put(int8.quantize_tree(jax.device_get(whole)))
+    return whole | {"weight": whole["weight"].astype(linear["weight"].dtype)}
 
 
 def _tree(params: DraftParams) -> dict[str, Any]:
@@ -254,7 +284,7 @@ def _is_name(path: Path) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raises CheckpointError unless a draft may be called so."""
+    """Raises CheckpointError unless a draft can have this name."""
     if not _is_name(Path(name)) or Path(name).name != name:
         raise CheckpointError(
             f"{name!r} cannot be the name of a draft: use letters, digits, '.', '-' and '_'"

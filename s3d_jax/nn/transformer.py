@@ -47,7 +47,7 @@ class DraftParams(flax.struct.PyTreeNode):
             where there are none.
         bridges: what stands in for a gap of skipped layers, by the name of the module behind the
             gap (layers_j, or final_norm): {down [D, r], up [r, D]}. Empty where there are none.
-        layers: kept layers with the deltas already in their weights (`drafts.merge`), used in place
+        layers: kept layers with the deltas already in their weights (`merge_deltas`), used in place
             of the target's, under its names; {} where there are none. Never stored.
     """
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from s3d_jax.drafters.stored import (
-    DEFAULT,
+    DEFAULT_NAME,
     check_name,
     choose_draft,
     draft_names,
@@ -245,7 +245,7 @@ def pretrain(
         out,
         model,
         _cast(tree["params"], model.dtype),
-        (DEFAULT, draft, tree["draft"], report) if draft else None,
+        (DEFAULT_NAME, draft, tree["draft"], report) if draft else None,
         source={"trained_by": "s3d pretrain", **report},
         generation_config={"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends},
         tokenizer=vocabulary,
