@@ -20,8 +20,10 @@ import numpy as np
 from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.machine import peak_memory_bytes
+from s3d_jax.nn import attention
 from s3d_jax.nn import transformer as model
 from s3d_jax.nn.cache import init_cache
+from s3d_jax.nn.draft import untrained_draft
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
@@ -86,7 +88,7 @@ def step_times(layers: int, turns: int) -> None:
                     start = time.perf_counter()
                     states[i] = jax.block_until_ready(
                         decode.decode_jit(
-                            *(spec, params, model.untrained_draft(params), state, jnp.int32(4))
+                            *(spec, params, untrained_draft(config, params), state, jnp.int32(4))
                         )
                     )
                     if turn:  # the first one compiles
@@ -99,7 +101,7 @@ def step_times(layers: int, turns: int) -> None:
 def prefill(length: int, at_once: bool) -> dict[str, float]:
     """In this process: peak memory of a prefill beside weights and cache, and its time."""
     if at_once:
-        model._WHOLE_BYTES = 1 << 62
+        attention._WHOLE_BYTES = 1 << 62
     config = ModelConfig(**(SIZES | PROMPT), max_position_embeddings=length)
     jax.block_until_ready(jnp.zeros(1) + 1)
     before = peak_memory_bytes()

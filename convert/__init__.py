@@ -82,7 +82,9 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; known are {DTYPES}")
     if quantization not in (None, *QUANTIZATIONS):
-        raise ConfigError(f"quantization {quantization!r} is unknown; known is {QUANTIZATIONS}")
+        raise ConfigError(
+            f"quantization {quantization!r} is unknown; known is {tuple(QUANTIZATIONS)}"
+        )
     if text is not None and quantization is None:
         raise ConfigError("a text is to measure on what quantization costs, and none is asked for")
     options: Any = dict(

@@ -114,8 +114,8 @@ def _convert(words: list[str]) -> int:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="linear layers, embeddings and head in int8 with one scale per output; prints "
-        "perplexity and KL divergence against the weights as they were",
+        help="; ".join(f"{name}: {words}" for name, words in QUANTIZATIONS.items())
+        + "; prints perplexity and KL divergence against the weights as they were",
     )
     parser.add_argument(
         "--text",

@@ -24,7 +24,8 @@ from s3d_jax.storage.native import FORMAT, CheckpointWriter, checkpoint_writer
 from s3d_jax.storage.staging import check_apart
 from s3d_jax.storage.tokenizer import has_vocabulary
 from s3d_jax.storage.trees import bullets, unflatten
-from s3d_jax.weights.int8 import quantize_tree
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import store_tree
 
 NOT_ASKED = "not asked for"
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
@@ -420,12 +421,12 @@ def progress_bar(what: str, total: int, progress: bool) -> Any:
 
 
 def write_groups(writer: CheckpointWriter, groups: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Writes the groups of a float model, quantised if the writer's model is."""
+    """Writes the groups of a float model in the weight format of the writer's model."""
+    weights = weight_format(writer.config)
     with ThreadPoolExecutor(1) as background:  # writes a group while the next one is read
         written = background.submit(lambda: None)
         for name, tree in groups:
-            if writer.config.quantization:
-                tree = quantize_tree(tree)
+            tree = store_tree(weights, tree)
             written.result()
             written = background.submit(writer.write_group, name, tree)
         written.result()

@@ -14,7 +14,7 @@ from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.stored import choose_draft, merge_deltas, merged_bytes, read_draft
 from s3d_jax.engine.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.nn.transformer import DraftParams, Params, untrained_draft
+from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.records import is_integer, is_list, plain
@@ -22,6 +22,7 @@ from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
 from s3d_jax.storage.tuning import Tuning, read_tuning
 from s3d_jax.stream import Stream, text_pieces
+from s3d_jax.weights.trees import Params
 
 # Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger
 # the small products of the deltas hardly count.
@@ -86,7 +87,7 @@ def load(
     trained = None if name is None else read_draft(path, name, loaded.config)
     draft_params = trained.params if trained else None
     if draft_params and merged_bytes(loaded.params, draft_params) <= _MOST_MERGED:
-        draft_params = merge_deltas(loaded.params, draft_params)
+        draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
     return LM(
@@ -162,7 +163,9 @@ class LM:
         self.params = params
         self.draft_config = draft_config or default_draft(config)
         self.draft_config.validate_for(config)
-        self.draft_params = untrained_draft(params) if draft_params is None else draft_params
+        self.draft_params = (
+            untrained_draft(config, params) if draft_params is None else draft_params
+        )
         self.tokenizer = tokenizer
         self.eos_token_ids = checked_ids(eos_token_ids, config.vocab_size)
         length = plain(config.max_position_embeddings if max_length is None else max_length)

@@ -16,6 +16,7 @@ from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.errors import ConfigError
 from s3d_jax.lm import LM
 from s3d_jax.nn import transformer as model
+from s3d_jax.nn.draft import untrained_draft
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
@@ -221,7 +222,7 @@ def test_what_decides(lm):
 @pytest.mark.usefixtures("compiled_here")
 def test_programs_copy_no_cache():
     """Neither in memory nor as an operation: three ways to go on, one cache."""
-    draft_params, sizes = model.untrained_draft(PARAMS), []
+    draft_params, sizes = untrained_draft(CONFIG, PARAMS), []
     settings, features = batch_sampling(
         [SamplingConfig()] * 2, jax.random.split(jax.random.key(0)), 31
     )

@@ -15,7 +15,9 @@ from s3d_jax.decoding.step import DecodeSpec
 from s3d_jax.drafters import proposers
 from s3d_jax.lm import LM
 from s3d_jax.nn import transformer as model
-from s3d_jax.nn.transformer import DraftParams, forward
+from s3d_jax.nn.cache import init_cache
+from s3d_jax.nn.draft import DraftParams, untrained_draft
+from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
@@ -256,7 +258,7 @@ def test_loop_and_single_steps_give_the_same():
         block = state.tokens[:, offset : offset + chunk]
         cache = decode.prefill_jit(CONFIG, PARAMS, block, state.cache, jnp.int32(offset))
         state, offset = state.replace(cache=cache), offset + chunk
-    draft_params = model.untrained_draft(PARAMS)
+    draft_params = untrained_draft(CONFIG, PARAMS)
     calls = 0
     while not np.asarray(state.done).all():
         state = decode.decode_jit(spec, PARAMS, draft_params, state, jnp.int32(1))
@@ -276,7 +278,7 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     block = state.tokens[:, :64]
     cache = decode.prefill_jit(CONFIG, PARAMS, block, state.cache, jnp.int32(0))
     filled = state = state.replace(cache=cache)
-    state = decode.decode_jit(spec, PARAMS, model.untrained_draft(PARAMS), state, jnp.int32(2))
+    state = decode.decode_jit(spec, PARAMS, untrained_draft(CONFIG, PARAMS), state, jnp.int32(2))
     jax.block_until_ready(state)
     for cache in (old, filled.cache):
         assert all(x.is_deleted() for x in (*cache.keys, *cache.values))
@@ -300,7 +302,7 @@ def test_programs_copy_no_cache_inside(program, prompts):
                 CONFIG, PARAMS, state.tokens[:, :64], state.cache, jnp.int32(0), 64
             )
         else:
-            draft_params = model.untrained_draft(PARAMS)
+            draft_params = untrained_draft(CONFIG, PARAMS)
             lowered = decode.decode_jit.lower(spec, PARAMS, draft_params, state, jnp.int32(5), 64)
         memory = lowered.compile().memory_analysis()
         cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
@@ -341,7 +343,7 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
     spec, state = make_state([[1, 2]], 2)
     spec = DecodeSpec(CONFIG, DraftConfig(skip, 2), spec.features)
     jax.jit(decode.decode, static_argnames="spec").lower(
-        spec, PARAMS, model.untrained_draft(PARAMS), state, jnp.int32(1)
+        spec, PARAMS, untrained_draft(CONFIG, PARAMS), state, jnp.int32(1)
     )
     assert passes == [skip, None]
     kept = ["layers_0", "layers_3"]
@@ -375,7 +377,7 @@ def test_chunked_prefill_equals_one_pass():
     prompts = [rng.integers(0, 31, 1100).tolist(), rng.integers(0, 31, 530).tolist(), [4, 5]]
     state = run(config, params, prompts, 3)
     for b, prompt in enumerate(prompts):
-        alone = model.init_cache(config, 1, len(prompt), jnp.array([len(prompt)]))
+        alone = init_cache(config, 1, len(prompt), jnp.array([len(prompt)]))
         _, alone = forward(config, params, jnp.asarray([prompt]), alone)
         for a, c in zip(state.cache.keys, alone.keys, strict=True):
             n = len(prompt) - 1

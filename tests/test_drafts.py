@@ -10,7 +10,7 @@ import s3d_jax
 from s3d_jax.commands.main import main
 from s3d_jax.drafters.stored import choose_draft, draft_names, read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.nn.transformer import DraftParams
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.storage import native as checkpoint
 from tests.tiny import tiny_config, tiny_params

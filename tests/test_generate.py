@@ -15,7 +15,8 @@ import s3d_jax.storage.native
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.engine.batch import UNLIMITED, Batch
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.nn.transformer import DraftParams, init_params
+from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import symmetric_skip
 from tests.tiny import proposer_of, tiny_config, tiny_lm
 

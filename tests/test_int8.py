@@ -9,15 +9,14 @@ import s3d_jax
 from s3d_jax.drafters.stored import merge_deltas, merged_bytes
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import LM
-from s3d_jax.nn import transformer as model
+from s3d_jax.nn import draft as draft_arrays
 from s3d_jax.nn.cache import init_cache
+from s3d_jax.nn.draft import mean_embedding, untrained_draft
 from s3d_jax.nn.transformer import (
     abstract_params,
     forward,
     forward_logits,
-    mean_embedding,
     num_params,
-    untrained_draft,
     weight_bytes,
 )
 from s3d_jax.settings.drafting import DraftConfig
@@ -25,9 +24,12 @@ from s3d_jax.settings.model import RopeConfig
 from s3d_jax.storage.trees import flatten
 from s3d_jax.train.draft import DraftTask
 from s3d_jax.weights import int8
+from s3d_jax.weights.formats import FORMATS
+from s3d_jax.weights.trees import store_tree, widen_tree
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
+INT8 = FORMATS["int8"]
 VARIANTS = {
     "plain": {},
     "one head per key": dict(num_heads=3, num_kv_heads=3),
@@ -49,7 +51,7 @@ def quantized(changes):
     """A tiny model in float and in int8."""
     config = tiny_config(**changes)
     params = tiny_params(config, scale=6.0)
-    whole = jax.device_put(int8.quantize_tree(jax.device_get(params)))
+    whole = jax.device_put(store_tree(INT8, jax.device_get(params)))
     return config, params, config.replace(quantization="int8"), whole
 
 
@@ -81,7 +83,7 @@ def test_what_is_not_finite_is_not_quantised(value, dtype):
     matrix = np.ones((40, 300), dtype)
     matrix[30, 7] = value
     with pytest.raises(ValueError, match="infinities or NaN"):
-        int8.quantize_tree({"mlp": {"down": {"weight": matrix}}})
+        store_tree(INT8, {"mlp": {"down": {"weight": matrix}}})
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -93,7 +95,7 @@ def test_the_tree_is_that_of_the_model_and_comes_back(changes):
     )
     assert num_params(quantized_config) == num_params(config)
     assert weight_bytes(quantized_config) == sum(x.nbytes for x in jax.tree.leaves(whole))
-    back = flatten(int8.dequantize_tree(whole, config.dtype))
+    back = flatten(widen_tree(INT8, whole, config.dtype))
     for path, x in flatten(params).items():
         assert back[path].shape == x.shape and back[path].dtype == x.dtype
         x, y = (np.asarray(a, np.float32) for a in (x, back[path]))
@@ -104,11 +106,14 @@ def test_the_tree_is_that_of_the_model_and_comes_back(changes):
 
 
 def test_the_mean_of_the_table_is_that_of_the_float_one():
-    _, params, _, whole = quantized({})
+    config, params, quantized_config, whole = quantized({})
     table = np.asarray(params["embed"]["embedding"])
-    np.testing.assert_allclose(mean_embedding(params, 2), np.mean(table**2, axis=0), rtol=1e-5)
-    for tree, tolerance in ((params, 1e-7), (whole, np.abs(table).max() / 254)):
-        masks = untrained_draft(tree).mask_embeddings
+    np.testing.assert_allclose(
+        mean_embedding(config, params, 2), np.mean(table**2, axis=0), rtol=1e-5
+    )
+    half_a_step = np.abs(table).max() / 254
+    for c, tree, tolerance in ((config, params, 1e-7), (quantized_config, whole, half_a_step)):
+        masks = untrained_draft(c, tree).mask_embeddings
         np.testing.assert_allclose(masks, table.mean(axis=0)[None], atol=tolerance)
 
 
@@ -120,7 +125,9 @@ def test_the_mean_of_the_table_needs_no_copy_of_it(dtype, power):
         "embedding": jax.ShapeDtypeStruct((32_000, 256), jnp.int8),
         "scale": jax.ShapeDtypeStruct((32_000,), jnp.float32),
     }
-    program = model._mean_embedding.lower(table, jnp.dtype(dtype), power).compile()
+    config = tiny_config(quantization="int8")
+    lowered = draft_arrays._mean_embedding.lower(config, table, jnp.dtype(dtype), power)
+    program = lowered.compile()
     assert program.memory_analysis().temp_size_in_bytes < 2**20
 
 
@@ -157,8 +164,8 @@ def test_elsewhere_the_weight_alone_is_rounded(dtype, tolerance):
 def test_the_gradient_is_that_of_the_product_without_rounding():
     x, whole, scale = operands(5)
     weight = whole.astype(jnp.float32) * scale[:, None]
-    ours = jax.grad(lambda x: jnp.sum(jnp.sin(int8.project(x, whole, scale, jnp.float32))))(x)
-    y = int8.project(x, whole, scale, jnp.float32)
+    ours = jax.grad(lambda x: jnp.sum(jnp.sin(int8.multiply(x, whole, scale, jnp.float32))))(x)
+    y = int8.multiply(x, whole, scale, jnp.float32)
     np.testing.assert_allclose(ours, jnp.cos(y) @ weight, rtol=1e-4, atol=1e-4)
 
 
@@ -174,71 +181,6 @@ def test_a_product_is_the_same_with_and_without_vnni(monkeypatch, rows):
         found.append(np.asarray(int8._w8a8(x, jnp.asarray(weight), jnp.asarray(scale))))
     np.testing.assert_array_equal(*found)
     assert found[0].shape == (rows, 40)
-
-
-# --- sums -----------------------------------------------------------------------------------------
-
-
-def test_softmax_and_norm_have_the_derivatives_of_those_without_rounding():
-    """Drafts are trained through them; integers would have none."""
-    x, t = jax.random.normal(jax.random.key(0), (2, 4, 192))
-    x *= 3
-
-    def rms_norm(x):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
-
-    pairs = ((int8.softmax, jax.nn.softmax), (lambda x: int8.norm(x, 1e-5), rms_norm))
-    for ours, plain in pairs:
-        gradient, expected = (jax.grad(lambda x, f=f: jnp.sum(f(x) * t))(x) for f in (ours, plain))
-        np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("count", [3, 192, 4096, 10_000])
-def test_sums_and_norms_are_those_of_numpy(count):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, count)) * 10.0 ** rng.integers(-9, 9, (4, 1))
-    x = x.astype(np.float32)
-    np.testing.assert_array_equal(int8.row_max(jnp.asarray(x))[:, 0], x.max(axis=1))
-    exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-12)
-    np.testing.assert_allclose(int8.norm(jnp.asarray(x), 1e-12), exact, rtol=1e-5)
-    assert not int8.norm(jnp.zeros((2, count)), 1e-6).any()
-    scores = jnp.asarray(rng.normal(size=(4, count)) * 4, jnp.float32).at[:, 0].set(-3e38)
-    np.testing.assert_allclose(int8.softmax(scores), jax.nn.softmax(scores), atol=1e-7, rtol=5e-5)
-
-
-def test_a_sink_and_many_small_weights_sum_to_one():
-    scores = jnp.full((1, 32_768), -13.2).at[0, 0].set(0)
-    exact = jax.nn.softmax(scores)
-    weights = np.asarray(int8.softmax(scores), np.float64)
-    assert abs(weights.sum() - 1) <= 3e-3
-    np.testing.assert_allclose(weights, exact, rtol=3e-3)
-
-
-def test_an_outlier_does_not_hide_the_others_from_the_norm():
-    x = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32)
-    x[:, 7] = 60, 1000, 4000
-    exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(int8.norm(jnp.asarray(x), 1e-6), exact, rtol=1e-3)
-    np.testing.assert_allclose(int8.norm(jnp.asarray(x[:1]), 1e-6), exact[:1], rtol=1e-5)
-
-
-def test_sums_do_not_depend_on_the_order():
-    weights = np.random.default_rng(0).uniform(size=(1, 3000)).astype(np.float32)
-    sums = {float(int8.row_sum(jnp.asarray(w), 1.0)[0, 0]) for w in (weights, weights[:, ::-1])}
-    assert len(sums) == 1 and abs(sums.pop() / weights.sum(dtype=np.float64) - 1) < 1e-6
-
-
-@pytest.mark.parametrize("count", [1, 192, 256, 300])
-def test_zeros_behind_the_others_change_no_bit_of_a_sum(count):
-    """Whatever part of the cache is read: of up to 256 numbers the sum is taken in another way."""
-    x = np.random.default_rng(count).uniform(size=(400, count)) ** 4
-    x[0], x[1] = 0, 1
-    run = jax.jit(int8.row_sum, static_argnums=1)
-    sums = run(jnp.asarray(x, jnp.float32), 1.0)
-    for slots in (320, 512, 8192):
-        padded = np.zeros((400, slots), np.float32)
-        padded[:, :count] = x
-        np.testing.assert_array_equal(run(jnp.asarray(padded), 1.0), sums)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -286,7 +228,7 @@ def test_s3d_is_plain_decoding(name):
     _, _, config, params = quantized(VARIANTS[name])
     draft = DraftConfig((False, True, False, False), 5)
     trained = noisy_draft(config, params, draft)
-    lm = LM(config, params, draft_config=draft, draft_params=merge_deltas(params, trained))
+    lm = LM(config, params, draft_config=draft, draft_params=merge_deltas(config, params, trained))
     for prompt in ([5, 6, 7], [1], list(range(20))):
         plain = lm.generate([prompt], max_new_tokens=90, method="ar")[0].tokens
         assert lm.generate([prompt], max_new_tokens=90)[0].tokens == plain
@@ -302,14 +244,14 @@ def test_merged_deltas_draft_as_the_others(kind):
         config, params = quantized_config, whole
     draft = DraftConfig((False, True, False, False), 5)
     trained = noisy_draft(config, params, draft)
-    merged = merge_deltas(params, trained)
+    merged = merge_deltas(config, params, trained)
     kept = [name for name in merged.layers]
     assert sorted(kept) == ["layers_0", "layers_2", "layers_3"] and not merged.deltas
     assert merged_bytes(params, trained) == sum(x.nbytes for x in jax.tree.leaves(merged.layers))
     cache = init_cache(config, 1, 40, jnp.zeros(1, jnp.int32))
     logits = [
         forward(config, params, jnp.asarray([[7]]), cache, skip=draft.skip, draft=d, num_masks=4)[0]
-        for d in (trained, merged, untrained_draft(params))
+        for d in (trained, merged, untrained_draft(config, params))
     ]
     p, q, other = map(jax.nn.log_softmax, logits)
     kl, apart = (float(jnp.mean(jnp.sum(jnp.exp(p) * (p - x), axis=-1))) for x in (q, other))
@@ -322,7 +264,7 @@ def test_a_draft_that_is_not_finite_is_not_merged():
     up = draft.deltas["layers_2"]["mlp"]["down"]["up"]
     draft.deltas["layers_2"]["mlp"]["down"]["up"] = up.at[0, 0].set(jnp.nan)
     with pytest.raises(CheckpointError, match=r"train it again: layers_2/mlp/down .* NaN"):
-        merge_deltas(params, draft)
+        merge_deltas(config, params, draft)
 
 
 def test_a_full_draft_needs_float_weights():

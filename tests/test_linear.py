@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.nn.linear import attention_mix, attention_scores, project
+from s3d_jax.nn.attention import attention_mix, attention_scores
+from s3d_jax.weights.dense import multiply
 
 # Of the result over the size of its terms: float32 rounding, and one rounding to 16 bits.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
@@ -13,14 +14,14 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 40, 100])
-def test_project(rows, dtype):
+def test_multiply(rows, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, rows, 50)), dtype)
     weight = jnp.asarray(rng.normal(size=(70, 50)), dtype)
     operands = [np.asarray(a, np.float64) for a in (x[0], weight.T)]
     exact = np.matmul(*operands)
     scale = np.matmul(*map(np.abs, operands))
-    for run in (project, jax.jit(project, static_argnums=2)):
+    for run in (multiply, jax.jit(multiply, static_argnums=2)):
         same = run(x, weight, x.dtype)
         assert same.shape == (1, rows, 70) and same.dtype == x.dtype
         assert (np.abs(np.asarray(same, np.float64)[0] - exact) / scale).max() <= TOLERANCE[dtype]
@@ -43,7 +44,7 @@ def test_attention_products(shape, dtype):
         operands = (np.asarray(rows, np.float64), np.asarray(cached, np.float64))
         exact = np.einsum(equation, *operands)
         scale = np.einsum(equation, *map(np.abs, operands))
-        for reproducible in (True, False):
-            product = function(rows, cached, reproducible)
+        for exact_bits in (True, False):
+            product = function(rows, cached, exact_bits)
             assert product.dtype == jnp.float32
             assert (np.abs(np.asarray(product) - exact) / scale).max() <= 1e-6

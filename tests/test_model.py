@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from s3d_jax.decoding import step as decode
+from s3d_jax.nn import attention
 from s3d_jax.nn import transformer as model
+from s3d_jax.nn.attention import attend
 from s3d_jax.nn.cache import init_cache, layer_slots
-from s3d_jax.nn.transformer import attend, forward, forward_logits
+from s3d_jax.nn.transformer import fill_cache, forward, forward_logits
+from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import RopeConfig
 from tests.tiny import tiny_config, tiny_params
+from tests.train.test_objective import noisy_draft
 
 WINDOW, BLOCK, SLOTS = 5, 4, 64
 CONFIG = tiny_config(
@@ -32,8 +36,8 @@ def test_attention_block_by_block_equals_attention_at_once(softcap, monkeypatch)
     mask[:, :, 200] |= ~mask.any(axis=-1)
 
     def both(whole_bytes):
-        monkeypatch.setattr(model, "_WHOLE_BYTES", whole_bytes)
-        monkeypatch.setattr(model, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(attention, "_WHOLE_BYTES", whole_bytes)
+        monkeypatch.setattr(attention, "_BLOCK_BYTES", 1)
 
         def weighed(q, k, v):
             out = attend(q * 5, k, v, mask, 1.0, softcap)
@@ -55,8 +59,8 @@ def test_in_bfloat16_many_blocks_are_as_exact_as_attention_at_once(monkeypatch):
     mask = np.ones((1, 5, 4096), bool)
 
     def out(whole_bytes, *arrays):
-        monkeypatch.setattr(model, "_WHOLE_BYTES", whole_bytes)
-        monkeypatch.setattr(model, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(attention, "_WHOLE_BYTES", whole_bytes)
+        monkeypatch.setattr(attention, "_BLOCK_BYTES", 1)
         return np.asarray(attend(*arrays, mask, 0.3, None), np.float32)
 
     exact = out(10**9, *(x.astype(jnp.float32) for x in (q, k, v)))
@@ -147,3 +151,31 @@ def test_bytes_of_the_cache_of_mistral_and_gemma():
             sizes.append(sum(2 * x.size for x in (*cache.keys, *cache.values)) / 1e9)
             assert [k.shape[2] for k in cache.keys] == list(layer_slots(config, 32768, block))
         assert sizes == pytest.approx([whole, rings], rel=0.01)
+
+
+@pytest.mark.parametrize("skip", [(0, 1, 1, 0), (1, 0, 0, 1), (0, 1, 0, 1)])
+def test_a_layer_that_is_not_kept_does_as_if_it_were_skipped(skip):
+    """Bridges and deltas included; `keep` is an array, so all sets of layers share one program."""
+    config = tiny_config()
+    params = tiny_params(config)
+    skip = tuple(map(bool, skip))
+    draft = noisy_draft(config, params, DraftConfig(skip, 3))
+    assert draft.bridges and draft.deltas
+    cache = init_cache(config, 2, 20, np.ones(2)).replace(length=jnp.asarray([3, 0]))
+    tokens = jnp.asarray([[5], [9]])
+    options = dict(draft=draft, num_masks=2, bidirectional=True)
+    keep = ~jnp.asarray(skip)
+    skipped, _ = jax.jit(lambda: forward(config, params, tokens, cache, skip=skip, **options))()
+    run = jax.jit(lambda keep: forward(config, params, tokens, cache, keep=keep, **options))
+    kept, _ = run(keep)
+    np.testing.assert_allclose(kept, skipped, atol=1e-5)
+    everything, _ = run(jnp.ones(4, bool))
+    assert np.abs(everything - kept).max() > 0.1 and run._cache_size() == 1
+
+
+def test_filling_the_cache_writes_what_the_forward_pass_writes():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 9)))
+    cache = init_cache(CONFIG, 2, SLOTS, np.ones(2))
+    _, expected = forward(CONFIG, PARAMS, tokens, cache)
+    filled = fill_cache(CONFIG, PARAMS, tokens, cache)
+    jax.tree.map(np.testing.assert_array_equal, filled, expected)

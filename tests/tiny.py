@@ -12,11 +12,13 @@ from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.state import DecodeSpec, DecodeState, Draft, DrafterParams, Proposal
 from s3d_jax.drafters.stored import read_draft
 from s3d_jax.lm import EMBEDDED, LM
-from s3d_jax.nn.transformer import Params, forward_logits, init_params, untrained_draft
+from s3d_jax.nn.draft import untrained_draft
+from s3d_jax.nn.transformer import forward_logits, init_params
 from s3d_jax.settings.drafting import PassCosts, TwoModelConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
-from s3d_jax.weights import int8
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import Params, widen_tree
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -46,7 +48,7 @@ def embedded_in_float() -> LM:
     config = lm.config.replace(quantization=None)
     return LM(
         config,
-        int8.dequantize_tree(lm.params, config.dtype),
+        widen_tree(weight_format(lm.config), lm.params, config.dtype),
         draft_config=lm.draft_config,
         draft_params=read_draft(EMBEDDED, "default", config).params,
         tokenizer=lm.tokenizer,
@@ -90,7 +92,7 @@ def run(
             state = state.replace(draft_cache=decode.prefill_jit(*arguments))
         offset += chunk
     if draft is not None and draft_params is None:
-        draft_params = untrained_draft(params)
+        draft_params = untrained_draft(config, params)
     return decode.decode_jit(spec, params, draft_params, state, jnp.int32(10**6))
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from s3d_jax.decoding.adaptive import Budget
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, penalize
 from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.transformer import DraftParams, Params
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig, TwoModelConfig
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.trees import Params
 
 Draft = DraftConfig | PromptLookupConfig | TwoModelConfig
 DrafterParams = DraftParams | Params | None  # what a proposer needs beside the target's own

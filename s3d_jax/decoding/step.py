@@ -26,9 +26,10 @@ from s3d_jax.decoding.state import (
 )
 from s3d_jax.drafters.proposers import draft_pass
 from s3d_jax.nn.cache import KVCache, grown, init_cache
-from s3d_jax.nn.transformer import Params, fill_cache, forward
+from s3d_jax.nn.transformer import fill_cache, forward
 from s3d_jax.settings.drafting import TwoModelConfig
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.trees import Params
 
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 _FIRST_VISIBLE = 256  # slots; below, reading them all costs less than another program

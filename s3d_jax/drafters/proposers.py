@@ -23,8 +23,10 @@ from s3d_jax.decoding.state import (
     row_keys,
 )
 from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.transformer import DraftParams, Params, forward
+from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, PromptLookupConfig, TwoModelConfig
+from s3d_jax.weights.trees import Params
 
 
 def draft_pass(

@@ -16,6 +16,7 @@ from s3d_jax.settings.drafting import (
     TwoModelConfig,
     symmetric_skip,
 )
+from s3d_jax.weights.formats import weight_format
 
 if TYPE_CHECKING:
     from s3d_jax.lm import LM
@@ -122,8 +123,8 @@ def _costs(lm: "LM", draft: DraftConfig) -> PassCosts:
     tuned = lm.tuning
     if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
         return tuned.costs
-    slow = jax.default_backend() == "cpu" and lm.config.precision in ("float32", "int8")
-    return PassCosts.estimated(draft, bound_by_memory=not slow)
+    weights, backend = weight_format(lm.config), jax.default_backend()
+    return PassCosts.estimated(draft, weights.bound_by_memory(lm.config.dtype, backend))
 
 
 def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.nn.transformer import DraftParams, Params
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import ArrayWriter, cast, index_from_json, index_to_json, read_array
@@ -28,7 +28,9 @@ from s3d_jax.storage.json_files import read_json_object, write_json
 from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import flatten, unflatten
-from s3d_jax.weights import int8
+from s3d_jax.weights.base import WeightFormat
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import Params, store_tree, widen_tree
 
 FORMAT, VERSION = "s3d_jax draft", 2
 _READABLE_VERSIONS = (1, 2)
@@ -227,29 +229,30 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
     return sum(x.nbytes for name in draft.deltas for x in jax.tree.leaves(params[name]))
 
 
-def merge_deltas(params: Params, draft: DraftParams) -> DraftParams:
+def merge_deltas(config: ModelConfig, params: Params, draft: DraftParams) -> DraftParams:
     """Adds a draft's deltas to copies of the layers that have them.
 
     The draft passes then need no low-rank products, which cost a small model more than the layer
     itself. In return the kept layers are in memory twice.
 
     Args:
-        params: the target's parameters. The copies have the same weight format.
+        config, params: the target. The copies have its weight format.
         draft: has deltas.
 
     Returns:
         The draft with `layers`, and without deltas.
 
     Raises:
-        CheckpointError: infinities or NaN in the deltas of an int8 model.
+        CheckpointError: the weight format cannot represent a layer with its delta.
     """
+    weights = weight_format(config)
     layers: dict[str, Any] = {}
     for name, deltas in draft.deltas.items():
         layer = {part: dict(linears) for part, linears in params[name].items()}
         for part, factors in deltas.items():
             for linear, delta in factors.items():
                 try:
-                    layer[part][linear] = _add_delta(layer[part][linear], delta)
+                    layer[part][linear] = _add_delta(weights, layer[part][linear], delta)
                 except ValueError as error:
                     raise CheckpointError(
                         f"the draft cannot be used, train it again: {name}/{part}/{linear} with "
@@ -259,13 +262,18 @@ def merge_deltas(params: Params, draft: DraftParams) -> DraftParams:
     return draft.replace(deltas={}, layers=layers)
 
 
-def _add_delta(linear: Mapping[str, Any], delta: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """A linear layer's arrays plus a low-rank delta, in the same weight format."""
-    whole = int8.dequantize_tree(linear, jnp.float32)
+def _add_delta(
+    weights: WeightFormat, arrays: Mapping[str, Any], delta: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """A linear layer's arrays with a low-rank delta added to its matrix, in the same format.
+
+    Raises:
+        ValueError: the format cannot represent a number of the sum.
+    """
+    whole = widen_tree(weights, arrays, jnp.float32)
     whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
-    if "scale" in linear:
-        return jax.device_put(int8.quantize_tree(jax.device_get(whole)))
-    return whole | {"weight": whole["weight"].astype(linear["weight"].dtype)}
+    stored = store_tree(weights, jax.device_get(whole))
+    return {name: jnp.asarray(x, arrays[name].dtype) for name, x in stored.items()}
 
 
 def _tree(params: DraftParams) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import numpy as np
 
 from s3d_jax.settings.model import RopeConfig
 
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines of a pass, see `rotary_table`
+
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [R/2], R = head_dim · rotary_fraction.

@@ -11,17 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.nn.attention import layout_after_anchors
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.transformer import (
-    DraftParams,
-    Params,
-    behind_anchors,
-    fill_cache,
-    float_dtype,
-    forward,
-)
+from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.transformer import fill_cache, forward
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.trees import Params, float_dtype
 
 
 def target_stream(
@@ -101,7 +97,7 @@ def draft_stream(
         keep=keep,
         draft=draft,
         num_masks=gamma - 1,
-        layout=behind_anchors(anchors, gamma, length, bidirectional),
+        layout=layout_after_anchors(anchors, gamma, length, bidirectional),
         remat=remat,
     )
     return logits

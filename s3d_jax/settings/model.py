@@ -12,7 +12,7 @@ from s3d_jax.settings.records import Record, check, is_finite, is_integer, is_po
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("int8",)
+QUANTIZATIONS = {"int8": "linear layers, embeddings and head in int8, with one scale per output"}
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16  # so that damage costs no hours
 
 
@@ -131,8 +131,10 @@ class ModelConfig(Record):
             None means that every layer rotates.
         local_rope: rotary settings of the layers with a window, where they differ (Gemma 3).
         dtype: of weights, activations and cache. Norms, rotations, softmax and logits are float32.
-        quantization: "int8" for linear layers, embeddings and head in int8, one scale per output;
+        quantization: a name of QUANTIZATIONS: the format of linear layers, embeddings and head.
             None means that they are of the dtype.
+        exact_sums: norms and attention give a token the same bits alone and in a block, however XLA
+            orders its sums. None means where the weights' format needs it, as int8 does.
     """
 
     vocab_size: int
@@ -166,6 +168,7 @@ class ModelConfig(Record):
     local_rope: RopeConfig | None = None
     dtype: str = "float32"
     quantization: str | None = None
+    exact_sums: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +204,12 @@ class ModelConfig(Record):
         )
         check(
             self.quantization in (None, *QUANTIZATIONS),
-            f"quantization must be None or one of {QUANTIZATIONS}, got {self.quantization!r:.80}",
+            f"quantization must be None or one of {tuple(QUANTIZATIONS)}, "
+            f"got {self.quantization!r:.80}",
+        )
+        check(
+            self.exact_sums in (None, True, False) and not is_integer(self.exact_sums),
+            f"exact_sums must be True, False or None, got {self.exact_sums!r:.80}",
         )
         for name in (
             *("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias"),

@@ -38,7 +38,7 @@ from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
 from s3d_jax.storage.trees import bullets, flatten, shape_problems, top_level_key, unflatten
 
 if TYPE_CHECKING:
-    from s3d_jax.nn.transformer import Params
+    from s3d_jax.weights.trees import Params
 
 FORMAT, VERSION = "s3d_jax", 3
 _READABLE_VERSIONS = (2, 3)

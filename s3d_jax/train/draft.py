@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
+from s3d_jax.nn.draft import DraftParams, mean_embedding, untrained_draft
 from s3d_jax.nn.streams import draft_stream, target_stream
-from s3d_jax.nn.transformer import DraftParams, Params, float_dtype, mean_embedding, untrained_draft
+from s3d_jax.nn.transformer import abstract_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
@@ -22,6 +23,8 @@ from s3d_jax.train.objective import (
     next_token_loss,
     random_anchors,
 )
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import Params, float_dtype
 
 
 def init_draft(
@@ -34,7 +37,7 @@ def init_draft(
     """A draft that computes the same as the untrained one: every low-rank part starts with up = 0.
 
     Args:
-        config, params: the target; `params` may be abstract except for the embedding.
+        config, params: the target; of `params` the embedding and the norms' type are used.
         draft_config: γ - 1 mask embeddings are made, one at least.
         adapter: ranks.
         key: typed PRNG key.
@@ -43,8 +46,8 @@ def init_draft(
         Parameters in float32.
     """
     masks_key, key = jax.random.split(key)
-    mean = untrained_draft(params).mask_embeddings.astype(jnp.float32)
-    deviation = jnp.sqrt(jnp.mean(mean_embedding(params, 2)) - jnp.mean(mean) ** 2)
+    mean = untrained_draft(config, params).mask_embeddings.astype(jnp.float32)
+    deviation = jnp.sqrt(jnp.mean(mean_embedding(config, params, 2)) - jnp.mean(mean) ** 2)
     shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
     masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
 
@@ -58,8 +61,9 @@ def init_draft(
     deltas: dict[str, Any] = {}
     kept = [i for i, skipped in enumerate(draft_config.skip) if not skipped]
     if adapter.rank:
+        unquantized = abstract_params(config.replace(quantization=None))
         for i in kept:
-            layer = params[f"layers_{i}"]
+            layer = unquantized[f"layers_{i}"]
             deltas[f"layers_{i}"] = {
                 part: {
                     name: factors(layer[part][name]["weight"].shape[::-1], adapter.rank)
@@ -125,7 +129,7 @@ class DraftTask:
         draft_config.validate_for(config)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
-        if mode == "full" and config.quantization:
+        if mode == "full" and not weight_format(config).trainable:
             raise ConfigError(
                 f"mode 'full' changes the target's weights, and these are {config.quantization}: "
                 "train the checkpoint that they were made from, and quantize the result"

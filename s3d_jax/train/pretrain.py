@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.streams import target_stream
-from s3d_jax.nn.transformer import Params, init_params
+from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
 from s3d_jax.train.draft import draft_losses, init_draft
 from s3d_jax.train.objective import Mean, next_token_loss
+from s3d_jax.weights.trees import Params
 
 
 class PretrainTask:

@@ -21,7 +21,7 @@ from s3d_jax.drafters.stored import (
 )
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import default_draft, load
-from s3d_jax.nn.transformer import DraftParams, Params, untrained_draft
+from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
@@ -35,6 +35,7 @@ from s3d_jax.train.pretrain import PretrainTask
 from s3d_jax.train.session import Files, check_row_length, read_corpus, train
 from s3d_jax.train.tokenizer import end_token_ids, tokenizer_for, tokenizer_of_run
 from s3d_jax.train.validation import HeldOutDecoding, perplexity, warn_if_useless
+from s3d_jax.weights.trees import Params
 
 
 def train_draft(
@@ -147,7 +148,7 @@ def train_draft(
         )
     untrained = before
     if start is not None:
-        untrained = decoding.measure(lm.params, untrained_draft(lm.params))
+        untrained = decoding.measure(lm.params, untrained_draft(lm.config, lm.params))
     # Last, so that nothing is lost where warnings are errors.
     warn_if_useless(untrained["tokens_per_iteration"], reached["tokens_per_iteration"], draft.gamma)
     return report
@@ -253,8 +254,10 @@ def pretrain(
     )
     if draft and decoding:
         params = tree["params"]
-        untrained = decoding.measure(params, untrained_draft(params))["tokens_per_iteration"]
-        warn_if_useless(untrained, reached["tokens_per_iteration"], draft.gamma)
+        untrained = decoding.measure(params, untrained_draft(model, params))
+        warn_if_useless(
+            untrained["tokens_per_iteration"], reached["tokens_per_iteration"], draft.gamma
+        )
     return report
 
 

@@ -11,13 +11,14 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import target_stream
-from s3d_jax.nn.transformer import DraftParams, Params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.documents import Document
 from s3d_jax.train.data import Rows
 from s3d_jax.train.objective import Mean, next_token_loss
+from s3d_jax.weights.trees import Params
 
 
 def held_out_prompts(

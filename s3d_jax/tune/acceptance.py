@@ -18,12 +18,13 @@ import numpy as np
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import draft_stream, target_cache
-from s3d_jax.nn.transformer import DraftParams, Params, float_dtype
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.suites import Prompt
 from s3d_jax.train.objective import block_targets
+from s3d_jax.weights.trees import Params, float_dtype
 
 Skip = tuple[bool, ...]
 

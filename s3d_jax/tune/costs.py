@@ -24,10 +24,10 @@ from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, batch_sa
 from s3d_jax.decoding.state import DecodeSpec, DecodeState, DrafterParams, Proposal, last_token
 from s3d_jax.engine.batch import cache_slots
 from s3d_jax.lm import LM
-from s3d_jax.nn.transformer import Params
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.tune.acceptance import Skip, Texts
+from s3d_jax.weights.trees import Params
 
 _SECONDS = 0.05  # of one turn of one program, where the cache has room for so many iterations
 _STEP = 32  # slots; odd numbers of them are slower than what decoding uses

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import InputError
+from s3d_jax.nn.attention import layout_after_anchors
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import text_cache
-from s3d_jax.nn.transformer import DraftParams, Params, behind_anchors, bound
+from s3d_jax.nn.transformer import bound
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.tune.acceptance import (
@@ -32,6 +34,7 @@ from s3d_jax.tune.acceptance import (
     keeping_all,
     num_fitting,
 )
+from s3d_jax.weights.trees import Params
 
 Search = Literal["symmetric", "band", "greedy", "dp"]
 SEARCHES: tuple[Search, ...] = get_args(Search)
@@ -151,7 +154,7 @@ def _skipped_states(
         cache,
         draft=draft,
         num_masks=gamma - 1,
-        layout=behind_anchors(tiled(anchors), gamma, length, bidirectional),
+        layout=layout_after_anchors(tiled(anchors), gamma, length, bidirectional),
     )
     likeness = jnp.where(jnp.arange(states) == 0, 1.0, _NOWHERE)  # none is skipped yet
     over_gap = jnp.zeros(states, bool)

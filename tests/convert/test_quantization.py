@@ -20,7 +20,8 @@ from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.tokenizer import read_tokenizer
 from s3d_jax.storage.trees import flatten
 from s3d_jax.texts.suites import HELD_OUT
-from s3d_jax.weights import int8
+from s3d_jax.weights.formats import FORMATS
+from s3d_jax.weights.trees import store_tree, widen_tree
 from tests.conftest import need
 from tests.convert.hf_folder import random_tensors, write_folder
 from tests.tiny import tiny_config, tiny_params
@@ -44,7 +45,9 @@ def test_every_matrix_is_quantised_and_nothing_else(tmp_path):
         convert.convert(source, tmp_path / "float", **options)
         report = convert.convert(source, tmp_path / "int8", quantization="int8", **options)
         ours = checkpoint.load(tmp_path / "int8")
-        expected = int8.quantize_tree(jax.device_get(checkpoint.load(tmp_path / "float").params))
+        expected = store_tree(
+            FORMATS["int8"], jax.device_get(checkpoint.load(tmp_path / "float").params)
+        )
         assert (ours.config.quantization, ours.config.dtype) == ("int8", dtype)
         ours, expected = flatten(ours.params), flatten(expected)
         assert ours.keys() == expected.keys()
@@ -110,7 +113,7 @@ def test_exports_hold_float_weights(tmp_path, stories):
     back = checkpoint.load(tmp_path / "back")
     whole = checkpoint.load(folder / "int8")
     assert back.config == whole.config.replace(quantization=None)
-    expected = flatten(int8.dequantize_tree(whole.params, "float32"))
+    expected = flatten(widen_tree(FORMATS["int8"], whole.params, "float32"))
     for path, x in flatten(back.params).items():
         np.testing.assert_array_equal(x, expected[path])
 

@@ -9,8 +9,8 @@ from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.step import DecodeSpec
 from s3d_jax.drafters import proposers
+from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import draft_stream, target_stream
-from s3d_jax.nn.transformer import DraftParams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig

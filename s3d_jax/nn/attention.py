@@ -1,0 +1,307 @@
+"""Attention of a block of tokens to a cache: who sees what, products, softmax, the module."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.nn.cache import KVCache, write
+from s3d_jax.nn.layers import Linear, RMSNorm
+from s3d_jax.nn.rope import Rotary, rotate
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.exact import softmax as exact_softmax
+from s3d_jax.weights.formats import exact_sums
+
+
+class Layout(flax.struct.PyTreeNode):
+    """Where the tokens of one pass are, and what they may see.
+
+    Attributes:
+        start: int [B], the slot that each row's first token is written to; the others follow.
+        positions: int32 [B, T], of the tokens in the text.
+        slot_positions: int32 [B, S] or [1, S], of what each slot holds.
+        seen: bool [B, T, S], True where a token may look.
+        ring: static; the slots are a ring (see cache.py).
+    """
+
+    start: jax.Array
+    positions: jax.Array
+    slot_positions: jax.Array
+    seen: jax.Array
+    ring: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def within(self, window: int | None) -> "Layout":
+        """Without the slots that lie `window` or more positions back."""
+        if window is None:
+            return self
+        recent = self.slot_positions[:, None, :] > self.positions[:, :, None] - window
+        return self.replace(seen=self.seen & recent)
+
+
+def layout_after_committed(
+    cache: KVCache, length: int, bidirectional: bool, slots: int, visible: int | None = None
+) -> Layout:
+    """The layout of decoding: `length` tokens behind each row's committed ones.
+
+    Args:
+        cache: how far the rows are.
+        length: T.
+        bidirectional: a token sees those behind it, too.
+        slots: of the layer, all of them or a ring.
+        visible: only so many slots are read; None reads all.
+    """
+    positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
+    slot_positions = jnp.arange(min(visible or slots, slots), dtype=jnp.int32)[None]
+    ring = slots < cache.slots
+    if ring:  # the last position written to each slot; below 0 where there was none
+        newest = positions[:, -1:]
+        slot_positions = newest - (newest - slot_positions) % slots
+    last = positions[:, -1:] if bidirectional else positions
+    seen = slot_positions[:, None] <= last[:, :, None]
+    if ring:
+        seen &= slot_positions[:, None] >= 0
+    return Layout(cache.length, positions, slot_positions, seen, ring)
+
+
+def layout_after_anchors(
+    anchors: jax.Array, width: int, context: int, bidirectional: bool
+) -> Layout:
+    """The layout of training: a block of `width` tokens at each of many places of one text.
+
+    The cache holds the whole text in its first `context` slots; the blocks lie behind it, one
+    after the other. A block sees the text before its anchor, and itself: what it would see in
+    decoding.
+
+    Args:
+        anchors: int [B, A], position of each block's first token.
+        width: tokens per block.
+        context: tokens of the text.
+        bidirectional: a block's tokens see each other both ways.
+    """
+    rows, count = anchors.shape
+    offsets = jnp.arange(width, dtype=jnp.int32)
+    positions = (anchors[:, :, None] + offsets).reshape(rows, -1).astype(jnp.int32)
+    text = jnp.arange(context, dtype=jnp.int32)
+    slot_positions = jnp.concatenate([jnp.broadcast_to(text, (rows, context)), positions], axis=1)
+    before = jnp.repeat(text < anchors[:, :, None], width, axis=1)
+    block = np.arange(count * width) // width
+    own = block[:, None] == block
+    if not bidirectional:
+        own &= np.tri(count * width, dtype=bool)
+    own = jnp.broadcast_to(own, (rows, *own.shape))
+    seen = jnp.concatenate([before, own], axis=2)
+    start = jnp.full((rows,), context, jnp.int32)
+    return Layout(start, positions, slot_positions, seen)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    softcap: float | None,
+    exact: bool = False,
+) -> jax.Array:
+    """Grouped-query attention over all slots of a cache, softmax in float32.
+
+    Where the scores would take more than `_WHOLE_BYTES`, it goes through the slots block by block,
+    so that memory does not grow with the product of both lengths.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, K, S, H].
+        mask: bool [B, T, S], True where a query may look; at one slot at least.
+        scale: multiplies the scores.
+        softcap: c of c · tanh(scores / c), or None.
+        exact: a token's result has the same bits, however many tokens there are (int8.py);
+            not where it goes block by block.
+
+    Returns:
+        [B, T, N, H].
+    """
+    b, t, n, h = q.shape
+    kv, s = k.shape[1], k.shape[2]
+    # The G queries that share a key head become rows of one matrix product per (row, key head).
+    # Token by token, as q lies in memory, so that with one key head nothing is moved.
+    rows = q.reshape(b, t, kv, n // kv, h).swapaxes(1, 2).reshape(b, kv, t * (n // kv), h)
+
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, K, T, G, slots]"""
+        x = attention_scores(rows, keys, exact)
+        x = x.reshape(b, kv, t, n // kv, -1) * scale
+        if softcap is not None:
+            x = softcap * jnp.tanh(x / softcap)
+        return jnp.where(mask[:, None, :, None], x, jnp.finfo(jnp.float32).min)
+
+    def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
+        """[B, K, T, G, H]"""
+        weights = weights.astype(values.dtype).reshape(b, kv, t * (n // kv), -1)
+        out = attention_mix(weights, values, exact)
+        return out.reshape(b, kv, t, n // kv, h)
+
+    bytes_per_slot = 4 * b * n * t
+    if s * bytes_per_slot <= _WHOLE_BYTES:
+        softmax = exact_softmax if exact else jax.nn.softmax
+        out = mix(softmax(scores(k, mask)), v)
+    else:
+        block = min(s, max(_FEWEST_SLOTS, _BLOCK_BYTES // bytes_per_slot))
+        out = _block_by_block(scores, mix, k, v, mask, block, (b, kv, t, n // kv, h))
+    return out.astype(q.dtype).swapaxes(1, 2).reshape(b, t, n, h)
+
+
+_WHOLE_BYTES = 64 * 2**20  # of scores that are computed all at once
+_BLOCK_BYTES = 16 * 2**20  # of those of a block, otherwise: what a CPU's caches hold
+_FEWEST_SLOTS = 128  # in a block; fewer are not worth a product's overhead
+
+
+def _block_by_block(
+    scores: Callable[[jax.Array, jax.Array], jax.Array],
+    mix: Callable[[jax.Array, jax.Array], jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    block: int,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Softmax attention with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867).
+
+    Blocks that no token looks at cost nothing. A gradient computes the scores of each block anew.
+    """
+    slots = k.shape[2]
+
+    def step(carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        first = jnp.minimum(start, slots - block)  # the last block overlaps the one before
+        fresh = first + jnp.arange(block) >= start
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k, v))
+        here = jax.lax.dynamic_slice_in_dim(mask, first, block, axis=2) & fresh
+
+        def add(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            out, total, largest = carry
+            x = scores(keys, here)
+            new = jnp.maximum(largest, jnp.max(x, axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(x - new), jnp.exp(largest - new)
+            total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            return out * shrink + mix(weights, values), total, new
+
+        return jax.lax.cond(jnp.any(here), add, lambda carry: carry, carry), None
+
+    one = jnp.zeros((*shape[:-1], 1), jnp.float32)
+    # A token that sees nothing of a block takes all of it in with equal weights, until the first
+    # score that counts shrinks them to 0.
+    begin = (jnp.zeros(shape, jnp.float32), one, one + jnp.finfo(jnp.float32).min)
+    starts = jnp.arange(0, slots, block)
+    (out, total, _), _ = jax.lax.scan(jax.checkpoint(step), begin, starts)
+    return out / total
+
+
+def attention_scores(rows: jax.Array, keys: jax.Array, exact: bool = False) -> jax.Array:
+    """The products of each head's queries with its keys, accumulated in float32.
+
+    Args:
+        rows: [B, K, Q, H], the queries that share a key head.
+        keys: [B, K, S, H].
+        exact: a row's result has the same bits, however many rows there are, and, if their
+            number is a multiple of 64, however many slots.
+
+    Returns:
+        float32 [B, K, Q, S].
+    """
+    count, slots = rows.shape[2], keys.shape[2]
+    plain = functools.partial(_batched, "bkqh,bksh->bkqs")
+    if exact:
+        return plain(_two_or_more(rows), keys)[:, :, :count]
+    if count > 4 and slots < 64 * count:
+        return plain(rows, keys)
+
+    def keys_first(rows: jax.Array, keys: jax.Array) -> jax.Array:  # as `_weight_first`
+        rows = rows if rows.dtype == jnp.float32 else _two_or_more(rows)
+        scores = jax.lax.optimization_barrier(_batched("bksh,bkqh->bksq", keys, rows))
+        return scores.swapaxes(2, 3)[:, :, :count]
+
+    return jax.lax.platform_dependent(rows, keys, cpu=keys_first, default=plain)
+
+
+def attention_mix(weights: jax.Array, values: jax.Array, exact: bool = False) -> jax.Array:
+    """The sums of each head's values by weight, accumulated in float32.
+
+    Args:
+        weights: [B, K, Q, S].
+        values: [B, K, S, H].
+        exact: as in `attention_scores`.
+
+    Returns:
+        float32 [B, K, Q, H].
+    """
+    count = weights.shape[2]
+    plain = functools.partial(_batched, "bkqs,bksh->bkqh")
+
+    def padded(weights: jax.Array, values: jax.Array) -> jax.Array:
+        return plain(_two_or_more(weights), values)[:, :, :count]
+
+    if exact:
+        return padded(weights, values)
+    if count > 1 or weights.dtype == jnp.float32:
+        return plain(weights, values)
+    return jax.lax.platform_dependent(weights, values, cpu=padded, default=plain)
+
+
+def _two_or_more(rows: jax.Array) -> jax.Array:
+    """[B, K, Q, ...] with Q ≥ 2: a CPU sums a single row in an order of its own, and slowly."""
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, 2 - rows.shape[2])), (0, 0)))
+
+
+def _batched(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        equation,
+        a,
+        b,
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _norm_heads(cfg: ModelConfig, name: str, heads: jax.Array) -> jax.Array:
+    """RMS norm of [B, T, heads, H], over each head or over all together."""
+    x = heads.reshape(*heads.shape[:2], -1) if cfg.qk_norm_joint else heads
+    return RMSNorm(cfg, name=name)(x).reshape(heads.shape)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer; writes the block into the cache, then attends to the cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        layout: Layout,
+        rotary: Rotary | None,
+        deltas: Mapping[str, Any],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        cfg = self.config
+        b, t, _ = x.shape
+        n, kv, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        qkv = Linear(cfg, cfg.qkv_features, cfg.qkv_bias, name="qkv")(x, deltas.get("qkv"))
+        q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
+        if cfg.qk_norm:
+            q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        keys = write(keys, k.swapaxes(1, 2), layout.start, layout.ring)
+        values = write(values, v.swapaxes(1, 2), layout.start, layout.ring)
+        scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        visible = layout.seen.shape[-1]
+        k, v = keys[:, :, :visible], values[:, :, :visible]
+        out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap, exact_sums(cfg))
+        out = out.reshape(b, t, n * h)
+        linear = Linear(cfg, cfg.hidden_size, cfg.attention_out_bias, name="out")
+        return linear(out, deltas.get("out")), keys, values

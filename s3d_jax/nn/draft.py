@@ -1,0 +1,57 @@
+"""The arrays of a draft: mask embeddings, low-rank deltas, bridges over skipped layers."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import Params, float_dtype, widen_tree
+
+
+class DraftParams(flax.struct.PyTreeNode):
+    """What the draft pass has beside the target's own weights.
+
+    Attributes:
+        mask_embeddings: [M, D], inputs of the mask tokens; the i-th of a block is row min(i, M-1).
+        deltas: low-rank additions to linear layers of kept layers, under the paths of the
+            parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. Empty
+            where there are none.
+        bridges: what stands in for a gap of skipped layers, by the name of the module behind the
+            gap (layers_j, or final_norm): {down [D, r], up [r, D]}. Empty where there are none.
+        layers: kept layers with the deltas already in their weights (`merge_deltas`), used in place
+            of the target's, under its names; {} where there are none. Never stored.
+    """
+
+    mask_embeddings: jax.Array
+    deltas: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    bridges: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    layers: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+
+    def masks(self, count: int) -> jax.Array:
+        """The first `count` mask embeddings, [count, D]."""
+        rows = np.minimum(np.arange(count), self.mask_embeddings.shape[0] - 1)
+        return self.mask_embeddings[rows]
+
+
+def untrained_draft(config: ModelConfig, params: Params) -> DraftParams:
+    """The draft before any training: one mask embedding, the mean of the token embeddings."""
+    mean = mean_embedding(config, params).astype(float_dtype(params))
+    return DraftParams(mask_embeddings=mean[None])
+
+
+def mean_embedding(config: ModelConfig, params: Params, power: int = 1) -> jax.Array:
+    """The mean over the tokens of their embeddings, or of a power of each number: float32 [D]."""
+    return _mean_embedding(config, params["embed"], float_dtype(params), power)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "power"))
+def _mean_embedding(config: ModelConfig, embed: Params, dtype: jnp.dtype, power: int) -> jax.Array:
+    # In one program: the table is never in memory as float32.
+    table = widen_tree(weight_format(config), embed, dtype)["embedding"]
+    return jnp.mean(table.astype(jnp.float32) ** power, axis=0)

@@ -1,0 +1,151 @@
+"""Layers of the model: linear, norm, MLP, embedding; and the low-rank parts of a draft.
+
+Matrices are stored and multiplied by the model's weight format.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights import exact
+from s3d_jax.weights.base import INIT_DEVIATION
+from s3d_jax.weights.dense import product
+from s3d_jax.weights.formats import exact_sums, weight_format
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def random_weight(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """N(0, 0.02²), [out, in].
+
+    Drawn as [in, out], so that a seed still gives the models of the recipes' logs, which are from
+    before weights were stored as [out, in].
+    """
+    return jax.random.normal(key, shape[::-1], dtype).T * jnp.asarray(INIT_DEVIATION, dtype)
+
+
+class Linear(nn.Module):
+    """A linear layer: weight [out, in], an optional bias [out], a low-rank delta if given one.
+
+    Attributes:
+        config: of the model; names the weight format.
+        features: out.
+        use_bias: whether there is a bias.
+        out_dtype: of the result; None is the input's.
+    """
+
+    config: ModelConfig
+    features: int
+    use_bias: bool = False
+    out_dtype: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        dtype, weights = self.config.dtype, weight_format(self.config)
+        shape = self.features, x.shape[-1]
+        matrix = weights.declare(self, "weight", shape, dtype, random_weight)
+        y = weights.multiply(x, matrix, jnp.dtype(self.out_dtype or x.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(dtype))
+        return y if delta is None else y + low_rank(x, delta)
+
+
+def low_rank(
+    x: jax.Array,
+    factors: Mapping[str, jax.Array],
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`x @ down @ up`, with an activation between the two if there is one.
+
+    Args:
+        x: [..., in].
+        factors: {"down": [in, r], "up": [r, out]}; of any float type, used in that of `x`.
+        activation: of the r features.
+
+    Returns:
+        [..., out], of the type of `x`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    features = product(rows, factors["down"].astype(x.dtype), 1, 0).astype(x.dtype)
+    features = features if activation is None else activation(features)
+    out = product(features, factors["up"].astype(x.dtype), 1, 0).astype(x.dtype)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def bridge(x: jax.Array, factors: Mapping[str, jax.Array], eps: float) -> jax.Array:
+    """x with what a low-rank stand-in for skipped layers adds to the residual stream.
+
+    Nonlinear like the layers it stands for; its input is normalised, as theirs is.
+
+    Args:
+        x: [B, T, D].
+        factors: {"down": [D, r], "up": [r, D]}.
+        eps: of the norm.
+    """
+    y = rms_norm(x.astype(jnp.float32), eps).astype(x.dtype)
+    return x + low_rank(y, factors, jax.nn.silu)
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x over the root of its mean square and eps, along the last axis, float32."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        init = nn.initializers.constant(1.0 - cfg.norm_offset)
+        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(cfg.dtype))
+        norm = exact.norm if exact_sums(cfg) else rms_norm
+        y = norm(x.astype(jnp.float32), cfg.norm_eps)
+        return (y * (scale.astype(jnp.float32) + cfg.norm_offset)).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer: down(activation(gate(x)) · up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deltas: Mapping[str, Any]) -> jax.Array:
+        cfg = self.config
+        linear = Linear(cfg, 2 * cfg.intermediate_size, cfg.mlp_bias, name="gate_up")
+        gate, up = jnp.split(linear(x, deltas.get("gate_up")), 2, axis=-1)
+        hidden = _ACTIVATIONS[cfg.activation](gate) * up
+        linear = Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")
+        return linear(hidden, deltas.get("down"))
+
+
+class Embedding(nn.Module):
+    """The table of token embeddings, [V, D]."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        init = nn.initializers.normal(INIT_DEVIATION)
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        self.weights = weight_format(cfg)
+        self.table = self.weights.declare(self, "embedding", shape, cfg.dtype, init)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """The embeddings of tokens int [B, T]: [B, T, D]."""
+        return self.weights.look_up(self.table, tokens, self.config.dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """What a head that is tied to the table makes of [B, T, D]: float32 [B, T, V]."""
+        return self.weights.multiply(x, self.table, jnp.float32)

@@ -1,0 +1,70 @@
+"""Sums whose bits do not depend on the order: as exact as those of floats, with derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s3d_jax.weights import exact
+
+
+def test_softmax_and_norm_have_the_derivatives_of_those_without_rounding():
+    """Drafts are trained through them; integers would have none."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 4, 192))
+    x *= 3
+
+    def rms_norm(x):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+
+    pairs = ((exact.softmax, jax.nn.softmax), (lambda x: exact.norm(x, 1e-5), rms_norm))
+    for ours, plain in pairs:
+        gradient, expected = (jax.grad(lambda x, f=f: jnp.sum(f(x) * t))(x) for f in (ours, plain))
+        np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 192, 4096, 10_000])
+def test_sums_and_norms_are_those_of_numpy(count):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, count)) * 10.0 ** rng.integers(-9, 9, (4, 1))
+    x = x.astype(np.float32)
+    np.testing.assert_array_equal(exact.row_max(jnp.asarray(x))[:, 0], x.max(axis=1))
+    expected = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-12)
+    np.testing.assert_allclose(exact.norm(jnp.asarray(x), 1e-12), expected, rtol=1e-5)
+    assert not exact.norm(jnp.zeros((2, count)), 1e-6).any()
+    scores = jnp.asarray(rng.normal(size=(4, count)) * 4, jnp.float32).at[:, 0].set(-3e38)
+    np.testing.assert_allclose(exact.softmax(scores), jax.nn.softmax(scores), atol=1e-7, rtol=5e-5)
+
+
+def test_a_sink_and_many_small_weights_sum_to_one():
+    scores = jnp.full((1, 32_768), -13.2).at[0, 0].set(0)
+    expected = jax.nn.softmax(scores)
+    weights = np.asarray(exact.softmax(scores), np.float64)
+    assert abs(weights.sum() - 1) <= 3e-3
+    np.testing.assert_allclose(weights, expected, rtol=3e-3)
+
+
+def test_an_outlier_does_not_hide_the_others_from_the_norm():
+    x = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32)
+    x[:, 7] = 60, 1000, 4000
+    expected = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(exact.norm(jnp.asarray(x), 1e-6), expected, rtol=1e-3)
+    np.testing.assert_allclose(exact.norm(jnp.asarray(x[:1]), 1e-6), expected[:1], rtol=1e-5)
+
+
+def test_sums_do_not_depend_on_the_order():
+    weights = np.random.default_rng(0).uniform(size=(1, 3000)).astype(np.float32)
+    sums = {float(exact.row_sum(jnp.asarray(w), 1.0)[0, 0]) for w in (weights, weights[:, ::-1])}
+    assert len(sums) == 1 and abs(sums.pop() / weights.sum(dtype=np.float64) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 192, 256, 300])
+def test_zeros_behind_the_others_change_no_bit_of_a_sum(count):
+    """Whatever part of the cache is read: of up to 256 numbers the sum is taken in another way."""
+    x = np.random.default_rng(count).uniform(size=(400, count)) ** 4
+    x[0], x[1] = 0, 1
+    run = jax.jit(exact.row_sum, static_argnums=1)
+    sums = run(jnp.asarray(x, jnp.float32), 1.0)
+    for slots in (320, 512, 8192):
+        padded = np.zeros((400, slots), np.float32)
+        padded[:, :count] = x
+        np.testing.assert_array_equal(run(jnp.asarray(padded), 1.0), sums)
