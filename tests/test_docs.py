@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, the README runs as it stands, the API page is full."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import convert
@@ -75,3 +76,33 @@ def test_the_api_page_names_every_public_name():
     names = [f"s3d_jax.{name}" for name in s3d_jax.__all__]
     names += [f"convert.{name}" for name in convert.__all__]
     assert [name for name in names if f"`{name}" not in page] == []
+
+
+def test_the_pictures_of_the_floors_are_the_contract():
+    """In CONTRIBUTING and in docs/architecture.md, where words stand next to the names."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    floors = [
+        {room.strip().removeprefix("s3d_jax.") for room in re.split("[:|]", layer)}
+        for layer in contract["layers"]
+    ]
+    for name in ("CONTRIBUTING.md", "docs/architecture.md"):
+        blocks = re.findall(
+            r"^```\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
+        (picture,) = [block for block in blocks if block.lstrip().startswith("commands")]
+        assert [set(line[:56].split()) for line in picture.splitlines()] == floors, name
+
+
+def test_the_architecture_page_names_every_room_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("| room | holds |") :].partition("\n\n")[0]
+    named = {
+        name.rstrip("/")
+        for row in table.splitlines()[2:]
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1])
+    }
+    package = ROOT / "s3d_jax"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    rooms |= {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert named == rooms | {"convert"}
