@@ -15,7 +15,7 @@ import numpy as np
 import s3d_jax
 from s3d_jax.bench.measure import orders
 from s3d_jax.bench.report import about, markdown
-from s3d_jax.drafters.registry import drafting
+from s3d_jax.drafters import registry
 from s3d_jax.texts.suites import read_suites
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     lm = s3d_jax.load(arguments.model)
-    print(drafting(lm, "s3d").costs)
+    print(registry.choose(lm.target, "s3d").costs)
     rows = []
     for suite in arguments.suites.split(","):
         prompts = prompts_of(suite, lm, arguments.limit, arguments.max_new_tokens)

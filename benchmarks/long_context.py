@@ -17,8 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.sampling import batch_sampling
+from s3d_jax.decoding.sizes import PREFILL_BUCKETS, SlotPlan
+from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.decoding.step import decode_jit
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn import attention
 from s3d_jax.nn import transformer as model
@@ -28,7 +32,7 @@ from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
 
-LARGEST_BLOCK = decode.PREFILL_BUCKETS[-1]
+LARGEST_BLOCK = PREFILL_BUCKETS[-1]
 GEMMA_3 = ((*(512,) * 5, None) * 5)[:26]
 # The attention of the real models; width and vocabulary are small in the steps that are timed.
 SIZES = dict(vocab_size=1000, hidden_size=256, intermediate_size=512, dtype="float32")
@@ -69,16 +73,20 @@ def step_times(layers: int, turns: int) -> None:
         fields = fields | {"num_layers": layers, "sliding_window": windows}
         config = ModelConfig(**(SIZES | fields))
         params = model.init_params(config, jax.random.key(0))
+        draft = untrained_draft(config, params)
         for gamma in (0, 4):
-            draft = DraftConfig(symmetric_skip(layers, layers // 2), gamma) if gamma else None
+            drafter = None
+            if gamma:
+                drafter = S3D(DraftConfig(symmetric_skip(layers, layers // 2), gamma))
             prompt = np.ones(length, np.int32)
             states = []
             for block in (None, LARGEST_BLOCK):
                 sampling, features = batch_sampling(
                     [SamplingConfig()], jax.random.split(jax.random.key(0), 1), config.vocab_size
                 )
-                spec = decode.DecodeSpec(config, draft, features)
-                state = decode.init_state(spec, [prompt], slots, np.array([8180]), sampling)
+                spec = DecodeSpec(config, drafter, features)
+                plan = SlotPlan((length,), (8180,), gamma, slots)
+                state = init_state(spec, [prompt], plan, sampling)
                 cache = init_cache(config, 1, slots, np.array([length]), block)
                 cache = cache.replace(length=cache.prompt_length - 1)
                 states.append(state.replace(cache=cache))
@@ -87,8 +95,8 @@ def step_times(layers: int, turns: int) -> None:
                 for i, state in enumerate(states):
                     start = time.perf_counter()
                     states[i] = jax.block_until_ready(
-                        decode.decode_jit(
-                            *(spec, params, untrained_draft(config, params), state, jnp.int32(4))
+                        decode_jit(
+                            spec, params, untrained_draft(config, params), state, jnp.int32(4)
                         )
                     )
                     if turn:  # the first one compiles
@@ -98,7 +106,7 @@ def step_times(layers: int, turns: int) -> None:
             print(f"| {name}, {kind} | {whole:.2f} | {rings:.2f} | {rings / whole:.2f} |")
 
 
-def prefill(length: int, at_once: bool) -> dict[str, float]:
+def prefill_once(length: int, at_once: bool) -> dict[str, float]:
     """In this process: peak memory of a prefill beside weights and cache, and its time."""
     if at_once:
         attention._WHOLE_BYTES = 1 << 62
@@ -106,18 +114,17 @@ def prefill(length: int, at_once: bool) -> dict[str, float]:
     jax.block_until_ready(jnp.zeros(1) + 1)
     before = peak_memory_bytes()
     params = model.init_params(config, jax.random.key(0))
-    cache = init_cache(config, 1, length, np.array([length]))
-    held = sum(x.nbytes for x in jax.tree.leaves((params, cache)))
-    tokens = np.random.default_rng(0).integers(0, 1000, (1, length)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 1000, length).astype(np.int32)
+    spec, plan = DecodeSpec(config), SlotPlan((length,), (length,), 0, length + 1)
+    keys = jax.random.split(jax.random.key(0), 1)
+    sampling, _ = batch_sampling([SamplingConfig()], keys, config.vocab_size)
+    state = init_state(spec, [tokens], plan, sampling)
+    held = sum(x.nbytes for x in jax.tree.leaves((params, state.cache)))
     start = time.perf_counter()
-    for offset in range(0, length, LARGEST_BLOCK):
-        block = tokens[:, offset : offset + LARGEST_BLOCK]
-        visible = decode.visible_slots(offset + LARGEST_BLOCK, length)
-        cache = decode.prefill_jit(config, params, block, cache, jnp.int32(offset), visible)
-    jax.block_until_ready(cache)
+    cache = jax.block_until_ready(prefill(spec, params, None, state, [tokens], plan)).cache
     seconds = time.perf_counter() - start
     beside = peak_memory_bytes() - before - held
-    logits, _ = jax.jit(model.forward, static_argnums=0)(config, params, tokens[:, -1:], cache)
+    logits, _ = jax.jit(model.forward, static_argnums=0)(config, params, tokens[None, -1:], cache)
     return {"beside": beside, "seconds": seconds, "logits": np.asarray(logits)[0, 0].tolist()}
 
 
@@ -149,7 +156,7 @@ def main() -> None:
     parser.add_argument("--at-once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.parts == ["one"]:  # of `prefills`, in a process of its own
-        print(json.dumps(prefill(arguments.lengths[0], arguments.at_once)))
+        print(json.dumps(prefill_once(arguments.lengths[0], arguments.at_once)))
         return
     if "cache" in arguments.parts:
         cache_sizes()

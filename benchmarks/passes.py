@@ -26,9 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
-from s3d_jax.drafters import proposers
+from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.decoding.step import verify_pass
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.lm import LM
 from s3d_jax.machine import core_count, machine_name, peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params, weight_bytes
@@ -121,21 +123,22 @@ def pass_runs(
     """
     config = lm.config
     skip = symmetric_skip(config.num_layers, config.num_layers // 2)
-    spec = decode.DecodeSpec(config, DraftConfig(skip, gamma=4))
+    spec = DecodeSpec(config, S3D(DraftConfig(skip, gamma=4)))
     keys = jax.random.split(jax.random.key(0), batch)
     sampling, _ = batch_sampling([SamplingConfig()] * batch, keys, 1)
     slots = -(-(context + 32) // 64) * 64
     prompts = [np.arange(context, dtype=np.int32) % config.vocab_size] * batch
-    state = decode.init_state(spec, prompts, slots, np.full(batch, context + 8), sampling)
+    plan = SlotPlan((context,) * batch, (context + 8,) * batch, 4, slots)
+    state = init_state(spec, prompts, plan, sampling)
     state = state.replace(cache=state.cache.replace(length=jnp.full(batch, context - 1)))
 
     def verify(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
         tokens = jnp.zeros((batch, drafted), jnp.int32)
-        logits, cache = decode.verify_pass(spec, params, state, tokens)
+        logits, cache = verify_pass(spec, params, state, tokens)
         return jnp.argmax(logits, axis=-1), state.replace(cache=cache)
 
     def draft(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
-        proposal = proposers.draft_pass(spec, params, draft_params, state)
+        proposal = spec.drafter.propose(spec, params, draft_params, state, None)
         return proposal.tokens, state.replace(cache=proposal.cache)
 
     holder = [state]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s3d_jax.conversation import Conversation
-    from s3d_jax.engine.batch import GenerateOptions, Result, Stats
+    from s3d_jax.engine.options import GenerateOptions
+    from s3d_jax.engine.results import Result, Stats
     from s3d_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "engine.batch": ("GenerateOptions", "Result", "Stats"),
+    "engine.options": ("GenerateOptions",),
+    "engine.results": ("Result", "Stats"),
     "settings.drafting": ("DraftConfig", "symmetric_skip"),
     "settings.model": ("ModelConfig", "RopeConfig"),
     "settings.sampling": ("SamplingConfig",),

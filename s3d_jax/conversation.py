@@ -1,29 +1,28 @@
-"""A conversation: its messages, and a cache that stays from turn to turn."""
+"""A conversation: its messages, and a cache that is kept from turn to turn."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
-from s3d_jax.engine.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_options
+from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
+from s3d_jax.engine.options import GenerateOptions, check_options
+from s3d_jax.engine.results import Result
 from s3d_jax.errors import InputError
 from s3d_jax.stream import Stream, text_pieces
-
-if TYPE_CHECKING:
-    from s3d_jax.lm import LM
 
 
 class Conversation:
     """Questions and answers in turns; begin one with `LM.conversation`.
 
-    Each answer is the one that `LM.chat` would give to all the messages. But what is in the cache
-    already, the beginning that this turn's prompt shares with the tokens of the turn before, is not
-    prefilled again; `stats.cached_tokens` of a result counts it.
+    Each answer is the one that `LM.chat` would give to all the messages. But the tokens that this
+    turn's prompt shares with the previous turn are in the cache already, and are not prefilled
+    again; `stats.cached_tokens` of a result counts them.
 
-    When the context has no room left for an answer, the oldest turns are forgotten. Half of the
-    context at most is kept free, so that a generous limit does not forget everything.
+    When the context has no room left for an answer, the oldest turns are forgotten. At most half of
+    the context is kept free, so that a generous limit does not forget everything.
 
     Attributes:
         messages: {"role": ..., "content": ...} each, in order. They may be changed between turns:
-            what no longer fits the cache is prefilled anew.
+            what no longer matches the cache is prefilled again.
 
     Raises:
         InputError: the model cannot chat (see `LM.chat_prompt`), or the system message is too long.
@@ -31,33 +30,34 @@ class Conversation:
     """
 
     def __init__(
-        self, lm: "LM", system: str | None = None, **options: Unpack[GenerateOptions]
+        self, engine: Engine, system: str | None = None, **options: Unpack[GenerateOptions]
     ) -> None:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._lm = lm
+        self._engine = engine
         self._options = options
         if options.get("eos_token_ids") is None:
-            options["eos_token_ids"] = lm.chat_eos_token_ids
+            options["eos_token_ids"] = engine.encoder.chat_eos_token_ids
         self._batch: Batch | None = None
-        # What cannot work should be said now, not after the first question.
-        prompt = lm.chat_prompt([*self.messages, {"role": "user", "content": "?"}])
-        lm.token_ids(prompt)
-        (self._wanted,) = checked_options(lm, 1, **options).max_new_tokens
+        # Fail now, not after the first question.
+        prompt = engine.encoder.encode_chat([*self.messages, {"role": "user", "content": "?"}])
+        engine.encoder.encode(prompt)
+        (self._wanted,) = check_options(engine.target, 1, **options).max_new_tokens
 
     def send(self, text: str) -> Result:
-        """Says something to the model; returns its answer.
+        """Sends a question to the model; returns its answer.
 
-        After an error it is not said. After an interruption (Ctrl-C) it is, with an empty answer.
+        After an error the question is not among the messages. After an interruption (Ctrl-C) it is,
+        with an empty answer.
 
         Raises:
-            InputError: it is no text, too long, or refused by the template; it is not said then.
+            InputError: it is no text, too long, or refused by the template.
         """
         before = self.messages
         batch = self._begin(text)
         try:
             for _ in batch.run(UNLIMITED):
                 pass
-        except Exception:  # without an answer the question counts as not said
+        except Exception:  # a question without an answer is not kept
             self.messages = before
             raise
         result = batch.results()[0]
@@ -67,7 +67,7 @@ class Conversation:
     def stream(self, text: str) -> Stream[str]:
         """As `send`, but yields pieces of the answer as soon as they are certain.
 
-        An answer that is not read to its end stays as far as it was read; the stream is over when
+        An answer that is not read to its end is kept as far as it was read. The stream ends when
         the next turn begins.
         """
         batch = self._begin(text)
@@ -86,14 +86,14 @@ class Conversation:
     def _begin(self, text: str) -> Batch:
         """A batch for the answer; question and empty answer are among the messages."""
         if not isinstance(text, str):
-            raise InputError(f"what is said must be a text, got {text!r:.80}")
+            raise InputError(f"a question must be a text, got {text!r:.80}")
         before = self.messages
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         self.messages = [*before, question, answer]
         try:
             turns, ids = self._fitting([*before, question])
             kept = None if self._batch is None else self._batch.kept()
-            batch = Batch(self._lm, self._lm.token_ids(ids), kept, **self._options)
+            batch = Batch(self._engine, self._engine.encoder.encode(ids), kept, **self._options)
         except Exception:
             self.messages = before
             raise
@@ -103,11 +103,11 @@ class Conversation:
 
     def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """The messages without the oldest turns that leave no room for an answer, and their ids."""
-        max_length = self._lm.max_length
+        max_length = self._engine.target.max_length
         room = max(1, min(self._wanted, max_length // 2))
         first = 1 if messages[0]["role"] == "system" else 0
-        ids = self._lm.chat_prompt(messages)
+        ids = self._engine.encoder.encode_chat(messages)
         while len(ids) + room > max_length and len(messages) > first + 1:
             messages = messages[:first] + messages[first + 2 :]  # without a question and its answer
-            ids = self._lm.chat_prompt(messages)
+            ids = self._engine.encoder.encode_chat(messages)
         return messages, ids

@@ -29,4 +29,4 @@ class ConversionError(CheckpointError):
 
 
 class TrainingError(S3DError):
-    """A training run that cannot begin, resume or go on."""
+    """A training run that cannot begin, resume or continue."""

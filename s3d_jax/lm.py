@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -11,30 +11,32 @@ import jax
 import numpy as np
 
 from s3d_jax.conversation import Conversation
+from s3d_jax.drafters.base import SecondModel, Target
 from s3d_jax.drafters.stored import choose_draft, merge_deltas, merged_bytes, read_draft
-from s3d_jax.engine.batch import UNLIMITED, Batch, GenerateOptions, Result, checked_ids
+from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
+from s3d_jax.engine.options import GenerateOptions, checked_ids
+from s3d_jax.engine.programs import Programs
+from s3d_jax.engine.prompts import Message, Prompt
+from s3d_jax.engine.results import Result
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.nn.draft import DraftParams, untrained_draft
-from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.settings.records import is_integer, is_list, plain
+from s3d_jax.settings.records import is_integer, plain
 from s3d_jax.storage import native as checkpoint
-from s3d_jax.storage.tokenizer import end_of_turn, has_vocabulary, read_tokenizer
-from s3d_jax.storage.tuning import Tuning, read_tuning
+from s3d_jax.storage.tokenizer import has_vocabulary, read_tokenizer
+from s3d_jax.storage.tuning import read_tuning
 from s3d_jax.stream import Stream, text_pieces
 from s3d_jax.weights.trees import Params
 
-# Bytes of copied layers that a draft may cost. Nobody misses so few, and where layers are larger
-# the small products of the deltas hardly count.
+# Merge a draft's deltas into layer copies up to this size; above it the extra products are
+# negligible.
 _MOST_MERGED = 64 * 2**20
 EMBEDDED = Path(__file__).parent / "assets" / "stories_and_dialogues"
 
-Prompt = str | Sequence[int] | np.ndarray
-Message = Mapping[str, str]
-
 
 def default_draft(config: ModelConfig) -> DraftConfig:
-    """The draft of a model that has none of its own: the middle half is skipped, γ = 4."""
+    """The draft of a model without a trained one: the middle half is skipped, γ = 4."""
     return DraftConfig(skip=symmetric_skip(config.num_layers, config.num_layers // 2), gamma=4)
 
 
@@ -50,9 +52,9 @@ def load(
 ) -> "LM":
     """Loads a native checkpoint onto the default device; without a path the embedded model.
 
-    From HF's generation_config.json only the end-of-text ids are taken: sampling is what the caller
-    says, greedy by default. `s3d info` lists what was not used. γ and skip are those that `s3d
-    tune` has chosen for this device, if it was run, and else the draft's own.
+    Only the end-of-text ids are taken from HF's generation_config.json: the caller chooses the
+    sampling, and the default is greedy. `s3d info` lists what was not used. γ and skip are what
+    `s3d tune` chose for this device, if it was run, and else the draft's own.
 
     Args:
         path: the checkpoint folder, as `s3d-convert` writes it. None is the small model that comes
@@ -131,13 +133,13 @@ class LM:
 
     Attributes:
         config, params: the target model.
-        draft_config, draft_params: the draft; γ and skip may be overridden per call. Without one of
-            its own, the untrained draft: always exact, seldom right.
+        draft_config, draft_params: the draft; γ and skip may be overridden per call. A model
+            without a trained draft has the untrained one: always exact, seldom accepted.
         tokenizer: a transformers tokenizer, or None (then only ids go in and come out).
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
         draft_model: the second model of the method "two-model", or None. May be set later.
-        tuning: γ and skip in place of the draft's, as `s3d tune` chose them; None where it did not.
+        tuning: γ and skip that `s3d tune` chose, used instead of the draft's; None without tuning.
         programs: the compiled programs so far; their number is the number of compilations.
 
     Raises:
@@ -176,7 +178,7 @@ class LM:
         if tuning is not None:
             DraftConfig(tuning.skip).validate_for(config)
         self.tuning = tuning
-        self.programs: dict[tuple[Any, ...], Any] = {}
+        self.programs = Programs()
 
     @property
     def draft_model(self) -> "LM | None":
@@ -189,6 +191,26 @@ class LM:
             _check_same_vocabulary(self, model)
         self._draft_model = model
 
+    @property
+    def target(self) -> Target:
+        """The model as drafters and batches see it, with the attributes as they are now."""
+        second = self.draft_model
+        return Target(
+            config=self.config,
+            params=self.params,
+            max_length=self.max_length,
+            eos_token_ids=self.eos_token_ids,
+            draft_config=self.draft_config,
+            draft_params=self.draft_params,
+            draft_model=None if second is None else SecondModel(second.config, second.params),
+            tuning=self.tuning,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """What runs batches of this model."""
+        return Engine(self.target, self.tokenizer, self.programs)
+
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -199,7 +221,7 @@ class LM:
         """Continues one or many prompts, all in one batch.
 
         The output does not depend on the method, γ or skip: under greedy decoding it is token for
-        token that of plain decoding, under sampling it has the same distribution.
+        token the output of plain decoding, under sampling it has the same distribution.
 
         Args:
             prompts: a text, a list of token ids, or a list of either. Lengths may differ.
@@ -214,13 +236,14 @@ class LM:
             InputError: a prompt that is empty, too long, or holds ids outside the vocabulary, ...
             ConfigError: an option that is unknown or out of range.
         """
-        batch = Batch(self, self.token_ids(prompts), **options)
+        engine = self.engine
+        batch = Batch(engine, engine.encoder.encode(prompts), **options)
         for _ in batch.run(UNLIMITED if progress is None else 16):
             if progress:
                 progress(sum(len(tokens) for tokens in batch.tokens))
         return batch.results()
 
-    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> "Stream[str]":
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[str]:
         """Continues one prompt; yields pieces of text as soon as they are certain.
 
         Args:
@@ -238,7 +261,7 @@ class LM:
 
     def stream_tokens(
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
-    ) -> "Stream[list[int]]":
+    ) -> Stream[list[int]]:
         """As `stream`, but yields the new ids of each iteration, 1 to γ+1 of them."""
         batch = self._single(prompt, options)
         return Stream((rows[0] for rows in batch.run(1)), batch)
@@ -258,48 +281,35 @@ class LM:
     def conversation(
         self, system: str | None = None, **options: Unpack[GenerateOptions]
     ) -> Conversation:
-        """Begins a conversation, whose cache stays from turn to turn.
+        """Begins a conversation, which keeps its cache from turn to turn.
 
         Args:
             system: a message to begin with.
             **options: as in `chat`, for all answers.
         """
-        return Conversation(self, system, **options)
+        return Conversation(self.engine, system, **options)
 
     @property
     def chat_eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those that end a text, and the template's end of a turn."""
-        end = None if self.tokenizer is None else end_of_turn(self.tokenizer)
-        return tuple(dict.fromkeys([*self.eos_token_ids, *([] if end is None else [end])]))
+        """Tokens that end an answer: end-of-text tokens, and the template's end of a turn."""
+        return self.engine.encoder.chat_eos_token_ids
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, written out by the tokenizer's template up to the answer.
+        """Token ids of a conversation, formatted by the tokenizer's template up to the answer.
 
         Raises:
-            InputError: no tokenizer, no chat template, or messages that are none, or that the
+            InputError: no tokenizer, no chat template, no list of messages, or messages that the
                 template refuses.
         """
-        if self.tokenizer is None:
-            raise InputError("chat needs a tokenizer, and this model has none")
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(
-                "this model's tokenizer has no chat template, so it was not made for chat: use "
-                "generate with a text, or set lm.tokenizer.chat_template"
-            )
-        if not is_list(messages) or not all(
-            isinstance(m, Mapping) and "role" in m for m in messages
-        ):
-            raise InputError(
-                'messages are a list of {"role": "user", "content": "..."} and the like, got '
-                f"{messages!r:.80}"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # the template is a program of its own and may raise anything
-            raise InputError(f"the chat template refuses these messages: {error}") from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.engine.encoder.encode_chat(messages)
+
+    def token_ids(self, prompts: Prompt | Iterable[Prompt]) -> list[np.ndarray]:
+        """One or many prompts as checked arrays of ids, int32 [n] each.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        return self.engine.encoder.encode(prompts)
 
     def _single(self, prompt: Prompt, options: GenerateOptions) -> Batch:
         rows = self.token_ids(prompt)
@@ -307,66 +317,7 @@ class LM:
             raise InputError(
                 f"a stream takes one prompt, got {len(rows)}: use generate for a batch"
             )
-        return Batch(self, rows, **options)
-
-    def token_ids(self, prompts: Any) -> list[np.ndarray]:
-        """One or many prompts as checked arrays of ids, int32 [n] each.
-
-        Raises:
-            InputError: see `generate`.
-        """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        elif hasattr(prompts, "tolist"):  # arrays
-            prompts = prompts.tolist()
-        if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
-            raise InputError(
-                f"a prompt is a text or a list of token ids, and prompts are a list of such, got "
-                f"{prompts!r:.80}"
-            )
-        prompts = list(prompts)
-        if not prompts:
-            raise InputError("no prompt: give a text, a list of token ids, or a list of either")
-        single = isinstance(prompts[0], int | float) or getattr(prompts[0], "ndim", None) == 0
-        rows = []
-        for i, prompt in enumerate([prompts] if single else prompts):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise InputError(
-                        f"prompt {i} is a text, but this model has no tokenizer: give ids (--ids)"
-                    )
-                if not prompt:
-                    raise InputError(f"prompt {i} is empty")
-                try:
-                    prompt = self.tokenizer.encode(prompt)
-                except (TypeError, UnicodeError) as error:
-                    raise InputError(f"prompt {i} is no valid text ({error})") from error
-            rows.append(self._checked(i, prompt))
-        return rows
-
-    def _checked(self, i: int, prompt: Any) -> np.ndarray:
-        vocab = self.config.vocab_size
-        try:
-            ids = np.asarray(prompt)
-        except ValueError:  # lists of different depth or length
-            ids = np.asarray(None)
-        if ids.size == 0:
-            raise InputError(f"prompt {i} is empty: it needs at least one token")
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(
-                f"prompt {i} must be a text or a flat list of integers, got {prompt!r:.80}"
-            )
-        outside = ids[(ids < 0) | (ids >= vocab)]
-        if outside.size:
-            raise InputError(
-                f"prompt {i} holds token id {outside[0]}; the vocabulary is 0 to {vocab - 1}"
-            )
-        if len(ids) >= self.max_length:
-            raise InputError(
-                f"prompt {i} has {len(ids)} tokens, and the cache holds {self.max_length} with at "
-                "least one new token: shorten it, or load the model with a larger max_length"
-            )
-        return ids.astype(np.int32)
+        return Batch(self.engine, rows, **options)
 
 
 def _check_same_vocabulary(lm: LM, other: LM) -> None:

@@ -1,9 +1,10 @@
-"""One text while it is being made."""
+"""A stream: one continuation, piece by piece."""
 
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from s3d_jax.engine.batch import Batch, Result
+from s3d_jax.engine.batch import Batch
+from s3d_jax.engine.results import Result
 
 _Piece = TypeVar("_Piece")
 
@@ -21,9 +22,9 @@ def text_pieces(batch: Batch) -> Iterator[str]:
 
 
 class Stream(Generic[_Piece]):
-    """An iterator over the pieces of one continuation; `result` is there when it has ended.
+    """An iterator over the pieces of one continuation; has a `result` when it has ended.
 
-    After an interruption (Ctrl-C) or an error while it makes a piece it yields no more, as any
+    After an interruption (Ctrl-C) or an error within a step it yields nothing more, like any
     generator, and has no result.
     """
 

@@ -1,18 +1,18 @@
-"""From token ids to text as they come: incremental detokenisation and stop strings."""
+"""Incremental detokenisation and stop strings: from token ids to text, token by token."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-# Prompt tokens decoded along, so that spaces and joined bytes at the seam come out right.
+# Prompt tokens decoded as context, so that spaces and joined bytes at the seam are correct.
 _CONTEXT = 8
 
 
 class Detokenizer:
-    """Decodes a growing sequence without decoding it anew for every token.
+    """Decodes a growing sequence without decoding all of it for every token.
 
-    Text is released once its bytes form whole characters. Only a short window is decoded at each
-    step: the tokens since the last release, behind those of the release before as context.
+    Text is released once its bytes form whole characters. Each step decodes only a short window:
+    the tokens since the last release, with the tokens of the release before as context.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:

@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3d_jax.decoding import adaptive, sampling
-from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.state import DecodeSpec
+from s3d_jax.decoding.step import decode_jit, statistics
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.errors import ConfigError
 from s3d_jax.lm import LM
 from s3d_jax.nn import transformer as model
 from s3d_jax.nn.draft import untrained_draft
-from s3d_jax.settings.drafting import DraftConfig, PassCosts, symmetric_skip
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
-from s3d_jax.storage.tuning import Tuning
-from tests.tiny import greedy_reference, outputs, proposer_of, run, tiny_config, tiny_params
+from tests.tiny import begin, drafter_of, greedy_reference, outputs, run, tiny_config, tiny_params
 
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
@@ -43,7 +43,7 @@ def truth() -> list[list[int]]:
 
 def counts(state, prompts=PROMPTS, gamma=GAMMA):
     rows = zip(np.asarray(state.passes), prompts, outputs(state, prompts), strict=True)
-    return [decode.statistics(row, len(p), len(out), gamma) for row, p, out in rows]
+    return [statistics(row, len(p), len(out), gamma) for row, p, out in rows]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_liar_falls_back_and_an_oracle_never_does(plain):
         return (oracle(at, gamma) + 1) % CONFIG.vocab_size
 
     for propose in (oracle, liar):
-        options = dict(draft=DRAFT, costs=FAIR, proposer=proposer_of(propose))
+        options = dict(draft=DRAFT, costs=FAIR, drafter=drafter_of(propose))
         state = run(CONFIG, PARAMS, PROMPTS, NEW, **options)
         assert outputs(state, PROMPTS) == plain
         for row in counts(state):
@@ -105,7 +105,7 @@ def test_a_row_drafts_again_when_the_text_becomes_easy():
         right = jax.vmap(lambda i: jax.lax.dynamic_slice(table[0], (i,), (gamma,)))(at)
         return jnp.where(at[:, None] < 21, (right + 1) % CONFIG.vocab_size, right)
 
-    options = dict(draft=DRAFT, costs=FAIR, proposer=proposer_of(late))
+    options = dict(draft=DRAFT, costs=FAIR, drafter=drafter_of(late))
     state = run(CONFIG, PARAMS, PROMPTS[:1], 100, **options)
     assert outputs(state, PROMPTS[:1]) == [plain]
     (row,) = counts(state, PROMPTS[:1])
@@ -226,13 +226,11 @@ def test_programs_copy_no_cache():
     settings, features = batch_sampling(
         [SamplingConfig()] * 2, jax.random.split(jax.random.key(0)), 31
     )
-    spec = DecodeSpec(CONFIG, DRAFT, features, costs=FAIR)
+    spec = DecodeSpec(CONFIG, S3D(DRAFT), features, costs=FAIR)
     for slots in (512, 4096):
-        state = decode.init_state(
-            spec, [np.arange(3), np.arange(9)], slots, np.full(2, 90), settings
-        )
+        state = begin(spec, [np.arange(3), np.arange(9)], [90, 90], slots, settings)
         arguments = (spec, PARAMS, draft_params, state, jnp.int32(5), 64)
-        program = decode.decode_jit.lower(*arguments).compile()
+        program = decode_jit.lower(*arguments).compile()
         cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= cache

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding import sizes
 from s3d_jax.nn.cache import init_cache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.model import RopeConfig
@@ -59,7 +59,7 @@ DRAFTS = {"ar": {}, "s3d": dict(gamma=3, skip=[False] * 4), "two-model": dict(ga
 
 @pytest.mark.parametrize("method", DRAFTS)
 def test_past_the_turning_point(lm, expected, method, monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))  # several chunks, also at the turn
+    monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))  # several chunks, also at the turn
     prompts, outputs = expected
     options = dict(max_new_tokens=NEW, method=method, **DRAFTS[method])
     results = lm.generate(prompts, **options)

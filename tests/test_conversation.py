@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding import sizes
 from s3d_jax.engine.batch import UNLIMITED, Batch
 from s3d_jax.errors import InputError
 from s3d_jax.settings.model import RopeConfig
@@ -33,14 +33,14 @@ def talk(request, monkeypatch):
 
     Each answer is compared with that of a fresh generation.
     """
-    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))  # rings of 5 + 8 slots
+    monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))  # rings of 5 + 8 slots
     lm, kept = tiny_lm(**MODELS[request.param]), []
     chunks = []
-    prefill = Batch._prefill
+    call = Batch._prefill_call
 
-    def counted(self, sequences, sizes, offset):
-        chunks.extend(sizes)
-        prefill(self, sequences, sizes, offset)
+    def counted(self, function, static, arrays):
+        chunks.append(arrays["tokens"].shape[1])
+        return call(self, function, static, arrays)
 
     def talk(prompt, tokens):
         # With a penalty, or some of these models would say one token again and again.
@@ -48,9 +48,9 @@ def talk(request, monkeypatch):
         fresh = lm.generate([prompt], **options)[0].tokens
         assert len(set(fresh)) > 3
         with monkeypatch.context() as patch:
-            patch.setattr(Batch, "_prefill", counted)
+            patch.setattr(Batch, "_prefill_call", counted)
             batch = Batch(
-                lm, [np.asarray(prompt, np.int32)], kept.pop() if kept else None, **options
+                lm.engine, [np.asarray(prompt, np.int32)], kept.pop() if kept else None, **options
             )
             chunks.clear()
             list(batch.run(UNLIMITED))

@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding import sizes, step
+from s3d_jax.decoding.prefill import prefill, prefill_jit
 from s3d_jax.decoding.sampling import batch_sampling
-from s3d_jax.decoding.step import DecodeSpec
-from s3d_jax.drafters import proposers
+from s3d_jax.decoding.sizes import PREFILL_BUCKETS, SlotPlan, prefill_chunks
+from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.decoding.step import decode_jit, statistics
+from s3d_jax.drafters import s3d
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.lm import LM
 from s3d_jax.nn import transformer as model
 from s3d_jax.nn.cache import init_cache
@@ -22,10 +26,11 @@ from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
 from tests.tiny import (
+    begin,
     counted,
+    drafter_of,
     greedy_reference,
     outputs,
-    proposer_of,
     run,
     tiny_config,
     tiny_params,
@@ -79,7 +84,7 @@ def test_oracle_liar_and_noise_drafts(truth, gamma):
     new = NEW // (gamma + 1) * (gamma + 1)  # whole blocks, so that no block is cut by the limit
     taus = {}
     for propose in (oracle, liar, noise):
-        state = run(CONFIG, PARAMS, PROMPTS, new, draft=draft, proposer=proposer_of(propose))
+        state = run(CONFIG, PARAMS, PROMPTS, new, draft=draft, drafter=drafter_of(propose))
         assert outputs(state, PROMPTS) == [row[:new] for row in truth], propose.__name__
         iterations, accepted = counted(state, PROMPTS, gamma)
         taus[propose.__name__] = new / iterations
@@ -118,7 +123,7 @@ def test_dynamic_rope_does_not_depend_on_the_block():
 
 def test_sliding_window_and_soft_caps_stay_exact(monkeypatch):
     """Layers with a window keep rings of 5 + 8 slots, through which all prompts and outputs go."""
-    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))
+    monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))
     config = tiny_config(
         sliding_window=(5, None, 5, None),
         local_rope=RopeConfig(theta=500.0),
@@ -165,7 +170,7 @@ def test_rows_stop_at_the_end_of_the_cache(truth):
     gamma, new = 6, 9
     draft = DraftConfig((False,) * 4, gamma)
     slots = max(map(len, PROMPTS)) + new + gamma + 1
-    slots = max(slots, sum(decode.prefill_chunks(39)))
+    slots = max(slots, sum(prefill_chunks(39)))
     state = run(CONFIG, PARAMS, PROMPTS, new, draft=draft, slots=slots)
     assert outputs(state, PROMPTS) == [row[:new] for row in truth]
     with pytest.raises(ValueError, match="slack"):
@@ -186,7 +191,7 @@ def test_stop_tokens_cut_inside_the_block(truth):
 
     draft = DraftConfig(symmetric_skip(4, 2), 5)
     state = run(
-        CONFIG, PARAMS, PROMPTS, NEW, draft=draft, proposer=proposer_of(oracle), stop_ids=stops
+        CONFIG, PARAMS, PROMPTS, NEW, draft=draft, drafter=drafter_of(oracle), stop_ids=stops
     )
     assert outputs(state, PROMPTS) == expected
     assert np.asarray(state.done).all()
@@ -201,14 +206,13 @@ def make_state(
     sampling, features = batch_sampling(
         rows, jax.random.split(jax.random.key(0), len(prompts)), vocab
     )
-    draft = DraftConfig((False,) * 4, gamma) if gamma else None
-    spec = DecodeSpec(CONFIG, draft, features, stop_ids)
-    arrays = [np.asarray(p, np.int32) for p in prompts]
+    drafter = S3D(DraftConfig((False,) * 4, gamma)) if gamma else None
+    spec = DecodeSpec(CONFIG, drafter, features, stop_ids)
     limits = np.broadcast_to(np.asarray(limit), (len(prompts),))
-    return spec, decode.init_state(spec, arrays, slots, limits, sampling)
+    return spec, begin(spec, prompts, limits, slots, sampling)
 
 
-_commit = jax.jit(decode.commit, static_argnums=0)
+_commit = jax.jit(step.commit, static_argnums=0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -249,19 +253,16 @@ def test_loop_and_single_steps_give_the_same():
     whole = run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft, rows=rows)
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
     sampling, features = batch_sampling(rows, keys, CONFIG.vocab_size)
-    spec = DecodeSpec(CONFIG, draft, features)
-    limit = np.array([len(p) + NEW for p in PROMPTS])
+    spec = DecodeSpec(CONFIG, S3D(draft), features)
     arrays = [np.asarray(p, np.int32) for p in PROMPTS]
-    state = decode.init_state(spec, arrays, whole.cache.slots, limit, sampling)
-    offset = 0
-    for chunk in decode.prefill_chunks(39):
-        block = state.tokens[:, offset : offset + chunk]
-        cache = decode.prefill_jit(CONFIG, PARAMS, block, state.cache, jnp.int32(offset))
-        state, offset = state.replace(cache=cache), offset + chunk
+    lengths = tuple(map(len, arrays))
+    plan = SlotPlan(lengths, tuple(n + NEW for n in lengths), 3, whole.cache.slots)
     draft_params = untrained_draft(CONFIG, PARAMS)
+    state = init_state(spec, arrays, plan, sampling)
+    state = prefill(spec, PARAMS, draft_params, state, arrays, plan)
     calls = 0
     while not np.asarray(state.done).all():
-        state = decode.decode_jit(spec, PARAMS, draft_params, state, jnp.int32(1))
+        state = decode_jit(spec, PARAMS, draft_params, state, jnp.int32(1))
         calls += 1
     assert outputs(state, PROMPTS) == outputs(whole, PROMPTS)
     assert calls == counted(whole, PROMPTS, 3)[0].max()
@@ -276,9 +277,9 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     before = sorted(x.unsafe_buffer_pointer() for x in (*state.cache.keys, *state.cache.values))
     old = state.cache
     block = state.tokens[:, :64]
-    cache = decode.prefill_jit(CONFIG, PARAMS, block, state.cache, jnp.int32(0))
+    cache = prefill_jit(CONFIG, PARAMS, block, state.cache, jnp.int32(0))
     filled = state = state.replace(cache=cache)
-    state = decode.decode_jit(spec, PARAMS, untrained_draft(CONFIG, PARAMS), state, jnp.int32(2))
+    state = decode_jit(spec, PARAMS, untrained_draft(CONFIG, PARAMS), state, jnp.int32(2))
     jax.block_until_ready(state)
     for cache in (old, filled.cache):
         assert all(x.is_deleted() for x in (*cache.keys, *cache.values))
@@ -298,12 +299,12 @@ def test_programs_copy_no_cache_inside(program, prompts):
     for slots in (512, 4096):
         spec, state = make_state(prompts, 3, limit=90, slots=slots)
         if program == "prefill":
-            lowered = decode.prefill_jit.lower(
+            lowered = prefill_jit.lower(
                 CONFIG, PARAMS, state.tokens[:, :64], state.cache, jnp.int32(0), 64
             )
         else:
             draft_params = untrained_draft(CONFIG, PARAMS)
-            lowered = decode.decode_jit.lower(spec, PARAMS, draft_params, state, jnp.int32(5), 64)
+            lowered = decode_jit.lower(spec, PARAMS, draft_params, state, jnp.int32(5), 64)
         memory = lowered.compile().memory_analysis()
         cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
         assert memory.alias_size_in_bytes >= cache  # all of it is written in place
@@ -317,16 +318,16 @@ def test_a_single_token_s_write_copies_no_cache():
     config, slots = CONFIG.replace(num_kv_heads=1, num_heads=3, head_dim=64), 256
     spec = DecodeSpec(config)
     sampling, _ = batch_sampling([SamplingConfig()], jax.random.split(jax.random.key(0), 1), 31)
-    state = decode.init_state(spec, [np.arange(9)], slots, np.array([90]), sampling)
+    state = begin(spec, [np.arange(9)], [90], slots, sampling)
     params = model.init_params(config, jax.random.key(0))
-    text = decode.decode_jit.lower(spec, params, None, state, jnp.int32(5)).compile().as_text()
+    text = decode_jit.lower(spec, params, None, state, jnp.int32(5)).compile().as_text()
     copies = re.findall(rf"= f32\[(?:1,1,)?{slots},64\]\S* copy\(", text)
     assert len(copies) < config.num_layers  # each layer had eight
 
 
 def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monkeypatch):
     blocks, passes = [], []
-    real_call, real_forward = model.Block.__call__, decode.forward
+    real_call, real_forward = model.Block.__call__, step.forward
 
     def counted_block(self, *args):
         blocks.append(self.name)
@@ -337,12 +338,12 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
         return real_forward(*args, **kwargs)
 
     monkeypatch.setattr(model.Block, "__call__", counted_block)
-    monkeypatch.setattr(decode, "forward", counted_forward)
-    monkeypatch.setattr(proposers, "forward", counted_forward)
+    monkeypatch.setattr(step, "forward", counted_forward)
+    monkeypatch.setattr(s3d, "forward", counted_forward)
     skip = (False, True, True, False)
     spec, state = make_state([[1, 2]], 2)
-    spec = DecodeSpec(CONFIG, DraftConfig(skip, 2), spec.features)
-    jax.jit(decode.decode, static_argnames="spec").lower(
+    spec = DecodeSpec(CONFIG, S3D(DraftConfig(skip, 2)), spec.features)
+    jax.jit(step.decode, static_argnames="spec").lower(
         spec, PARAMS, untrained_draft(CONFIG, PARAMS), state, jnp.int32(1)
     )
     assert passes == [skip, None]
@@ -353,20 +354,20 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
 def test_statistics_of_a_part():
     """Iterations of 3, 1 and 4 tokens (γ = 4) behind a prompt of two; EOS cut the last."""
     passes = np.array([9, 9, 3, 0, 0, 1, 5, 0, 0, 0, 7, 7])
-    assert decode.statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1))
-    assert decode.statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0))
-    assert decode.statistics(passes, 2, 4, 4) == (2, 0, (1, 1, 0, 0))
-    assert decode.statistics(passes, 2, 1, 4) == (1, 0, (1, 0, 0, 0))
-    assert decode.statistics(passes, 2, 0, 4) == (0, 0, (0, 0, 0, 0))
+    assert statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1))
+    assert statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0))
+    assert statistics(passes, 2, 4, 4) == (2, 0, (1, 1, 0, 0))
+    assert statistics(passes, 2, 1, 4) == (1, 0, (1, 0, 0, 0))
+    assert statistics(passes, 2, 0, 4) == (0, 0, (0, 0, 0, 0))
     passes = np.array([9, 9, 3, 0, 0, -1, -1, 5, 0])
-    assert decode.statistics(passes, 2, 7, 4) == (4, 2, (2, 2, 0, 0))
+    assert statistics(passes, 2, 7, 4) == (4, 2, (2, 2, 0, 0))
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 17, 512, 513, 1300])
 def test_prefill_chunks_cover_the_prompt_with_known_sizes(length):
-    chunks = decode.prefill_chunks(length)
-    assert set(chunks) <= set(decode.PREFILL_BUCKETS)
-    assert length <= sum(chunks) < length + decode.PREFILL_BUCKETS[-1]
+    chunks = prefill_chunks(length)
+    assert set(chunks) <= set(PREFILL_BUCKETS)
+    assert length <= sum(chunks) < length + PREFILL_BUCKETS[-1]
     assert all(chunk == 512 for chunk in chunks[:-1])
 
 

@@ -18,7 +18,7 @@ from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import symmetric_skip
-from tests.tiny import proposer_of, tiny_config, tiny_lm
+from tests.tiny import drafter_of, tiny_config, tiny_lm
 
 REAL = ("babyllama-1m", "stories260k")
 SKIPS = {
@@ -112,8 +112,9 @@ def test_oracle_liar_and_noise_on_real_checkpoints(real, name, steps):
         return (at[:, None] * 7 + jnp.arange(gamma) * 11) % lm.config.vocab_size
 
     for propose in (oracle, liar, noise):
-        batch = Batch(lm, prompts, gamma=gamma, **options)
-        batch._spec = dataclasses.replace(batch._spec, proposer=proposer_of(propose))
+        batch = Batch(lm.engine, prompts, gamma=gamma, **options)
+        drafter = drafter_of(propose)(batch._spec.drafter.settings)
+        batch._spec = dataclasses.replace(batch._spec, drafter=drafter)
         assert list(batch.run(steps))
         results = batch.results()
         assert [r.tokens for r in results] == expected

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding import sizes
+from s3d_jax.decoding.prefill import prefill_jit
 from s3d_jax.nn import attention
 from s3d_jax.nn import transformer as model
 from s3d_jax.nn.attention import attend
@@ -79,7 +80,7 @@ def test_the_memory_of_a_prefill_grows_with_the_length_and_not_with_its_square()
     for slots in (8192, 32768):
         cache = jax.eval_shape(lambda n=slots: init_cache(config, 1, n, jnp.ones(1, jnp.int32)))
         block = jax.ShapeDtypeStruct((1, 512), jnp.int32)
-        lowered = decode.prefill_jit.lower(config, params, block, cache, jnp.int32(0))
+        lowered = prefill_jit.lower(config, params, block, cache, jnp.int32(0))
         sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     mask = 512 * (32768 - 8192)  # what does grow: one byte per token and slot
     assert sizes[1] - sizes[0] < 2 * mask
@@ -116,7 +117,7 @@ def test_a_block_that_does_not_fit_a_ring_is_refused():
 
 def test_a_short_prompt_beside_a_long_one_is_not_overwritten(monkeypatch):
     """Prefill of the long one goes on for more slots than the short one's rings have."""
-    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))
+    monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 31, n).astype(np.int32) for n in (3, 50, 21)]
     lengths = np.array([3, 50, 21])
@@ -125,9 +126,9 @@ def test_a_short_prompt_beside_a_long_one_is_not_overwritten(monkeypatch):
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     offset = 0
-    for chunk in decode.prefill_chunks(49):
+    for chunk in sizes.prefill_chunks(49):
         block = padded[:, offset : offset + chunk]
-        cache = decode.prefill_jit(CONFIG, PARAMS, block, cache, jnp.int32(offset))
+        cache = prefill_jit(CONFIG, PARAMS, block, cache, jnp.int32(offset))
         offset += chunk
     assert cache.length.tolist() == [2, 49, 20]
     last = np.array([[prompt[-1]] for prompt in prompts])

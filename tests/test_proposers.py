@@ -10,14 +10,18 @@ import pytest
 import convert
 import s3d_jax
 from s3d_jax.commands import main as cli
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding import sizes
 from s3d_jax.decoding.sampling import SamplingConfig, batch_sampling
-from s3d_jax.decoding.step import DecodeSpec
-from s3d_jax.drafters import proposers
+from s3d_jax.decoding.state import DecodeSpec
+from s3d_jax.decoding.step import decode_jit
+from s3d_jax.drafters.base import Drafter
+from s3d_jax.drafters.prompt_lookup import PromptLookup
+from s3d_jax.drafters.token_by_token import SelfSpeculative
+from s3d_jax.drafters.two_model import TwoModel
 from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import ConfigError
 from s3d_jax.settings.drafting import DraftConfig, PromptLookupConfig, TwoModelConfig
-from tests.tiny import tiny_config, tiny_lm, tiny_params
+from tests.tiny import begin, tiny_config, tiny_lm, tiny_params
 
 PROMPTS = [[3], [5, 9, 2], list(range(1, 18)), [7] * 40]
 NEW = 24
@@ -105,13 +109,13 @@ def test_prompt_lookup_against_plain_python():
     arrays = [np.asarray(p, np.int32) for p in prompts]
     lengths = np.array([len(p) for p in prompts])
     for ngram in (1, 3):
-        spec = DecodeSpec(tiny_config(), PromptLookupConfig(gamma=5, ngram=ngram), features)
-        state = decode.init_state(spec, arrays, 64, lengths + 9, sampling)
+        spec = DecodeSpec(tiny_config(), PromptLookup(PromptLookupConfig(5, ngram)), features)
+        state = begin(spec, arrays, lengths + 9, 64, sampling)
         scratch = rng.integers(0, 4, state.tokens.shape)  # nothing behind x_n may count
         tokens = jnp.where(jnp.arange(64) < lengths[:, None], state.tokens, scratch)
         cache = state.cache.replace(length=jnp.asarray(lengths - 1))
         state = state.replace(cache=cache, tokens=tokens)
-        proposal = proposers.prompt_lookup(spec, {}, None, state, 50)
+        proposal = spec.drafter.propose(spec, {}, None, state, 50)
         expected = [lookup(p, 5, ngram) for p in prompts]
         assert np.asarray(proposal.tokens).tolist() == expected
         assert proposal.logits is None
@@ -137,15 +141,15 @@ def test_drafting_copies_no_cache(method):
     rows = [SamplingConfig()] * 3
     sampling, features = batch_sampling(rows, jax.random.split(jax.random.key(0), 3), 31)
     if method == "self-spec":
-        draft, propose = DraftConfig((False, True, False, False), 4), proposers.self_draft
+        drafter: Drafter = SelfSpeculative(DraftConfig((False, True, False, False), 4))
     else:
-        draft, propose = TwoModelConfig(config, 4), proposers.two_model
-    spec = DecodeSpec(config, draft, features, (), propose)
+        drafter = TwoModel(TwoModelConfig(config, 4))
+    spec = DecodeSpec(config, drafter, features)
     sizes = []
     for slots in (512, 4096):
         prompts = [np.arange(n, dtype=np.int32) for n in (1, 5, 9)]
-        state = decode.init_state(spec, prompts, slots, np.array([60] * 3), sampling)
-        lowered = decode.decode_jit.lower(spec, params, params, state, jnp.int32(5), 64)
+        state = begin(spec, prompts, [60] * 3, slots, sampling)
+        lowered = decode_jit.lower(spec, params, params, state, jnp.int32(5), 64)
         sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
         cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
     assert sizes[1] - sizes[0] < cache / 100
@@ -219,7 +223,7 @@ def test_models_of_other_tokenizers_are_refused(stories):
 @pytest.mark.parametrize("method", METHODS)
 def test_drafts_and_rings(method, monkeypatch):
     """Layers with a window keep a ring of slots; what drafts write there must do no harm."""
-    monkeypatch.setattr(decode, "PREFILL_BUCKETS", (4, 8))
+    monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))
     windows = dict(sliding_window=(5, None, 5, None))
     lm = tiny_lm(**windows)
     lm.draft_model = tiny_lm(seed=1, **windows)
@@ -232,10 +236,10 @@ def test_drafts_and_rings(method, monkeypatch):
 def test_two_models_take_no_cache_over(lm):
     """What is kept of a turn is the target's cache alone; the draft model's must be whole."""
     options = dict(max_new_tokens=12, frequency_penalty=1.5)
-    before = Batch(lm, [np.arange(9, dtype=np.int32)], **options)
+    before = Batch(lm.engine, [np.arange(9, dtype=np.int32)], **options)
     list(before.run())
     prompt = np.asarray([*range(9), *before.tokens[0], 3], np.int32)
-    batch = Batch(lm, [prompt], before.kept(), method="two-model", gamma=3, **options)
+    batch = Batch(lm.engine, [prompt], before.kept(), method="two-model", gamma=3, **options)
     list(batch.run())
     (result,) = batch.results()
     (fresh,) = lm.generate([prompt], method="two-model", gamma=3, **options)

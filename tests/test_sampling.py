@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from s3d_jax.decoding import adaptive, sampling
 from s3d_jax.decoding.sampling import batch_sampling, warp
 from s3d_jax.decoding.step import Proposal
-from s3d_jax.drafters import proposers
+from s3d_jax.drafters.prompt_lookup import PromptLookup
+from s3d_jax.drafters.s3d import S3D
+from s3d_jax.drafters.token_by_token import SelfSpeculative
+from s3d_jax.drafters.two_model import TwoModel
 from s3d_jax.errors import InputError
 from s3d_jax.nn.transformer import forward_logits
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig, TwoModelConfig
@@ -227,12 +230,12 @@ def exact_distribution(row: SamplingConfig) -> np.ndarray:
     return joint
 
 
-def sampled_tokens(rows: list[SamplingConfig], proposer=None, draft=None, **other) -> np.ndarray:
+def sampled_tokens(rows: list[SamplingConfig], drafter=S3D, draft=None, **other) -> np.ndarray:
     """int [rows, samples, 3], all in one batch."""
     batch = [row for row in rows for _ in range(SAMPLES)]
     prompts = [PROMPT] * len(batch)
     draft = draft or DraftConfig((False, True, False), gamma=3)
-    options = dict(draft=draft, rows=batch, seed=5, proposer=proposer, **other)
+    options = dict(draft=draft, rows=batch, seed=5, drafter=drafter, **other)
     state = run(CONFIG, PARAMS, prompts, 3, **options)
     return np.array(outputs(state, prompts)).reshape(len(rows), SAMPLES, 3)
 
@@ -315,27 +318,27 @@ OTHER = tiny_config(
     **dict(vocab_size=VOCAB, num_layers=1, hidden_size=6, intermediate_size=8),
     **dict(num_heads=1, num_kv_heads=1, head_dim=4),
 )
-PROPOSERS = {
-    "self-spec": (proposers.self_draft, DraftConfig((False, True, False), gamma=3), None),
-    "prompt-lookup": (proposers.prompt_lookup, PromptLookupConfig(gamma=3), None),
-    "two-model, the same": (proposers.two_model, TwoModelConfig(CONFIG, gamma=3), PARAMS),
+DRAFTERS = {
+    "self-spec": (SelfSpeculative, DraftConfig((False, True, False), gamma=3), None),
+    "prompt-lookup": (PromptLookup, PromptLookupConfig(gamma=3), None),
+    "two-model, the same": (TwoModel, TwoModelConfig(CONFIG, gamma=3), PARAMS),
     "two-model, another": (
-        proposers.two_model,
+        TwoModel,
         TwoModelConfig(OTHER, gamma=3),
         tiny_params(OTHER, seed=1, scale=20.0),
     ),
 }
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_other_methods_sample_from_the_target(name):
     """What a draft token was drawn from depends on those before it, also by penalties."""
-    proposer, draft, params = PROPOSERS[name]
+    drafter, draft, params = DRAFTERS[name]
     rows = [
         SamplingConfig(temperature=1.0, top_p=0.9),
         SamplingConfig(temperature=1.5, presence_penalty=0.8, repetition_penalty=1.3),
     ]
-    tokens = sampled_tokens(rows, proposer, draft, draft_params=params)
+    tokens = sampled_tokens(rows, drafter, draft, draft_params=params)
     for row, sampled in zip(rows, tokens, strict=True):
         check_distribution(sampled, exact_distribution(row))
 

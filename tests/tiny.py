@@ -1,20 +1,25 @@
 """Small random models and exact references that several tests share."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import s3d_jax
-from s3d_jax.decoding import step as decode
-from s3d_jax.decoding.sampling import batch_sampling
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Draft, DrafterParams, Proposal
+from s3d_jax.decoding.prefill import prefill
+from s3d_jax.decoding.sampling import SamplingParams, batch_sampling
+from s3d_jax.decoding.sizes import SlotPlan, prefill_chunks
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, init_state
+from s3d_jax.decoding.step import decode_jit, statistics
+from s3d_jax.drafters.base import Drafter
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.drafters.stored import read_draft
 from s3d_jax.lm import EMBEDDED, LM
 from s3d_jax.nn.draft import untrained_draft
 from s3d_jax.nn.transformer import forward_logits, init_params
-from s3d_jax.settings.drafting import PassCosts, TwoModelConfig
+from s3d_jax.settings.drafting import DrafterSettings, PassCosts
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.weights.formats import weight_format
@@ -62,9 +67,9 @@ def run(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
-    draft: Draft | None = None,
-    draft_params: DrafterParams = None,
-    proposer: Callable | None = None,
+    draft: DrafterSettings | None = None,
+    draft_params: Any = None,
+    drafter: type[Drafter] = S3D,
     rows: Sequence[SamplingConfig] | None = None,
     seed: int = 0,
     slots: int | None = None,
@@ -75,25 +80,31 @@ def run(
     rows = rows or [SamplingConfig()] * len(prompts)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     sampling, features = batch_sampling(rows, keys, config.vocab_size)
-    spec = DecodeSpec(config, draft, features, stop_ids, proposer, costs)
+    chosen = None if draft is None else drafter(draft)
+    spec = DecodeSpec(config, chosen, features, stop_ids, costs)
     arrays = [np.asarray(p, np.int32) for p in prompts]
-    longest = max(map(len, arrays))
-    chunks = decode.prefill_chunks(longest - 1)
-    slots = slots or max(sum(chunks), longest + new_tokens) + spec.gamma + 1
-    limit = np.array([len(p) for p in arrays]) + new_tokens
-    state = decode.init_state(spec, arrays, slots, limit, sampling)
-    offset = 0
-    for chunk in chunks:
-        block = state.tokens[:, offset : offset + chunk]
-        cache = decode.prefill_jit(config, params, block, state.cache, jnp.int32(offset))
-        state = state.replace(cache=cache)
-        if isinstance(draft, TwoModelConfig):
-            arguments = draft.model, draft_params, block, state.draft_cache, jnp.int32(offset)
-            state = state.replace(draft_cache=decode.prefill_jit(*arguments))
-        offset += chunk
+    lengths = tuple(map(len, arrays))
+    chunks = prefill_chunks(max(lengths) - 1)
+    slots = slots or max(sum(chunks), max(lengths) + new_tokens) + spec.gamma + 1
+    plan = SlotPlan(lengths, tuple(n + new_tokens for n in lengths), spec.gamma, slots)
     if draft is not None and draft_params is None:
         draft_params = untrained_draft(config, params)
-    return decode.decode_jit(spec, params, draft_params, state, jnp.int32(10**6))
+    state = init_state(spec, arrays, plan, sampling)
+    state = prefill(spec, params, draft_params, state, arrays, plan)
+    return decode_jit(spec, params, draft_params, state, jnp.int32(10**6))
+
+
+def begin(
+    spec: DecodeSpec,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    limits: Sequence[int],
+    slots: int,
+    sampling: SamplingParams,
+) -> DecodeState:
+    """The state before prefill."""
+    arrays = [np.asarray(p, np.int32) for p in prompts]
+    plan = SlotPlan(tuple(map(len, arrays)), tuple(map(int, limits)), spec.gamma, slots)
+    return init_state(spec, arrays, plan, sampling)
 
 
 def outputs(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -106,7 +117,7 @@ def counted(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Iterations [B], and accepted draft tokens [B, γ]."""
     rows = zip(np.asarray(state.passes), prompts, outputs(state, prompts), strict=True)
-    counts = [decode.statistics(row, len(p), len(out), gamma) for row, p, out in rows]
+    counts = [statistics(row, len(p), len(out), gamma) for row, p, out in rows]
     return np.array([c.iterations for c in counts]), np.array([c.accepted for c in counts])
 
 
@@ -123,10 +134,11 @@ def greedy_reference(
     return tokens[len(prompt) :]
 
 
-def proposer_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> Callable:
-    """A proposer from (position of the first draft token [B], γ) -> tokens [B, γ]."""
+def drafter_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> type[Drafter]:
+    """A drafter from (position of the first draft token [B], γ) -> tokens [B, γ]."""
 
-    def propose(spec: DecodeSpec, params, draft_params, state: DecodeState, visible) -> Proposal:
-        return Proposal(tokens_at(state.cache.length + 1, spec.gamma), None, state.cache)
+    class FromFunction(Drafter):
+        def propose(self, spec, params, drafter_params, state, visible) -> Proposal:
+            return Proposal(tokens_at(state.cache.length + 1, spec.gamma), None, state.cache)
 
-    return propose
+    return FromFunction

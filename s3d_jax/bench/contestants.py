@@ -1,4 +1,4 @@
-"""Those who run: the methods of this package, and HF transformers on the same weights."""
+"""Contestants: the methods of this package, and HF transformers on the same weights."""
 
 import contextlib
 import dataclasses
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from s3d_jax.drafters.registry import drafting
+from s3d_jax.drafters import registry
 from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import InputError
-from s3d_jax.settings.drafting import DraftConfig, PromptLookupConfig
 from s3d_jax.texts.suites import Prompt
 
 if TYPE_CHECKING:
@@ -25,18 +24,18 @@ EXTERNAL = ("hf", "hf-prompt-lookup")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One prompt continued once. Compilation is in none of the other times.
+    """One prompt continued once. Times do not include compilation.
 
     Attributes:
         tokens: the new ids.
         seconds: of the whole call.
         first_seconds: until the first token could be shown.
         decode_seconds: of `decoded` of the tokens, without the prefill.
-        decoded: those tokens: all of ours, and of HF's all behind those that prefill gives.
+        decoded: how many tokens that is: all of ours; HF's without those that its prefill gives.
         compile_seconds: spent on programs that did not exist yet.
-        iterations: passes of the full model behind the prefill; 0 where it is not known.
-        plain_iterations: of these, those in which a method that drafts did not.
-        accepted: for each draft position, how often its token was.
+        iterations: passes of the full model after the prefill; 0 where it is not known.
+        plain_iterations: iterations among them in which a method that drafts did not draft.
+        accepted: for each draft position, how often its token was accepted.
     """
 
     tokens: list[int]
@@ -56,7 +55,7 @@ class Contestant:
 
     Attributes:
         method: its name.
-        settings: options that it is told.
+        settings: options that it is given.
     """
 
     method: str
@@ -67,13 +66,13 @@ class Contestant:
         raise NotImplementedError
 
     def in_full(self) -> dict[str, Any]:
-        """The settings that it runs with, those that it is not told included (JSON)."""
+        """The settings that it runs with, defaults included (JSON)."""
         return dict(self.settings)
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
-        """What the method needs for a prompt, computed: its weights and its caches.
+        """Bytes that the method needs for a prompt: its weights and its caches.
 
-        Programs and activations are not in it.
+        Computed, without programs and activations.
         """
         raise NotImplementedError
 
@@ -90,7 +89,7 @@ class Ours(Contestant):
         (result,) = self.lm.generate([prompt.tokens], **options)
         seconds = time.perf_counter() - start
         stats = result.stats
-        # The programs are the same and exist now; only the number of iterations per call differs.
+        # The programs exist now; only the number of iterations per call differs.
         start = time.perf_counter()
         next(self.lm.stream_tokens(prompt.tokens, **options))
         first_seconds = time.perf_counter() - start
@@ -107,33 +106,13 @@ class Ours(Contestant):
         )
 
     def in_full(self) -> dict[str, Any]:
-        """Also γ; what is skipped, where that is not the draft's own; who knows the costs."""
-        draft, _, costs = drafting(self.lm, self.method, **self.settings)
-        if draft is None:
-            return {}
-        found: dict[str, Any] = {"gamma": draft.gamma}
-        if isinstance(draft, PromptLookupConfig):
-            found["ngram"] = draft.ngram
-        if isinstance(draft, DraftConfig):
-            own = self.method == "s3d" and draft.skip == self.lm.draft_config.skip
-            found |= {} if own else {"skip": draft.skip}
-        if self.method == "s3d":
-            tuned = self.lm.tuning
-            measured = tuned is not None and costs == tuned.costs
-            found["adaptive"] = costs is not None
-            found |= {"costs": "measured" if measured else "estimated"} if costs else {}
-        return found
+        target = self.lm.target
+        drafter, costs = registry.choose(target, self.method, **self.settings)
+        return {} if drafter is None else drafter.described(target, costs)
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
-        batch = Batch(self.lm, [prompt.tokens], **self._options(prompt, max_new_tokens))
-        weights: list[Any] = [self.lm.params]
-        if self.method == "s3d":
-            weights.append(self.lm.draft_params)
-        if self.method == "two-model" and self.lm.draft_model is not None:
-            weights.append(self.lm.draft_model.params)
-        # By identity: two models may share arrays, and a merged draft some of the target's.
-        arrays = {id(x): x.nbytes for x in jax.tree.leaves(weights)}
-        return sum(arrays.values()) + batch.cache_bytes
+        options = self._options(prompt, max_new_tokens)
+        return Batch(self.lm.engine, [prompt.tokens], **options).nbytes
 
     def _options(self, prompt: Prompt, max_new_tokens: int) -> Any:
         return dict(
@@ -149,7 +128,7 @@ class HuggingFace(Contestant):
     """`generate` of HF transformers, plain or with its prompt lookup.
 
     Attributes:
-        lm: the same model in jax, which knows what ends a text.
+        lm: the same model in jax; has the end-of-text ids.
         model: HF's.
     """
 
@@ -159,10 +138,10 @@ class HuggingFace(Contestant):
     def run(self, prompt: Prompt, max_new_tokens: int) -> Run:
         output, seconds, clock = self._generate(prompt, max_new_tokens)
         tokens = output[0, len(prompt.tokens) :].tolist()
-        # Until the first token by a call of its own right behind a whole one, as of ours.
+        # The time to the first token comes from a call of its own, as for our methods.
         _, _, again = self._generate(prompt, max_new_tokens, stopping_criteria=[_at_once])
-        behind = seconds - clock.seconds
-        return Run(tokens, seconds, again.seconds, behind, len(tokens) - clock.count)
+        after = seconds - clock.seconds
+        return Run(tokens, seconds, again.seconds, after, len(tokens) - clock.count)
 
     def _generate(
         self, prompt: Prompt, max_new_tokens: int, **options: Any
@@ -189,7 +168,7 @@ class HuggingFace(Contestant):
         return output, time.perf_counter() - clock.start, clock
 
     def in_full(self) -> dict[str, Any]:
-        """Also the type of its weights, which are ours in floats."""
+        """Also the type of its weights, which are our float weights."""
         return {**self.settings, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
@@ -205,7 +184,7 @@ def _at_once(ids: Any, scores: Any, **_: Any) -> Any:
 
 
 class _FirstTokens:
-    """A streamer of HF's that looks at the clock when the first tokens come behind the prompt."""
+    """A streamer for HF that reads the clock when the first tokens after the prompt come."""
 
     start = seconds = 0.0
     calls = count = 0
@@ -240,7 +219,7 @@ def hf_model(folder: Path, dtype: str) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from convert import export  # the one use of a package that otherwise stands on this one
+    from convert import export  # convert uses this package too, but nothing of bench
 
     with tempfile.TemporaryDirectory() as parent:
         exported = export(folder, Path(parent) / "hf", progress=False)

@@ -1,4 +1,4 @@
-"""The measurement: everybody in turns on each prompt, several times over; and what it comes to."""
+"""The measurement: all contestants in turns on each prompt, repeatedly; and its summary."""
 
 import dataclasses
 import statistics
@@ -15,14 +15,14 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A run, of whom, on what, and in which turn.
+    """A run: of which contestant, on which prompt, in which turn.
 
     Attributes:
         contestant: its place in the list.
         prompt: its place in the list.
-        repeat: 0 is the one that compiles and warms up, whose times do not count.
-        run: what came out.
-        memory: the process's peak, in bytes; that of the run alone where `reset_peak_memory` works.
+        repeat: turn 0 compiles and warms up, and its times do not count.
+        run: the outcome.
+        memory: the process's peak, in bytes; the run's own peak where `reset_peak_memory` works.
     """
 
     contestant: int
@@ -41,13 +41,13 @@ def take_turns(
 ) -> list[Record]:
     """Runs each prompt by each contestant, 1 + `repeats` times.
 
-    The turns that do not count are in the order of the list, so that programs which several need
-    are compiled by the first of them. In those that count everybody runs about equally often right
-    behind everybody: what a run leaves in the processor's caches, and threads that it leaves
-    waiting in a busy loop as torch does, would else always be to the same one's cost.
+    The warm-up turns follow the order of the list, so that the first of several contestants that
+    share a program compiles it. In the turns that count, each contestant runs about equally often
+    directly after each other one. Otherwise what one leaves behind (data in the processor's caches,
+    threads of torch that wait in a busy loop) would always slow down the same contestant.
 
     Args:
-        contestants, prompts: who and what.
+        contestants, prompts: what runs, and on what.
         max_new_tokens: per prompt.
         repeats: turns that count.
         progress: called after each run.
@@ -67,8 +67,8 @@ def take_turns(
 def orders(count: int, turns: int) -> Iterator[list[int]]:
     """For each turn an order of 0 … count-1, in which each follows each about equally often.
 
-    The last of a turn is followed by the first of the next. Always that one comes which has been
-    behind the one before it least often.
+    The last of a turn is followed by the first of the next. The next one is always the one that has
+    followed the current one least often.
     """
     followed: Counter[tuple[int, int]] = Counter()
     last = count - 1

@@ -1,4 +1,4 @@
-"""What was measured, as a Markdown table and as a picture."""
+"""The report of a measurement: a Markdown table and a picture."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 def about() -> dict[str, Any]:
-    """What the numbers belong to: date, command, machine, versions."""
+    """Date, command, machine and versions of a measurement."""
     versions = {"python": platform.python_version()}
     for package in ("jax", "flax", "torch", "transformers"):
         if package in sys.modules:
@@ -33,7 +33,7 @@ def about() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As it would be typed again, with the number of threads that XLA was told."""
+    """The command to type again, with the number of threads that XLA was given."""
     program = Path(sys.argv[0])
     words = ["python", str(program)] if program.suffix == ".py" else [program.stem]
     if program.parent.name == "s3d_jax":  # python -m s3d_jax
@@ -72,18 +72,16 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: one table over all prompts, and one by category where there are some.
+    """The report as Markdown: one table over all prompts, and one by category if there are any.
 
-    ± is the standard deviation over the repeats, "plain" the share of iterations in which a method
-    that drafts did not; acceptance is that of the others.
+    ± is the standard deviation over the repeats. "plain" is the share of iterations in which a
+    method that drafts did not draft; acceptance counts the other iterations.
     """
     rows = report["rows"]
     whole = [row for row in rows if row["category"] == "all"]
     parts = [row for row in rows if row["category"] != "all"]
-    head: tuple[str, ...] = (
-        *("method", "tokens/s", "IF", "end to end", "first token", "compile", "τ"),
-        *("plain", "accepted by position", "same as AR", "memory", "tokens/s per GiB"),
-    )
+    head = ["method", "tokens/s", "IF", "end to end", "first token", "compile", "τ", "plain"]
+    head += ["accepted by position", "same as AR", "memory", "tokens/s per GiB"]
     lines = [
         f"{report['model']}, {report['precision']}: {whole[0]['prompts']} prompts "
         f"({', '.join(report['suites'])}), greedy, {report['max_new_tokens']} new tokens at most, "
@@ -92,14 +90,14 @@ def table(report: Mapping[str, Any]) -> str:
         *markdown(head, (_cells(row) for row in whole)),
     ]
     if parts:
-        head = ("category", "method", "tokens/s", "IF", "end to end", "τ", "same as AR")
+        head = ["category", "method", "tokens/s", "IF", "end to end", "τ", "same as AR"]
         lines += ["", *markdown(head, (_short_cells(row) for row in parts))]
     facts = report["about"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
         f"Peak of {report['memory_is']}, with all methods in it: "
-        f"{_gib(report['loaded_memory_bytes'])} GiB behind loading, "
+        f"{_gib(report['loaded_memory_bytes'])} GiB after loading, "
         f"{_gib(max(row['max_process_bytes'] for row in whole))} GiB at most during a run.",
         f"{facts['machine']}; {versions}; {facts['date']}; `{facts['command']}`",
     ]
@@ -107,7 +105,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Any) -> list[str]:
-    """A table whose columns are aligned, so that it reads well as plain text too."""
+    """A table with aligned columns, readable as plain text too."""
     cells = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
@@ -249,7 +247,7 @@ def save_plot(figure: Any, path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Says before an hour of measurements that its picture could not be drawn.
+    """Fails before an hour of measurements if the picture could not be drawn after it.
 
     Raises:
         InputError: matplotlib is not installed, or there is no such folder, or only a folder.

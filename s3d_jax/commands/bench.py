@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
-from s3d_jax.settings.drafting import METHODS
 
 if TYPE_CHECKING:
     from s3d_jax.bench.contestants import Contestant
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_METHODS = "ar,s3d,prompt-lookup,self-spec,early-exit"
 _CALIBRATION_PROMPTS = 4
-
-_OPTIONS = ("gamma", "ngram", "skip", "adaptive")
 
 _DESCRIPTION = """\
 Runs prompts through several methods in one process, in turns, greedily and one at a time, and
@@ -81,25 +80,27 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """
     from s3d_jax.bench.contestants import EXTERNAL
 
-    known = (*METHODS, *EXTERNAL)
+    known = (*registry.method_names(), *EXTERNAL)
     chosen: list[tuple[str, dict[str, Any]]] = [("ar", {})]
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, *settings = entry.split(":")
         if name not in known:
             raise InputError(f"--methods names {name!r}; known are {', '.join(known)}")
-        pairs = [_parse_setting(setting, entry) for setting in settings]
+        fixed = {"ar": (), "hf": (), "hf-prompt-lookup": ("gamma",)}
+        own = fixed[name] if name in fixed else registry.option_names(name)
+        pairs = [_parse_setting(setting, entry, own) for setting in settings]
         options = dict(pairs)
         if len(options) < len(pairs):
             raise InputError(f"--methods: {entry!r} says the same setting twice: give several rows")
-        takes = {"ar": (), "hf": (), "hf-prompt-lookup": ("gamma",)}.get(name, _OPTIONS)
-        if foreign := sorted(set(options) - set(takes)):
+        if name in fixed and (foreign := sorted(set(options) - set(own))):
             raise InputError(f"--methods: {name} has no {', '.join(foreign)}, got {entry!r}")
         if (name, options) not in chosen:
             chosen.append((name, options))
     return chosen
 
 
-def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
+def _parse_setting(text: str, entry: str, own: Sequence[str]) -> tuple[str, Any]:
+    """ "gamma=4" -> ("gamma", 4); `own` are the options of the method."""
     name, _, value = text.partition("=")
     try:
         if name in ("gamma", "ngram") and int(value) >= 1:
@@ -110,6 +111,8 @@ def _parse_setting(text: str, entry: str) -> tuple[str, Any]:
             first, _, last = value.partition("-")
             if layers := range(int(first), int(last or first) + 1):
                 return name, layers
+        if name in set(own) - {"gamma", "ngram", "adaptive", "skip"} and value:
+            return name, int(value) if value.isdecimal() else value
     except (ValueError, KeyError):
         pass
     raise InputError(
@@ -204,7 +207,6 @@ def _candidates(
             a second model is missing.
     """
     from s3d_jax.bench.contestants import EXTERNAL, HuggingFace, Ours, hf_model
-    from s3d_jax.drafters.registry import candidate_settings, drafting
 
     groups: list[list[Contestant]] = []
     hf = None
@@ -222,8 +224,8 @@ def _candidates(
                     f"{layers - 1}"
                 )
             given["skip"] = tuple(i in given["skip"] for i in range(layers))
-        settings = [given] if given else candidate_settings(lm, method)
+        settings = [given] if given else registry.candidates(lm.target, method)
         for options in settings:
-            drafting(lm, method, **options)
+            registry.choose(lm.target, method, **options)
         groups.append([Ours(method, options, lm) for options in settings])
     return groups

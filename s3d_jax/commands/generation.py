@@ -5,8 +5,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from s3d_jax.commands.arguments import add_options, build, given
+from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
-from s3d_jax.settings.drafting import METHODS, parse_skip
+from s3d_jax.settings.drafting import parse_skip
 from s3d_jax.settings.options import option
 from s3d_jax.settings.sampling import SamplingConfig
 
@@ -75,11 +76,10 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
     group.add_argument(
         "--method",
-        choices=METHODS,
-        default="s3d",
-        help="the drafter: s3d, the model in one pass (default); ar, none: one token per pass; "
-        "prompt-lookup, the text so far; self-spec and early-exit, the model without its middle or "
-        "last layers, token by token; two-model, a second one",
+        choices=registry.method_names(),
+        default=registry.DEFAULT,
+        help=f"what drafts (default: {registry.DEFAULT}). "
+        + "; ".join(f"{name}: {what}" for name, what in registry.summaries().items()),
     )
     for settings in (_Decoding, SamplingConfig, _Model):
         add_options(group, settings)

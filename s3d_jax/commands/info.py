@@ -25,13 +25,11 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import jax
-
-    from s3d_jax.decoding.step import PREFILL_BUCKETS
+    from s3d_jax.decoding.sizes import PREFILL_BUCKETS
     from s3d_jax.drafters.stored import draft_names
     from s3d_jax.lm import EMBEDDED, default_draft
     from s3d_jax.nn import transformer as model
-    from s3d_jax.nn.cache import layer_slots
+    from s3d_jax.nn.cache import cache_bytes
     from s3d_jax.storage import native as checkpoint
     from s3d_jax.storage.tuning import read_entries
 
@@ -41,11 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     tuned = read_entries(header.path)
     parameters = model.num_params(config)
     weights = model.weight_bytes(config)
-    size = jax.numpy.dtype(config.dtype).itemsize  # numpy's own knows no bfloat16
-    per_slot = 2 * config.num_kv_heads * config.head_dim * size
-    cache = per_slot * config.num_layers
+    cache = cache_bytes(config, 1, None)
     context = config.max_position_embeddings
-    full_cache = per_slot * sum(layer_slots(config, context, PREFILL_BUCKETS[-1]))
+    full_cache = cache_bytes(config, context, PREFILL_BUCKETS[-1])
     facts = {
         "model": str(header.path),
         "parameters": parameters,

@@ -1,9 +1,9 @@
-"""Whether to draft at all: γ draft tokens or none, as it pays on the text at hand.
+"""Adaptive drafting: a row drafts γ tokens or none, whichever pays on its text.
 
-Each row decides for itself, from what its passes cost (`PassCosts`) and from what was accepted
-before, never from the draft that is to be judged. So a row's output does not depend on its
-neighbours, and under sampling it stays that of the target. docs/log says why there are
-no lengths between.
+Each row decides for itself, by what its passes cost (`PassCosts`) and how much was accepted in
+earlier iterations, never by the draft that is judged next. So a row's output does not depend on its
+neighbours, and under sampling it keeps the target's distribution. docs/log/ says why a row drafts
+either γ tokens or none.
 """
 
 import flax.struct
@@ -15,17 +15,17 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # iterations; powers of two, so that paus
 
 
 class Budget(flax.struct.PyTreeNode):
-    """What each row has left to spend on drafts, in the manner of a token bucket.
+    """What each row may still spend on drafts: a token bucket.
 
-    An iteration with a draft pass that commits t tokens and costs c steps of plain decoding, which
-    gives a token per step, has gained t - c steps. The gains fill the budget up to `_CAPACITY`, the
-    losses empty it. A row whose budget is empty decodes plainly, and drafts only now and then to
-    see whether the text has changed, at intervals that double. So against plain decoding it loses
-    no more than the capacity and those attempts, and it never loses more of what it has gained.
+    Plain decoding gives one token per step. An iteration with a draft pass that commits t tokens
+    and costs c steps gains t - c steps. Gains fill the budget up to `_CAPACITY`, losses empty it. A
+    row with an empty budget decodes plainly, and drafts only now and then to see whether the text
+    has changed, at intervals that double. So compared with plain decoding a row loses at most the
+    capacity and these attempts.
 
     Attributes:
         steps: float32 [B], 0 … _CAPACITY.
-        iterations: int32 [B], played so far.
+        iterations: int32 [B], so far.
         pause: int32 [B], iterations between two attempts.
     """
 
@@ -34,17 +34,17 @@ class Budget(flax.struct.PyTreeNode):
     pause: jax.Array
 
     @property
-    def drafts(self) -> jax.Array:
+    def drafting_rows(self) -> jax.Array:
         """Rows that draft in the next iteration, bool [B].
 
-        An attempt comes where `iterations` is a multiple of the pause, that is in all rows of a
-        batch at once: a draft pass is paid for all of them.
+        Attempts come where `iterations` is a multiple of the pause, so in all rows of a batch at
+        once: a draft pass costs the same for one row and for all.
         """
         return (self.steps > 0) | (self.iterations % self.pause == 0)
 
 
 def full_budget(batch: int) -> Budget:
-    """That of `batch` rows that have not decoded yet."""
+    """The budget of `batch` rows before decoding."""
     return Budget(
         steps=jnp.full((batch,), _CAPACITY, jnp.float32),
         iterations=jnp.zeros((batch,), jnp.int32),
@@ -55,15 +55,15 @@ def full_budget(batch: int) -> Budget:
 def settle(
     cost: float, budget: Budget, drafted: jax.Array, accepted: jax.Array, done: jax.Array
 ) -> Budget:
-    """The budget behind an iteration.
+    """The budget after an iteration.
 
     Args:
         cost: of an iteration with a draft, in steps of plain decoding.
         budget: before it.
         drafted: bool [B], rows that drafted in it.
-        accepted: int32 [B], their draft tokens that stood.
-        done: bool [B], rows that only waited for the others; theirs stays as it is, since one that
-            waits at its turning point (LongRoPE) goes on later.
+        accepted: int32 [B], their accepted draft tokens.
+        done: bool [B], rows that only waited for the others; their budget stays as it is, since a
+            row that waits at its turning point (LongRoPE) continues later.
     """
     gained = jnp.where(drafted, accepted + 1 - cost, 0.0)
     steps = jnp.clip(budget.steps + gained, 0.0, _CAPACITY)

@@ -101,7 +101,7 @@ def batch_sampling(
 def _to_float32(value: float) -> float:
     """Small values become the smallest normal float32, since XLA takes smaller ones for 0.
 
-    And 0 means something else: a temperature of 0 is greedy, a top_p of 0 would keep nothing.
+    0 has a meaning of its own: a temperature of 0 is greedy, a top_p of 0 would keep nothing.
     """
     smallest = float(np.finfo(np.float32).tiny)
     return math.copysign(max(abs(value), smallest), value) if value else 0.0
@@ -136,8 +136,8 @@ def penalize(
 def _keep_largest(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The smallest set {x >= t} of the largest logits that is `enough`; everything if none is.
 
-    Finds the threshold by bisection over the bit pattern of float32, exact after 32 steps. A sort
-    of the vocabulary would do the same and is several times slower on CPU and GPU.
+    Finds the threshold by bisection over the bit pattern of float32, exact after 32 steps. Sorting
+    the vocabulary gives the same set, and is several times slower on CPU and GPU.
 
     Args:
         logits: float32 [..., V].
@@ -192,24 +192,24 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
 
 
 def accept_greedy(
-    draft: jax.Array, target: jax.Array, drafts: jax.Array | None = None
+    draft: jax.Array, target: jax.Array, drafting_rows: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The longest prefix of the draft that the target would have chosen itself.
 
     Args:
         draft: int [B, γ].
         target: int [B, γ+1], the target's choice at each position.
-        drafts: bool [B], rows whose draft counts; the others take one token of the target's. None
+        drafting_rows: bool [B], rows that use their draft; the others take one target token. None
             is all.
 
     Returns:
-        (accepted, bonus): int [B] in 0 … γ, and the target's token behind the accepted prefix, int
+        (accepted, bonus): int [B] in 0 … γ, and the target's token after the accepted prefix, int
         [B].
     """
     gamma = draft.shape[1]
     ok = draft == target[:, :gamma]
-    if drafts is not None:
-        ok &= drafts[:, None]
+    if drafting_rows is not None:
+        ok &= drafting_rows[:, None]
     accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
     bonus = jnp.take_along_axis(target, accepted[:, None], axis=1)[:, 0]
     return accepted, bonus
@@ -221,7 +221,7 @@ def accept_sampled(
     p: jax.Array,
     accept_keys: jax.Array,
     bonus_keys: jax.Array,
-    drafts: jax.Array | None = None,
+    drafting_rows: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rejection sampling of a draft (Leviathan et al., arXiv 2211.17192).
 
@@ -235,7 +235,7 @@ def accept_sampled(
         q: float32 [B, γ, V], probabilities the draft was drawn from.
         p: float32 [B, γ+1, V], the target's probabilities.
         accept_keys, bonus_keys: typed PRNG keys [B].
-        drafts: as in `accept_greedy`. It must not depend on the draft.
+        drafting_rows: as in `accept_greedy`. It must not depend on the draft.
 
     Returns:
         (accepted, bonus), as in `accept_greedy`.
@@ -243,13 +243,14 @@ def accept_sampled(
     gamma = draft.shape[1]
     p_draft = jnp.take_along_axis(p[:, :gamma], draft[..., None], axis=-1)[..., 0]
     q_draft = jnp.take_along_axis(q, draft[..., None], axis=-1)[..., 0]
-    # u is in [0, 1), so q == p always accepts and p == 0 never does; no division, q may underflow
-    # to 0.
+    # u is in [0, 1), so q == p always accepts and p == 0 never does. There is no division, because
+    # q may underflow to 0.
     u = jax.vmap(lambda key: jax.random.uniform(key, (gamma,)))(accept_keys)
     ok = u * q_draft < p_draft
-    if drafts is not None:
-        ok &= drafts[:, None]
-        q = jnp.where(drafts[:, None, None], q, 0.0)  # nothing was rejected: the bonus is p's own
+    if drafting_rows is not None:
+        ok &= drafting_rows[:, None]
+        # Nothing was rejected in the other rows: their bonus token is drawn from p.
+        q = jnp.where(drafting_rows[:, None, None], q, 0.0)
     accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
 
     row = accepted[:, None, None]

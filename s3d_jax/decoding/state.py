@@ -1,26 +1,26 @@
-"""What decoding is about: the program's static description, the state, a proposal.
+"""What decoding works on: the static description of a program, the state, a proposal.
 
-Below decode.py, which runs it, and proposers.py, which drafts; with what both need of a state.
+Everything here is below `step` (which decodes) and below the drafters (which propose).
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from s3d_jax.decoding.adaptive import Budget
+from s3d_jax.decoding.adaptive import Budget, full_budget
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, penalize
-from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.draft import DraftParams
-from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig, TwoModelConfig
+from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.nn.cache import KVCache, grown, init_cache
+from s3d_jax.settings.drafting import PassCosts
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params
 
-Draft = DraftConfig | PromptLookupConfig | TwoModelConfig
-DrafterParams = DraftParams | Params | None  # what a proposer needs beside the target's own
+RNG_DRAFT, RNG_ACCEPT, RNG_BONUS = range(3)  # purposes of row_keys
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -30,20 +30,19 @@ class DecodeState(flax.struct.PyTreeNode):
     the cache.
 
     Attributes:
-        tokens: int32 [B, S], prompt and output; behind position n it holds scratch.
+        tokens: int32 [B, S], prompt and output; scratch after position n.
         cache: the key/value cache, S slots.
         done: bool [B], rows that have finished; they stay as they are.
         limit: int32 [B], tokens (prompt included) at which a row ends.
         padding: int32 [B], tokens by which a row's prompt is shorter than the longest prompt that
-            runs the same prefill programs (`padded_length`).
+            runs the same prefill programs (`SlotPlan.padded`).
         sampling: the rows' sampling settings and keys.
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
-        passes: int32 [B, S], a record for `statistics`: where the first token of an iteration was
-            committed, 1 + the draft tokens accepted in it, or -1 if the row did not draft; 0 at the
-            other committed tokens.
-        draft_cache: the cache of a second model that drafts, S slots as well; else None. Its length
-            means nothing: what is committed is what `cache` says.
+        passes: int32 [B, S], a record for `statistics`: at the first token of each iteration, 1 +
+            the draft tokens accepted in it, or -1 if the row did not draft; 0 at the other
+            committed tokens.
+        drafter: the drafter's own state, a PyTree (`Drafter.init`); None where it keeps nothing.
         budget: what rows decide by whether they draft; None where they always do.
     """
 
@@ -56,25 +55,61 @@ class DecodeState(flax.struct.PyTreeNode):
     prompt_tokens: jax.Array
     output_counts: jax.Array
     passes: jax.Array
-    draft_cache: KVCache | None = None
+    drafter: Any = None
     budget: Budget | None = None
 
 
 class Proposal(NamedTuple):
-    """What a proposer returns.
+    """What a drafter proposes.
 
     Attributes:
         tokens: int32 [B, γ].
         logits: float32 [B, γ, V], warped; their softmax is what the tokens were drawn from. None
             where the tokens were chosen without chance.
-        cache: the cache, whose scratch slots may have been written.
-        draft_cache: the same of a second model, if there is one.
+        cache: the target's cache, whose scratch slots may have been written.
+        drafter: the drafter's own state.
     """
 
     tokens: jax.Array
     logits: jax.Array | None
     cache: KVCache
-    draft_cache: KVCache | None = None
+    drafter: Any = None
+
+
+class DrafterProtocol(Protocol):
+    """What decoding asks of a drafter: a static, hashable value with pure functions.
+
+    `s3d_jax.drafters.base.Drafter` is the base class that adds how users choose one.
+    """
+
+    @property
+    def gamma(self) -> int:
+        """Draft tokens per iteration, γ."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `init` gives a state."""
+
+    def init(self, plan: SlotPlan) -> Any:
+        """The drafter's own state before prefill, a PyTree of arrays, or None."""
+
+    def prefill(
+        self, params: Any, state: Any, tokens: jax.Array, offset: jax.Array, visible: int
+    ) -> Any:
+        """The drafter's state after positions offset … offset+T-1 of tokens [B, T]."""
+
+    def propose(
+        self,
+        spec: "DecodeSpec",
+        params: Params,
+        drafter_params: Any,
+        state: DecodeState,
+        visible: int | None,
+    ) -> Proposal:
+        """γ draft tokens for each row."""
+
+    def update(self, state: DecodeState, accepted: jax.Array) -> Any:
+        """The drafter's state after an iteration that accepted int32 [B] tokens was committed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +118,17 @@ class DecodeSpec:
 
     Attributes:
         config: the model.
-        draft: how to draft, in the words of the proposer; None is plain AR.
+        drafter: proposes γ tokens per iteration; None is plain AR.
         features: which sampling code is needed.
-        stop_ids: tokens that end a row (they are committed, nothing behind them is).
-        proposer: who proposes the γ tokens: one of proposers.py, or something with its arguments.
-            None is S3D's `draft_pass`.
+        stop_ids: tokens that end a row (they are committed, nothing after them is).
         costs: of the passes, by which each row decides whether to draft (`adaptive`); None always
             drafts.
     """
 
     config: ModelConfig
-    draft: Draft | None = None
+    drafter: DrafterProtocol | None = None
     features: SamplingFeatures = SamplingFeatures()
     stop_ids: tuple[int, ...] = ()
-    proposer: "Callable[..., Proposal] | None" = None
     costs: PassCosts | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +137,82 @@ class DecodeSpec:
     @property
     def gamma(self) -> int:
         """Draft tokens per iteration; 0 for AR."""
-        return 0 if self.draft is None else self.draft.gamma
+        return 0 if self.drafter is None else self.drafter.gamma
+
+
+def init_state(
+    spec: DecodeSpec,
+    sequences: list[np.ndarray],
+    plan: SlotPlan,
+    sampling: SamplingParams,
+    cache: KVCache | None = None,
+) -> DecodeState:
+    """The state before prefill.
+
+    Args:
+        spec: the program.
+        sequences: B arrays of token ids, each with at least one.
+        plan: the batch's sizes. A row ends at its limit. With LongRoPE, a row within the turning
+            point must end one token after it, and be prefilled again to continue: from there on
+            all of its keys are different.
+        sampling: from `batch_sampling`.
+        cache: one that holds the beginnings of the sequences, `cache.length` tokens of each; may
+            have fewer slots. None makes an empty one.
+    """
+    batch, vocab = len(sequences), spec.config.vocab_size
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    tokens = np.zeros((batch, plan.slots), np.int32)
+    seen = np.zeros((batch, vocab if spec.features.penalized else 0), bool)
+    for b, sequence in enumerate(sequences):
+        tokens[b, : len(sequence)] = sequence
+        if spec.features.penalized:
+            seen[b, sequence] = True
+    limit = np.asarray(plan.limits, np.int32)
+    arrays = jax.device_put(  # all at once, which costs a third of one by one
+        dict(
+            tokens=tokens,
+            done=lengths >= limit,
+            limit=limit,
+            padding=np.asarray(plan.padded, np.int32) - lengths,
+            prompt_tokens=seen,
+            output_counts=np.zeros(seen.shape, np.int32),
+            passes=np.zeros((batch, plan.slots), np.int32),
+        )
+    )
+    if cache is None:
+        cache = init_cache(spec.config, batch, plan.slots, lengths, plan.largest_block)
+    else:
+        cache = grown(cache, spec.config, plan.slots, plan.largest_block)
+        cache = cache.replace(prompt_length=jnp.asarray(lengths))
+    return DecodeState(
+        cache=cache,
+        sampling=sampling,
+        drafter=None if spec.drafter is None else spec.drafter.init(plan),
+        budget=None if spec.costs is None else full_budget(batch),
+        **arrays,
+    )
+
+
+def restart(
+    spec: DecodeSpec, state: DecodeState, plan: SlotPlan, running: Sequence[bool]
+) -> DecodeState:
+    """The state before the rows are prefilled again, with their tokens so far.
+
+    Used where the keys and values in the cache no longer hold, as after LongRoPE's turning point.
+
+    Args:
+        spec, state: the program, and how far it is.
+        plan: sizes with the new lengths and limits (`SlotPlan.again`).
+        running: rows that continue.
+    """
+    lengths = np.asarray(plan.lengths, np.int32)
+    return state.replace(
+        cache=state.cache.replace(prompt_length=jnp.asarray(lengths)),
+        done=~jnp.asarray(np.array(running)),
+        limit=jnp.asarray(plan.limits, jnp.int32),
+        padding=jnp.asarray(np.asarray(plan.padded, np.int32) - lengths),
+        drafter=None if spec.drafter is None else spec.drafter.init(plan),
+    )
 
 
 def row_keys(state: DecodeState, purpose: int) -> jax.Array:
@@ -117,20 +224,20 @@ def row_keys(state: DecodeState, purpose: int) -> jax.Array:
     return jax.vmap(fold)(state.sampling.keys, state.cache.length)
 
 
-DRAFT, ACCEPT, BONUS = range(3)  # purposes of row_keys
-
-
 def process(
-    spec: DecodeSpec, logits: jax.Array, state: DecodeState, draft: jax.Array | None = None
+    spec: DecodeSpec,
+    logits: jax.Array,
+    state: DecodeState,
+    proposed_tokens: jax.Array | None = None,
 ) -> jax.Array:
-    """Logit bias and penalties on [B, T, V]; position t has seen draft[:, :t] as well."""
+    """Logit bias and penalties on [B, T, V]; position t has seen proposed_tokens[:, :t] as well."""
     sampling = state.sampling
     if spec.features.biased:
         logits = logits + sampling.logit_bias[:, None, :]
     if spec.features.penalized:
         counts = jnp.broadcast_to(state.output_counts[:, None], logits.shape)
-        if draft is not None:
-            one_hot = jax.nn.one_hot(draft, logits.shape[-1], dtype=jnp.int32)
+        if proposed_tokens is not None:
+            one_hot = jax.nn.one_hot(proposed_tokens, logits.shape[-1], dtype=jnp.int32)
             counts = counts.at[:, 1:].add(jnp.cumsum(one_hot, axis=1))
         logits = penalize(logits, sampling, state.prompt_tokens, counts)
     return logits

@@ -1,149 +1,132 @@
-"""The methods by name: who drafts, what each may be told, and what it does where it is not."""
+"""The methods of decoding by name. No other file lists them.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+A drafter from outside becomes a method with `register`, or, for the command line, with an entry
+point of the group "s3d_jax.drafters" in the package that defines it. This module imports no jax
+until a drafter is chosen, so that the command line can list the methods at once.
+"""
 
-import jax
+import functools
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from s3d_jax.decoding.state import Draft, Proposal
-from s3d_jax.drafters import proposers
 from s3d_jax.errors import ConfigError
-from s3d_jax.settings.drafting import (
-    METHODS,
-    DraftConfig,
-    PassCosts,
-    PromptLookupConfig,
-    TwoModelConfig,
-    symmetric_skip,
-)
-from s3d_jax.weights.formats import weight_format
 
 if TYPE_CHECKING:
-    from s3d_jax.lm import LM
+    from s3d_jax.drafters.base import Choice, Drafter, Target
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "s3d": ("gamma", "skip", "adaptive"),
-    # Unused: the same call, with and without speculation.
-    "ar": ("gamma", "skip", "ngram", "adaptive"),
-    "prompt-lookup": ("gamma", "ngram"),
-    "self-spec": ("gamma", "skip"),
-    "early-exit": ("gamma", "skip"),
-    "two-model": ("gamma",),
+AR = "ar"  # plain autoregressive decoding: no drafter
+DEFAULT = "s3d"
+ENTRY_POINTS = "s3d_jax.drafters"
+
+_SUMMARY_OF_AR = "nothing, one token per pass"
+_BUILT_IN = {  # where each drafter is, and what it does
+    "s3d": ("s3d_jax.drafters.s3d:S3D", "the model, all tokens in one pass"),
+    "prompt-lookup": ("s3d_jax.drafters.prompt_lookup:PromptLookup", "the text so far"),
+    "self-spec": (
+        "s3d_jax.drafters.token_by_token:SelfSpeculative",
+        "the model without its middle layers, token by token",
+    ),
+    "early-exit": (
+        "s3d_jax.drafters.token_by_token:EarlyExit",
+        "the model without its last layers, token by token",
+    ),
+    "two-model": ("s3d_jax.drafters.two_model:TwoModel", "a second, smaller model"),
 }
-_PROPOSERS: dict[str, Callable[..., Proposal]] = {
-    "s3d": proposers.draft_pass,
-    "prompt-lookup": proposers.prompt_lookup,
-    "self-spec": proposers.self_draft,
-    "early-exit": proposers.self_draft,
-    "two-model": proposers.two_model,
-}
+_registered: dict[str, "type[Drafter]"] = {}
 
 
-def default_settings(lm: "LM", method: str) -> Draft | None:
-    """What a method does where nobody says otherwise; None for "ar".
+def register(drafter: "type[Drafter]") -> "type[Drafter]":
+    """Makes a drafter a method, under its `name`. Also a decorator.
 
     Raises:
-        ConfigError: two models are asked for, and there is one.
+        ConfigError: the name is taken.
     """
-    layers = lm.config.num_layers
-    match method:
-        case "s3d":
-            if (tuned := lm.tuning) is None:
-                return lm.draft_config
-            return lm.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip)
-        case "prompt-lookup":
-            return PromptLookupConfig()
-        case "self-spec":  # as S3D's untrained draft
-            return DraftConfig(symmetric_skip(layers, layers // 2))
-        case "early-exit":
-            kept = (layers + 1) // 2
-            return DraftConfig(tuple(i >= kept for i in range(layers)))
-        case "two-model":
-            if lm.draft_model is None:
-                raise ConfigError(
-                    "method 'two-model' needs a second model: load(..., draft_model=...), "
-                    "lm.draft_model = ..., or --draft-model DIR"
-                )
-            return TwoModelConfig(lm.draft_model.config)
-    return None
+    if drafter.name in method_names() and _registered.get(drafter.name) is not drafter:
+        raise ConfigError(f"there is a method {drafter.name!r} already: choose another name")
+    _registered[drafter.name] = drafter
+    return drafter
 
 
-class Drafting(NamedTuple):
-    """Fields of a `DecodeSpec`."""
-
-    draft: Draft | None = None
-    proposer: Callable[..., Proposal] | None = None
-    costs: PassCosts | None = None
+def unregister(name: str) -> None:
+    """Removes a method that was registered."""
+    del _registered[name]
 
 
-def drafting(lm: "LM", method: str, **options: Any) -> Drafting:
-    """How `DecodeSpec` drafts, who does, and by what costs it is decided when.
+def method_names() -> tuple[str, ...]:
+    """The names of all methods."""
+    first = (DEFAULT, AR)
+    return tuple(dict.fromkeys([*first, *_BUILT_IN, *_registered, *_entry_points()]))
+
+
+def summaries() -> dict[str, str]:
+    """What drafts in each built-in method, for --help."""
+    found = {name: summary for name, (_, summary) in _BUILT_IN.items()}
+    return {DEFAULT: found[DEFAULT], AR: _SUMMARY_OF_AR} | found
+
+
+def drafter_class(method: str) -> "type[Drafter]":
+    """The drafter of a method.
+
+    Raises:
+        ConfigError: there is no such method, or it is AR, which has no drafter.
+    """
+    if method in _registered:
+        return _registered[method]
+    if method in _BUILT_IN:
+        module, _, name = _BUILT_IN[method][0].partition(":")
+        return getattr(importlib.import_module(module), name)
+    if method in (points := _entry_points()):
+        return register(points[method].load())
+    raise ConfigError(f"method must be one of {method_names()}, got {method!r}")
+
+
+def option_names(method: str) -> tuple[str, ...]:
+    """The drafting options that a method takes.
+
+    AR takes (and ignores) the built-in drafters' options, so that the same call works with and
+    without speculation.
+    """
+    if method != AR:
+        return drafter_class(method).options
+    return tuple(dict.fromkeys(name for m in _BUILT_IN for name in drafter_class(m).options))
+
+
+def choose(target: "Target", method: str, **options: Any) -> "Choice":
+    """The drafter of a method with its settings.
 
     Args:
-        lm: the model.
-        method: one of METHODS.
-        **options: gamma, skip, ngram and adaptive, None where they are not given.
+        target: the model.
+        method: one of `method_names()`.
+        **options: gamma, skip, ngram, adaptive, …; None where they are not given.
 
     Raises:
-        ConfigError: an unknown method, an option that it does not take, or a wrong value. For "ar"
-            too, which uses none.
+        ConfigError: an unknown method, an option that it does not take, or a wrong value (of "ar"
+            too, which uses none).
     """
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {METHODS}, got {method!r}")
+    from s3d_jax.drafters.base import Choice
+
+    if method not in method_names():
+        raise ConfigError(f"method must be one of {method_names()}, got {method!r}")
     given = {name: value for name, value in options.items() if value is not None}
-    if foreign := sorted(set(given) - set(OPTIONS[method])):
+    if foreign := sorted(set(given) - set(option_names(method))):
         raise ConfigError(
-            f"method {method!r} has no {', '.join(foreign)}; it has {', '.join(OPTIONS[method])}"
+            f"method {method!r} has no {', '.join(foreign)}; it has "
+            f"{', '.join(option_names(method))}"
         )
-    if method == "ar":
-        for other in ("s3d", "prompt-lookup"):
-            drafting(lm, other, **{k: v for k, v in given.items() if k in OPTIONS[other]})
-        return Drafting()
-    adaptive = given.pop("adaptive", True)
-    if not isinstance(adaptive, bool):
-        raise ConfigError(f"adaptive must be True or False, got {adaptive!r:.80}")
-    draft = default_settings(lm, method)
-    assert draft is not None
-    draft = draft.replace(**given)
-    if isinstance(draft, DraftConfig):
-        draft.validate_for(lm.config)
-        if method == "early-exit" and list(draft.skip) != sorted(draft.skip):
-            raise ConfigError(
-                "method 'early-exit' skips the last layers and no others, got skip "
-                f"{[int(s) for s in draft.skip]}: use method 'self-spec'"
-            )
-    if method != "s3d" or not adaptive:
-        return Drafting(draft, _PROPOSERS[method])
-    assert isinstance(draft, DraftConfig)
-    return Drafting(draft, _PROPOSERS[method], _costs(lm, draft))
+    if method != AR:
+        return drafter_class(method).choose(target, given)
+    for other in ("s3d", "prompt-lookup"):  # together they take all options
+        known = drafter_class(other).options
+        drafter_class(other).choose(target, {k: v for k, v in given.items() if k in known})
+    return Choice()
 
 
-def _costs(lm: "LM", draft: DraftConfig) -> PassCosts:
-    """As measured, where the device was tuned to these settings; else as estimated."""
-    tuned = lm.tuning
-    if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
-        return tuned.costs
-    weights, backend = weight_format(lm.config), jax.default_backend()
-    return PassCosts.estimated(draft, weights.bound_by_memory(lm.config.dtype, backend))
+def candidates(target: "Target", method: str) -> list[dict[str, Any]]:
+    """The options among which `s3d bench` looks for a method's fastest, where none are given."""
+    return [{}] if method == AR else drafter_class(method).candidates(target)
 
 
-def candidate_settings(lm: "LM", method: str) -> list[dict[str, Any]]:
-    """The options among which `s3d bench` looks for a method's best, where none are given."""
-    layers = lm.config.num_layers
-    half, quarter = layers // 2, layers // 4
-    match method:
-        case "s3d":
-            usual = default_settings(lm, method)
-            assert usual is not None
-            return [{"gamma": g} for g in sorted({2, 3, 4, 6, usual.gamma})]
-        case "prompt-lookup":
-            return [{"gamma": g} for g in (2, 4, 8)]
-        case "self-spec":
-            skips = [symmetric_skip(layers, skipped) for skipped in sorted({quarter, half})]
-        case "early-exit":
-            skips = [tuple(i >= layers - n for i in range(layers)) for n in sorted({quarter, half})]
-        case "two-model":
-            return [{"gamma": g} for g in (2, 4, 6)]
-        case _:
-            return [{}]
-    return [{"gamma": g, "skip": skip} for skip in skips for g in (2, 4)]
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}

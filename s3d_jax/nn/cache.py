@@ -97,6 +97,12 @@ def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | 
     return cache.replace(keys=keys, values=values, slots=slots)
 
 
+def cache_bytes(config: ModelConfig, slots: int, largest_block: int | None) -> int:
+    """Bytes of the keys and values of one row of `slots` positions; see `init_cache`."""
+    each = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    return each * sum(layer_slots(config, slots, largest_block))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch for all; a buffer for each
 def _zeros(config: ModelConfig, batch: int, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ...]]:
     shapes = [(batch, config.num_kv_heads, slots, config.head_dim) for slots in sizes]

@@ -1,14 +1,13 @@
-"""Settings of the drafters, and what passes cost."""
+"""Settings of the drafters, what passes cost, and what tuning chose."""
 
 import dataclasses
-from typing import Any, Literal, Self, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from s3d_jax.errors import InputError
+from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.records import Record, check, is_integer, is_positive
 
-Method = Literal["s3d", "ar", "prompt-lookup", "self-spec", "early-exit", "two-model"]
-METHODS: tuple[Method, ...] = get_args(Method)
 MAX_NGRAM = 64
 
 
@@ -135,6 +134,41 @@ class PassCosts(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What S3D does by default on this device, and what it gains.
+
+    Attributes:
+        gamma, skip: as in DraftConfig.
+        costs: of the passes with these settings.
+        improvement_factor: speed over that of plain decoding; below 1, S3D does not pay.
+    """
+
+    gamma: int
+    skip: tuple[bool, ...]
+    costs: PassCosts
+    improvement_factor: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", DraftConfig(self.skip, self.gamma).skip)  # checks them
+        if len(self.costs.verify) != self.gamma + 1:
+            raise ConfigError(f"there are no costs for each of 0 … {self.gamma} draft tokens")
+        object.__setattr__(self, "improvement_factor", float(self.improvement_factor))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """From JSON.
+
+        Raises:
+            ConfigError, KeyError, TypeError, ValueError: it is not what `to_dict` gave.
+        """
+        return cls(**{**fields, "costs": PassCosts.from_dict(fields["costs"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptLookupConfig(Record):
     """How the text so far drafts for itself.
 
@@ -170,6 +204,9 @@ class TwoModelConfig(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_gamma(self.gamma)
+
+
+DrafterSettings = DraftConfig | PromptLookupConfig | TwoModelConfig
 
 
 def _check_gamma(gamma: Any) -> None:

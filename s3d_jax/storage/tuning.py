@@ -7,17 +7,16 @@ An entry belongs to a device, a dtype and a draft. It is found only while the dr
 it was measured with.
 """
 
-import dataclasses
 import json
 import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.machine import machine_name
-from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.drafting import DraftConfig, Tuning
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.json_files import read_json_object
 from s3d_jax.storage.staging import write_atomically
@@ -25,41 +24,6 @@ from s3d_jax.storage.staging import write_atomically
 FORMAT, VERSION = "s3d_jax tuning", 1
 FILE = "tuning.json"
 _AGAIN = "delete it, and run s3d tune again"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """What S3D does on this device where nobody says otherwise, and what it is worth.
-
-    Attributes:
-        gamma, skip: as in DraftConfig.
-        costs: of the passes with these settings.
-        improvement_factor: speed over that of plain decoding; below 1, S3D does not pay.
-    """
-
-    gamma: int
-    skip: tuple[bool, ...]
-    costs: PassCosts
-    improvement_factor: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", DraftConfig(self.skip, self.gamma).skip)  # checks them
-        if len(self.costs.verify) != self.gamma + 1:
-            raise ConfigError(f"there are no costs for each of 0 … {self.gamma} draft tokens")
-        object.__setattr__(self, "improvement_factor", float(self.improvement_factor))
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """From JSON.
-
-        Raises:
-            ConfigError, KeyError, TypeError, ValueError: it is not what `to_dict` gave.
-        """
-        return cls(**{**fields, "costs": PassCosts.from_dict(fields["costs"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
 
 
 def read_tuning(

@@ -1,4 +1,4 @@
-"""The prompts: suites that come with the package, and the files of known benchmarks."""
+"""Prompt suites: built into the package, or read from the files of known benchmarks."""
 
 import dataclasses
 import sysconfig
@@ -29,9 +29,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        category: the part of the suite it belongs to.
+        category: its part of the suite.
         tokens: int32 [T], its ids.
-        eos_token_ids: tokens that end its continuation; None stands for the model's own.
+        eos_token_ids: tokens that end its continuation; None means the model's own.
     """
 
     category: str
@@ -45,20 +45,21 @@ def read_suites(
     """The prompts of some suites.
 
     Args:
-        names: of BUILT_IN, or .jsonl files (also .gz). Each line has one of
+        names: names from BUILT_IN, or .jsonl files (also .gz). Each line has one of
             "turns", "question" or "messages": a chat, or its first question (MT-Bench, Spec-Bench,
-                GSM8K); written out by the chat template, or where the model has none, as a text;
+                GSM8K); formatted by the chat template, or used as a text if the model has none;
             "prompt": a text that is continued as it is (HumanEval);
             "prompt_tokens": ids;
             "text": a whole text, whose beginning is continued;
-            and may have a "category", else the file's name is that.
-        lm: whose tokenizer makes ids of them.
-        max_tokens: of a prompt. Longer ones leave no room for new tokens, and are left out.
-        limit: prompts of each category at most, evenly from all of them.
+            and may have a "category"; the default is the file's name.
+        lm: the model whose tokenizer encodes them.
+        max_tokens: tokens of a prompt at most. Longer ones leave no room for new tokens, and are
+            left out.
+        limit: prompts of each category at most, evenly spread.
 
     Raises:
-        InputError: an unknown name, a file that cannot be read, a line that is none of these, no
-            prompt that fits, or no room for any.
+        InputError: an unknown name, an unreadable file, a line of another kind, or no prompt that
+            fits.
 
     Warns:
         UserWarning: how many prompts of a category were left out.
@@ -110,7 +111,7 @@ def _read(name: str, lm: "LM") -> Iterator[Prompt]:
 
 
 def _heads_of_modules() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Beginnings of modules of the Python that runs this: code that is on every machine."""
+    """Beginnings of standard library modules: code that is on every machine."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     for name in _MODULES.split():
         path = folder / f"{name}.py"
@@ -148,7 +149,7 @@ def _prompt(category: str, fields: Mapping[str, Any], lm: "LM", where: str) -> P
 
 
 def _messages(fields: Mapping[str, Any], where: str) -> list[Mapping[str, Any]] | None:
-    """The chat of a line, or None. Of several questions only the first is asked."""
+    """The chat of a line, or None. Only the first of several questions is used."""
     if "turns" in fields:
         turns = fields["turns"]
         if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):

@@ -1,10 +1,10 @@
-"""What the passes cost on this device: whole iterations of the compiled loop, in turns.
+"""Costs of the passes on this device: whole iterations of the compiled loop, timed in turns.
 
-How long an iteration takes does not depend on what is accepted in it. So each program runs as it
-does in decoding, the state donated and handed on from one to the next, from the same place again
-and again. Decoding of texts is a little slower than such a loop, plain decoding more so than S3D:
-texts are short, their caches of several sizes, and the weights have left the processor's caches
-when the next one begins. By how much is measured too, on two settings (`Costs.scaled`).
+The time of an iteration does not depend on how much is accepted. So each program runs as in
+decoding, with a donated state that passes from one program to the next, always from the same
+position. Decoding real texts is a little slower than this loop, and plain decoding loses more than
+S3D: texts are short, caches have several sizes, and weights have left the processor's caches when
+the next text begins. That difference is measured too, on two settings (`Costs.scaled`).
 """
 
 import dataclasses
@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.decoding import step as decode
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, batch_sampling
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, DrafterParams, Proposal, last_token
-from s3d_jax.engine.batch import cache_slots
+from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, init_state, last_token
+from s3d_jax.decoding.step import decode_jit
+from s3d_jax.drafters.base import Drafter
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.sampling import SamplingConfig
@@ -39,8 +41,8 @@ class Costs:
 
     Attributes:
         verify: without a draft pass, with w = 0 … γ draft tokens. The first is an AR step.
-        draft: what the draft pass adds, by γ and the number of layers kept. Between two numbers of
-            layers it is taken to grow evenly.
+        draft: what the draft pass adds, by γ and the number of layers kept. Between two measured
+            numbers of layers it is interpolated.
         visible: slots of the cache that were read.
     """
 
@@ -49,12 +51,12 @@ class Costs:
     visible: int
 
     def scaled(self, step: float, kept: int, gamma: int, iteration: float) -> "Costs":
-        """With the times of real decoding.
+        """The costs scaled to the times of real decoding.
 
         Args:
             step: seconds of one of plain decoding.
-            kept, gamma: an S3D setting,
-            iteration: and the seconds of one of its iterations. All others change in proportion.
+            kept, gamma: an S3D setting.
+            iteration: seconds of one of its iterations. All others change in proportion.
         """
         factor = iteration / (self.step * self.relative(kept, gamma).iteration(gamma))
         return dataclasses.replace(
@@ -68,7 +70,7 @@ class Costs:
 
     @property
     def step(self) -> float:
-        """Of plain decoding."""
+        """Seconds of a step of plain decoding."""
         return self.verify[0]
 
     def relative(self, kept: int, gamma: int) -> PassCosts:
@@ -91,8 +93,9 @@ class Clock:
         lm: the model with its draft.
         skips: sets of skipped layers, of different size.
         gammas: γs.
-        texts: what is decoded. As much of the cache is read as their tokens see on average.
-        max_new_tokens: that they were written with.
+        texts: what is decoded. The programs read as much of the cache as these texts' tokens see on
+            average.
+        max_new_tokens: limit that the texts were written with.
         progress: called after each program is compiled, `num_programs` times.
     """
 
@@ -110,26 +113,25 @@ class Clock:
         sampling, features = _greedy(lm)
         specs: dict[Any, DecodeSpec] = {0: DecodeSpec(lm.config, None, features)}
         for w in range(1, most + 1):
-            specs[w] = DecodeSpec(lm.config, DraftConfig(whole, w), features, (), _repeat_last)
+            specs[w] = DecodeSpec(lm.config, _RepeatLast(DraftConfig(whole, w)), features)
         for skip, gamma in itertools.product(skips, gammas):
             draft = lm.draft_config.replace(skip=skip, gamma=gamma)
-            specs[sum(skip), gamma] = DecodeSpec(lm.config, draft, features)
+            specs[sum(skip), gamma] = DecodeSpec(lm.config, S3D(draft), features)
 
         self.visible = _mean_visible(lm, texts, max_new_tokens, most)
-        # One row with nothing but its first token: what is in the cache has no say in the time.
+        # One row with only its first token: the cache's content does not change the time.
         limit = self.visible - most - 1
         first = [np.zeros(1, np.int32)]
-        self._state = decode.init_state(
-            specs[most], first, self.visible, np.array([limit]), sampling
-        )
+        plan = SlotPlan((1,), (limit,), most, self.visible)
+        self._state = init_state(specs[most], first, plan, sampling)
         self._programs, self._iterations = {}, dict.fromkeys(specs, 1)
         self._room = {name: max(1, (limit - 1) // (s.gamma + 1)) for name, s in specs.items()}
         self._seconds: dict[Any, list[float]] = {name: [] for name in specs}
         for name, spec in specs.items():
             arguments = (*self._params, self._state, np.int32(1), self.visible)
-            self._programs[name] = decode.decode_jit.lower(spec, *arguments).compile()
+            self._programs[name] = decode_jit.lower(spec, *arguments).compile()
             progress()
-        for name in [*specs] * 2:  # warms up, and finds out how many iterations fill a turn
+        for name in [*specs] * 2:  # warm up, and find out how many iterations fill a turn
             each = self._time(name)
             self._iterations[name] = int(np.clip(_SECONDS / each, 1, self._room[name]))
 
@@ -138,7 +140,7 @@ class Clock:
         return self._lm.params, self._lm.draft_params
 
     def take_turns(self, turns: int = 9) -> None:
-        """Times every program so many times more, in turns."""
+        """Times every program `turns` more times, in turns."""
         names = list(self._programs)
         for turn in range(turns):
             for name in names if turn % 2 else reversed(names):
@@ -149,7 +151,7 @@ class Clock:
         median = {name: statistics.median(values) for name, values in self._seconds.items()}
         layers = self._lm.config.num_layers
         draft = {
-            # More than nothing, also where the clock was too coarse to see it.
+            # Above 0, also where the clock is too coarse to measure it.
             g: {layers - sum(s): max(median[sum(s), g] - median[g], 1e-9) for s in self._skips}
             for g in self._gammas
         }
@@ -157,7 +159,7 @@ class Clock:
         return Costs(verify, draft, self.visible)
 
     def _time(self, name: Any) -> float:
-        """Seconds per iteration of one call, which begins at the first token again."""
+        """Seconds per iteration of one call, which starts at the first token again."""
         fresh = jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool)
         length, done = jax.block_until_ready(fresh)
         cache = self._state.cache.replace(length=length)
@@ -174,26 +176,28 @@ def num_programs(skips: Sequence[Skip], gammas: Sequence[int]) -> int:
     return 1 + max(gammas) + len(skips) * len(gammas)
 
 
-def _repeat_last(
-    spec: DecodeSpec,
-    params: Params,
-    draft_params: DrafterParams,
-    state: DecodeState,
-    visible: int | None = None,
-) -> Proposal:
-    """A proposer that costs nothing: what remains of the iteration is the verify pass."""
-    last = last_token(state)
-    return Proposal(jnp.broadcast_to(last, (last.shape[0], spec.gamma)), None, state.cache)
+class _RepeatLast(Drafter):
+    """Costs nothing: what remains of an iteration is the verify pass."""
+
+    def propose(
+        self,
+        spec: DecodeSpec,
+        params: Params,
+        drafter_params: Any,
+        state: DecodeState,
+        visible: int | None,
+    ) -> Proposal:
+        last = last_token(state)
+        return Proposal(jnp.broadcast_to(last, (last.shape[0], spec.gamma)), None, state.cache)
 
 
 def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:
-    """Slots that are read per new token: the time of a pass grows evenly with them."""
+    """Mean number of slots that are read per new token; the time of a pass is linear in it."""
     weights, slots = [], []
     for prompt, length in zip(texts.prompt_lengths, texts.lengths, strict=True):
-        padded = decode.padded_length(prompt)
-        room = cache_slots([padded], [max_new_tokens], lm.max_length, gamma)
-        middle = padded + (length - prompt) // 2
-        slots.append(decode.visible_slots(middle + gamma + 1, room))
+        end = min(prompt + max_new_tokens, lm.max_length)
+        plan = SlotPlan.for_batch([prompt], [end], gamma, max_length=lm.max_length)
+        slots.append(plan.visible_to_step(plan.padded[0] + (length - prompt) // 2))
         weights.append(length - prompt)
     mean = float(np.average(slots, weights=weights))
     return _STEP * math.ceil(max(mean, 2 * gamma + 3) / _STEP)

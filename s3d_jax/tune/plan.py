@@ -11,7 +11,7 @@ from s3d_jax.bench import measure
 from s3d_jax.bench.contestants import Ours
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
-from s3d_jax.storage.tuning import Tuning
+from s3d_jax.settings.drafting import Tuning
 from s3d_jax.texts.suites import Prompt
 from s3d_jax.tune.acceptance import (
     Expected,
@@ -30,7 +30,7 @@ _TIMED_PROMPTS = _CHECK_PROMPTS = 8
 _TURNS = 3  # of every setting on every prompt, that count
 
 Setting = tuple[Skip, int]  # what is skipped, and γ
-Progress = Callable[[str, int], Callable[[], None]]  # (what, how often) -> to call so often
+Progress = Callable[[str, int], Callable[[], None]]  # (stage, steps) -> call after each step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Candidate(Expected):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A prediction beside what came out, where there are enough on other prompts.
+    """A prediction, and the measurement that checks it, on other prompts where there are enough.
 
     Attributes:
         gamma, skip: the settings.
         predicted, measured: the improvement factor; the measured one of each prompt's median times.
         spread: its standard deviation over the repeats.
         predicted_tau, measured_tau: tokens per iteration.
-        identical_to_ar: share of outputs that are those of plain decoding.
+        identical_to_ar: share of outputs that equal plain decoding.
     """
 
     gamma: int
@@ -67,22 +67,22 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to the measurement."""
+        """Error of the prediction, relative to the measurement."""
         return self.predicted / self.measured - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What was found.
+class TuningPlan:
+    """What tuning found.
 
     Attributes:
-        candidates: the sets of layers, by their size; the surface of improvement factors.
-        costs: what the predictions rest on.
+        candidates: the sets of layers, by their size, with their improvement factors.
+        costs: of the passes; the predictions use them.
         checks: predictions that were measured.
-        tuning: the choice: the fastest of the checked settings, and without checks the best
+        tuning: the choice: the fastest of the checked settings, or without checks the best
             prediction.
         calibration_prompts, calibration_tokens, check_prompts: what was decoded.
-        held_out: whether the prompts of the check are others than those predicted from.
+        held_out: whether the check uses other prompts than the prediction.
     """
 
     candidates: tuple[Candidate, ...]
@@ -123,21 +123,20 @@ def tune(
     max_new_tokens: int = 128,
     check: int = 6,
     progress: Progress = lambda what, total: lambda: None,
-) -> Plan:
+) -> TuningPlan:
     """Looks for the γ and the skipped layers with which S3D decodes one greedy row fastest.
 
     Args:
-        lm: the model with its draft. Where that is trained, the layers it was trained to skip are a
-            candidate beside those that the search finds.
-        prompts: like those to come. Every other one of each category is predicted from; of the rest
-            up to 8 are what predictions are checked on. (Where no category has two, all are used
-            for both.)
+        lm: the model with its draft. The layers that a trained draft skips are a candidate in
+            addition to what the search finds.
+        prompts: typical prompts. Predictions use every other prompt of each category; up to 8 of
+            the rest check them. (Where no category has two, all are used for both.)
         gammas: which γ to consider.
-        kind: how sets of layers are looked for; see search.py.
+        kind: how sets of layers are searched for; see search.py.
         max_new_tokens: per prompt.
-        check: how many settings are measured: half of them the best, the others from all over the
-            surface.
-        progress: told of each stage and its number of steps, gives what is called after each.
+        check: how many settings are measured: half of them the best, the others spread over all
+            predictions.
+        progress: (stage, its number of steps) -> a function to call after each step.
 
     Raises:
         InputError: no prompt, or the model continues none of them; a model of one layer; or the
@@ -160,7 +159,11 @@ def tune(
     own = lm.draft_config.skip
     timed = list({sum(skip): skip for skip in (found[0], found[-1], own)}.values())
     clock = Clock(
-        *(lm, timed, gammas, texts, max_new_tokens),
+        lm,
+        timed,
+        gammas,
+        texts,
+        max_new_tokens,
         progress("compiling", num_programs(timed, gammas)),
     )
     step = progress("accepting", num_measured(found, own))
@@ -177,7 +180,7 @@ def tune(
     settings = _to_check(candidates, check)
     rows = _decoded(lm, settings, others, max_new_tokens, "checking", progress) if settings else []
     checks = _compared(candidates, settings, rows)
-    return Plan(
+    return TuningPlan(
         candidates=tuple(candidates),
         costs=costs,
         checks=checks,
@@ -190,7 +193,7 @@ def tune(
 
 
 def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """Every other prompt of each category, beginning with its first; and those between."""
+    """Every other prompt of each category, from its first on; and the prompts between."""
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt.category, []).append(prompt)
@@ -199,7 +202,7 @@ def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def predict(expected: Sequence[Expected], costs: Costs) -> list[Candidate]:
-    """The improvement factor of every set with every γ: τ over what an iteration costs."""
+    """The improvement factor of every set with every γ: τ divided by the cost of an iteration."""
     return [
         Candidate(
             **vars(e),
@@ -213,7 +216,7 @@ def predict(expected: Sequence[Expected], costs: Costs) -> list[Candidate]:
 
 
 def choose(candidates: Sequence[Candidate], costs: Costs, checks: Sequence[Check]) -> Tuning:
-    """The fastest of the settings that were measured; the best prediction where none was."""
+    """The fastest of the measured settings; without measurements the best prediction."""
     if checks:
         fastest = max(checks, key=lambda check: check.measured)
         skip, gamma, factor = fastest.skip, fastest.gamma, fastest.measured
@@ -230,7 +233,7 @@ def _ranking(candidates: Sequence[Candidate]) -> list[tuple[Candidate, int]]:
 
 
 def _to_check(candidates: Sequence[Candidate], count: int) -> list[Setting]:
-    """Half of them the best, since one of these is chosen; the others from all over the surface."""
+    """Half of them the best, since one of these is chosen; the others spread over the rest."""
     ranking = _ranking(candidates)
     best = (count + 1) // 2
     rest = ranking[best:]
@@ -252,19 +255,15 @@ def _decoded(
     Returns:
         Its rows, with the seconds that decoding all prompts took.
     """
-    contestants = [
-        Ours("ar", {}, lm),
-        *(
-            Ours("s3d", {"gamma": gamma, "skip": skip, "adaptive": False}, lm)
-            for skip, gamma in settings
-        ),
-    ]
+    contestants = [Ours("ar", {}, lm)]
+    for skip, gamma in settings:
+        contestants.append(Ours("s3d", {"gamma": gamma, "skip": skip, "adaptive": False}, lm))
     step = progress(what, len(contestants) * len(prompts) * (1 + _TURNS))
     records = measure.take_turns(contestants, prompts, max_new_tokens, _TURNS, step)
     rows = measure.summary(contestants, prompts, records, max_new_tokens)
     whole = [row for row in rows if row["category"] == "all"]
     for c, row in enumerate(whole):
-        # A prompt's median, since a machine that has other work to do is slow in single turns.
+        # A prompt's median time, since a busy machine is slow in single turns.
         times: dict[int, list[float]] = {}
         for record in records:
             if record.contestant == c and record.repeat > 0:

@@ -1,4 +1,4 @@
-"""What was found, as Markdown tables and as a picture."""
+"""The report of tuning: Markdown tables and a picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 from s3d_jax.bench.report import check_plot, markdown, ranges, save_plot
 
-# Both take the JSON object of the command: Plan.to_dict() and what it was asked for.
+# Both take the JSON object of the command: TuningPlan.to_dict() and the options.
 
 
 def skipped(skip: Sequence[bool]) -> str:
-    """0-2,5 for the layers that are jumped over."""
+    """The skipped layers in words: "0-2,5"."""
     return ranges([i for i, s in enumerate(skip) if s])
 
 
@@ -46,7 +46,7 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         *markdown(["", *(f"γ={g}" for g in gammas)], cost_rows),
         "",
-        "Predicted improvement factors; τ and acceptance by position are those of the largest γ:",
+        "Predicted improvement factors; τ and acceptance by position are of the largest γ:",
         "",
         *markdown(
             ["layers", "skipped", *(f"γ={g}" for g in gammas), "τ", "accepted by position"], surface

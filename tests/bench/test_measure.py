@@ -14,8 +14,7 @@ from s3d_jax.bench import measure, report
 from s3d_jax.bench.contestants import Contestant, Ours, Run
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
-from s3d_jax.settings.drafting import PassCosts
-from s3d_jax.storage.tuning import Tuning
+from s3d_jax.settings.drafting import PassCosts, Tuning
 from s3d_jax.texts.suites import Prompt
 from tests.tiny import tiny_config, tiny_lm, tiny_params
 
@@ -189,7 +188,7 @@ def test_table_and_picture(rows, tmp_path, monkeypatch):
         *("6.0 s", "2.50"),
     ]
     assert text.startswith("tiny, int8: ") and text.count("\n| b ") == 2
-    assert "resident set, with all methods in it: 0.50 GiB behind loading, 2.00 GiB at" in text
+    assert "resident set, with all methods in it: 0.50 GiB after loading, 2.00 GiB at" in text
     report.draw(found, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in tmp_path.iterdir()] == ["b.png"]

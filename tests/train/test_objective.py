@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.decoding import step as decode
+from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.sampling import batch_sampling
-from s3d_jax.decoding.step import DecodeSpec
-from s3d_jax.drafters import proposers
+from s3d_jax.decoding.sizes import SlotPlan, padded_length
+from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
@@ -42,16 +43,12 @@ def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
     sampling, features = batch_sampling(
         [SamplingConfig(temperature=1.0)], jax.random.split(jax.random.key(0), 1), config.vocab_size
     )
-    spec = DecodeSpec(config, draft_config, features)
-    chunks = decode.prefill_chunks(len(prompt) - 1)
-    slots = max(sum(chunks), len(prompt) + 4) + draft_config.gamma + 1
-    state = decode.init_state(spec, [prompt], slots, np.array([len(prompt) + 4]), sampling)
-    offset = 0
-    for chunk in chunks:
-        block = state.tokens[:, offset : offset + chunk]
-        cache = decode.prefill_jit(config, params, block, state.cache, jnp.int32(offset))
-        state, offset = state.replace(cache=cache), offset + chunk
-    return np.asarray(proposers.draft_pass(spec, params, draft, state).logits[0])
+    spec, length = DecodeSpec(config, S3D(draft_config), features), len(prompt)
+    slots = max(padded_length(length), length + 4) + draft_config.gamma + 1
+    plan = SlotPlan((length,), (length + 4,), draft_config.gamma, slots)
+    state = init_state(spec, [prompt], plan, sampling)
+    state = prefill(spec, params, draft, state, [prompt], plan)
+    return np.asarray(spec.drafter.propose(spec, params, draft, state, None).logits[0])
 
 
 @pytest.mark.parametrize("block_attention", ["causal", "bidirectional"])

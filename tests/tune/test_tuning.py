@@ -12,10 +12,10 @@ from s3d_jax.drafters.registry import candidate_settings, default_settings
 from s3d_jax.drafters.stored import save_draft
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import LM
-from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage import tuning
-from s3d_jax.storage.tuning import Tuning, check_writable, read_tuning, save_tuning
+from s3d_jax.storage.tuning import check_writable, read_tuning, save_tuning
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 

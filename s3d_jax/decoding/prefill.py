@@ -1,0 +1,111 @@
+"""Prefill: puts the keys and values of prompts into the caches, chunk by chunk."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, DrafterProtocol
+from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.transformer import fill_cache
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.trees import Params
+
+# (jitted function, static arguments, arrays) -> its result
+Call = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Any]
+
+
+def prefill_chunk(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    offset: jax.Array,
+    visible: int | None = None,
+) -> KVCache:
+    """Puts keys and values of positions offset … offset+T-1 of every row into the cache.
+
+    Rows whose prompt ends earlier write scratch after their prompt and not at `offset`: in a ring,
+    scratch at `offset` would wrap around onto slots that the row still looks at. The last token of
+    a prompt stays out of the cache: it is x_n, the input of the first step.
+
+    Args:
+        config: the model (static).
+        params: the model's parameters.
+        tokens: int [B, T], padded with anything after a row's prompt.
+        cache: donated by `prefill_jit`. offset + T must not exceed its slots.
+        offset: int scalar, the same for all rows.
+        visible: static, slots to read, at least offset + T; None reads all.
+    """
+    here = cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
+    here = fill_cache(config, params, tokens, here, visible=visible)
+    return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
+
+
+prefill_jit: Any = jax.jit(
+    prefill_chunk, static_argnames=("config", "visible"), donate_argnames="cache"
+)
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "visible"), donate_argnames="state")
+def _prefill_drafter(
+    drafter: DrafterProtocol,
+    params: Any,
+    tokens: jax.Array,
+    state: Any,
+    offset: jax.Array,
+    visible: int,
+) -> Any:
+    return drafter.prefill(params, state, tokens, offset, visible)
+
+
+def call_directly(function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
+    """Calls a jitted function; jax keeps its programs."""
+    return function(**static, **arrays)
+
+
+def prefill(
+    spec: DecodeSpec,
+    params: Params,
+    drafter_params: Any,
+    state: DecodeState,
+    sequences: Sequence[np.ndarray],
+    plan: SlotPlan,
+    *,
+    running: Sequence[bool] | None = None,
+    call: Call = call_directly,
+) -> DecodeState:
+    """Prefills the target's cache and the drafter's state with all but the last token of each row.
+
+    Args:
+        spec, params, drafter_params: what decodes.
+        state: from `init_state` with the same plan; its cache and drafter state are donated.
+        sequences: B arrays of token ids.
+        plan: the batch's sizes.
+        running: rows that decode afterwards; they decide how many chunks there are. None is all.
+        call: how each program is called; the engine keeps its programs itself.
+    """
+    offset = plan.known
+    for chunk in plan.chunks(running):
+        block = np.zeros((len(sequences), chunk), np.int32)
+        for b, sequence in enumerate(sequences):
+            part = sequence[offset : offset + chunk]
+            block[b, : len(part)] = part
+        # The first chunk sees itself alone.
+        visible = plan.visible(offset + chunk) if offset else chunk
+        arrays = dict(params=params, tokens=block, cache=state.cache, offset=np.int32(offset))
+        cache = call(prefill_jit, dict(config=spec.config, visible=visible), arrays)
+        state = state.replace(cache=cache)
+        if state.drafter is not None:
+            assert spec.drafter is not None
+            arrays = dict(
+                params=drafter_params, tokens=block, state=state.drafter, offset=np.int32(offset)
+            )
+            kept = call(_prefill_drafter, dict(drafter=spec.drafter, visible=visible), arrays)
+            state = state.replace(drafter=kept)
+        offset += chunk
+    return state

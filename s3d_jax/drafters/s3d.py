@@ -1,0 +1,90 @@
+"""S3D (Zhong and Bharadwaj, arXiv 2405.20314): mask tokens through the kept layers, in one pass."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, last_token
+from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
+from s3d_jax.nn.transformer import forward
+from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.weights.trees import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class S3D(Drafter):
+    """Drafts γ tokens at once: x_n and γ-1 mask tokens run through the kept layers."""
+
+    settings: DraftConfig
+
+    name: ClassVar[str] = "s3d"
+    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive")
+
+    @classmethod
+    def default_settings(cls, target: Target) -> DraftConfig:
+        """The tuned settings where there are some, else the draft's own."""
+        if (tuned := target.tuning) is None:
+            return target.draft_config
+        return target.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip)
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[dict[str, Any]]:
+        usual = cls.default_settings(target).gamma
+        return [{"gamma": gamma} for gamma in sorted({2, 3, 4, 6, usual})]
+
+    @classmethod
+    def choose(cls, target: Target, options: Mapping[str, Any]) -> Choice:
+        """With `adaptive` (default True) a row falls back to AR where drafting does not pay."""
+        options = dict(options)
+        adaptive = checked_bool("adaptive", options.pop("adaptive", True))
+        drafter, _ = super().choose(target, options)
+        assert isinstance(drafter, S3D)
+        return Choice(drafter, drafter.costs(target) if adaptive else None)
+
+    def costs(self, target: Target) -> PassCosts:
+        """As measured, where the device was tuned to these settings; else as estimated."""
+        tuned, draft = target.tuning, self.settings
+        if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
+            return tuned.costs
+        slow = jax.default_backend() == "cpu" and target.config.precision in ("float32", "int8")
+        return PassCosts.estimated(draft, bound_by_memory=not slow)
+
+    def validate(self, target: Target) -> None:
+        self.settings.validate_for(target.config)
+
+    def params(self, target: Target) -> Any:
+        return target.draft_params
+
+    def described(self, target: Target, costs: PassCosts | None) -> dict[str, Any]:
+        """γ; what is skipped, where that is not the draft's own; where the costs come from."""
+        found: dict[str, Any] = {"gamma": self.gamma}
+        if self.settings.skip != target.draft_config.skip:
+            found["skip"] = self.settings.skip
+        found["adaptive"] = costs is not None
+        if costs is not None:
+            measured = target.tuning is not None and costs == target.tuning.costs
+            found["costs"] = "measured" if measured else "estimated"
+        return found
+
+    def propose(
+        self,
+        spec: DecodeSpec,
+        params: Params,
+        drafter_params: Any,
+        state: DecodeState,
+        visible: int | None,
+    ) -> Proposal:
+        logits, cache = forward(
+            spec.config,
+            params,
+            last_token(state),
+            state.cache,
+            skip=self.settings.skip,
+            draft=drafter_params,
+            num_masks=self.gamma - 1,
+            bidirectional=self.settings.block_attention == "bidirectional",
+            visible=visible,
+        )
+        return Proposal(*pick_tokens(spec, logits, state), cache)

@@ -1,0 +1,139 @@
+"""Drafters that run token by token: the target without some of its layers, untrained."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, last_token
+from s3d_jax.drafters.base import Drafter, Target, pick_tokens
+from s3d_jax.errors import ConfigError
+from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.transformer import forward
+from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
+from s3d_jax.weights.trees import Params
+
+OnePass = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfSpeculative(Drafter):
+    """Self-speculative decoding (Zhang et al., arXiv 2309.08168): any layers are skipped."""
+
+    settings: DraftConfig
+
+    name: ClassVar[str] = "self-spec"
+    options: ClassVar[tuple[str, ...]] = ("gamma", "skip")
+
+    @classmethod
+    def default_settings(cls, target: Target) -> DraftConfig:
+        """Skips the middle half, as S3D's untrained draft."""
+        return DraftConfig(cls._skip(target, target.config.num_layers // 2))
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[dict[str, Any]]:
+        layers = target.config.num_layers
+        skips = [cls._skip(target, skipped) for skipped in sorted({layers // 4, layers // 2})]
+        return [{"gamma": gamma, "skip": skip} for skip in skips for gamma in (2, 4)]
+
+    @classmethod
+    def _skip(cls, target: Target, skipped: int) -> tuple[bool, ...]:
+        return symmetric_skip(target.config.num_layers, skipped)
+
+    def validate(self, target: Target) -> None:
+        self.settings.validate_for(target.config)
+
+    def described(self, target: Target, costs: Any) -> dict[str, Any]:
+        return {"gamma": self.gamma, "skip": self.settings.skip}
+
+    def propose(
+        self,
+        spec: DecodeSpec,
+        params: Params,
+        drafter_params: Any,
+        state: DecodeState,
+        visible: int | None,
+    ) -> Proposal:
+        skip = self.settings.skip
+
+        def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+            return forward(spec.config, params, block, cache, skip=skip, visible=visible)
+
+        logits, cache = one_pass(last_token(state), state.cache)
+        tokens, q, cache = draft_token_by_token(spec, state, one_pass, logits, cache)
+        return Proposal(tokens, q, cache.replace(length=state.cache.length))
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyExit(SelfSpeculative):
+    """Early exit: final norm and head directly after the exit layer, as in LayerSkip.
+
+    LayerSkip is Elhoushi et al., arXiv 2404.16710.
+    """
+
+    name: ClassVar[str] = "early-exit"
+
+    @classmethod
+    def _skip(cls, target: Target, skipped: int) -> tuple[bool, ...]:
+        layers = target.config.num_layers
+        return tuple(i >= layers - skipped for i in range(layers))
+
+    def validate(self, target: Target) -> None:
+        super().validate(target)
+        skip = self.settings.skip
+        if list(skip) != sorted(skip):
+            raise ConfigError(
+                "method 'early-exit' skips the last layers and no others, got skip "
+                f"{[int(s) for s in skip]}: use method 'self-spec'"
+            )
+
+
+def draft_token_by_token(
+    spec: DecodeSpec,
+    state: DecodeState,
+    one_pass: OnePass,
+    logits: jax.Array,
+    cache: KVCache,
+) -> tuple[jax.Array, jax.Array | None, KVCache]:
+    """γ draft tokens, each of which sees the ones before it.
+
+    Args:
+        spec, state: of the target.
+        one_pass: (tokens [B, 1], cache) -> (logits [B, 1, V], cache).
+        logits: float32 [B, 1, V], of the first draft token.
+        cache: of the model that drafts; holds what these logits have seen.
+
+    Returns:
+        Tokens and logits as in Proposal, and the cache.
+    """
+    n = state.cache.length
+    rows = jnp.arange(n.shape[0])
+
+    def choose(
+        logits: jax.Array, i: jax.Array, counts: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        # Each token uses the keys of its own position. Keys of a draft token that was judged are
+        # never used again, since the next iteration begins after it.
+        here = state.replace(cache=state.cache.replace(length=n + i), output_counts=counts)
+        token, q = pick_tokens(spec, logits, here)
+        if spec.features.penalized:
+            counts = counts.at[rows, token[:, 0]].add(1)
+        return token, q, counts
+
+    def body(
+        carry: tuple[jax.Array, KVCache, jax.Array], i: jax.Array
+    ) -> tuple[tuple[jax.Array, KVCache, jax.Array], tuple[jax.Array, jax.Array | None]]:
+        token, cache, counts = carry
+        logits, cache = one_pass(token, cache.replace(length=n + i))
+        token, q, counts = choose(logits, i, counts)
+        return (token, cache, counts), (token[:, 0], None if q is None else q[:, 0])
+
+    token, q, counts = choose(logits, jnp.int32(0), state.output_counts)
+    steps = jnp.arange(1, spec.gamma, dtype=jnp.int32)
+    (_, cache, _), (tokens, qs) = jax.lax.scan(body, (token, cache, counts), steps)
+    tokens = jnp.concatenate([token, tokens.T], axis=1)
+    if q is not None and qs is not None:
+        q = jnp.concatenate([q, qs.swapaxes(0, 1)], axis=1)
+    return tokens, q, cache

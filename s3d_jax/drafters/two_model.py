@@ -1,0 +1,83 @@
+"""Classic speculative decoding: a second, smaller model drafts (Leviathan et al., 2211.17192)."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.decoding.prefill import prefill_chunk
+from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal
+from s3d_jax.drafters.base import Drafter, Target
+from s3d_jax.drafters.token_by_token import draft_token_by_token
+from s3d_jax.errors import ConfigError
+from s3d_jax.nn.cache import KVCache, init_cache
+from s3d_jax.nn.transformer import forward
+from s3d_jax.settings.drafting import TwoModelConfig
+from s3d_jax.weights.trees import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoModel(Drafter):
+    """A second model drafts token by token, with a cache of its own."""
+
+    settings: TwoModelConfig
+
+    name: ClassVar[str] = "two-model"
+
+    @classmethod
+    def default_settings(cls, target: Target) -> TwoModelConfig:
+        if target.draft_model is None:
+            raise ConfigError(
+                "method 'two-model' needs a second model: load(..., draft_model=...), "
+                "lm.draft_model = ..., or --draft-model DIR"
+            )
+        return TwoModelConfig(target.draft_model.config)
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[dict[str, Any]]:
+        return [{"gamma": gamma} for gamma in (2, 4, 6)]
+
+    def params(self, target: Target) -> Any:
+        assert target.draft_model is not None
+        return target.draft_model.params
+
+    def described(self, target: Target, costs: Any) -> dict[str, Any]:
+        return {"gamma": self.gamma}
+
+    def init(self, plan: SlotPlan) -> KVCache:
+        """The second model's cache. Its length means nothing: the target's cache has it."""
+        lengths = np.asarray(plan.lengths, np.int32)
+        model = self.settings.model
+        return init_cache(model, len(lengths), plan.slots, lengths, plan.largest_block)
+
+    def prefill(
+        self, params: Any, state: KVCache, tokens: jax.Array, offset: jax.Array, visible: int
+    ) -> KVCache:
+        return prefill_chunk(self.settings.model, params, tokens, state, offset, visible)
+
+    def propose(
+        self,
+        spec: DecodeSpec,
+        params: Params,
+        drafter_params: Any,
+        state: DecodeState,
+        visible: int | None,
+    ) -> Proposal:
+        model, n = self.settings.model, state.cache.length
+
+        def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+            return forward(model, drafter_params, block, cache, visible=visible)
+
+        # The first pass takes the last two tokens: if the last draft was accepted completely, this
+        # model has not seen its last token yet. A prompt of one token has none before it: then the
+        # pass takes x_0 and scratch after it.
+        first = jnp.maximum(n - 1, 0)
+        at = first[:, None] + jnp.arange(2)
+        block = jnp.take_along_axis(state.tokens, at, axis=1)
+        logits, cache = one_pass(block, state.drafter.replace(length=first))
+        logits = jnp.take_along_axis(logits, (n - first)[:, None, None], axis=1)
+        tokens, q, cache = draft_token_by_token(spec, state, one_pass, logits, cache)
+        return Proposal(tokens, q, state.cache, cache)

@@ -1,0 +1,56 @@
+"""The compiled programs of a model."""
+
+import time
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+
+
+class Programs:
+    """Compiles each program once, and keeps it.
+
+    A program is kept under its function, its static arguments, and the shapes, dtypes and shardings
+    of its arrays.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def clear(self) -> None:
+        """Forgets all programs."""
+        self._programs.clear()
+
+    def get(
+        self,
+        function: Any,
+        static: Mapping[str, Any],
+        arrays: Mapping[str, Any],
+        known: Mapping[str, Hashable],
+    ) -> tuple[Any, float]:
+        """The program to be called with `arrays` as keywords, and the seconds to compile it.
+
+        Args:
+            function: a jitted function.
+            static: its static arguments.
+            arrays: its other arguments, PyTrees of arrays.
+            known: signatures (`signature`) of arrays that are large trees and do not change.
+        """
+        described = ((k, known[k] if k in known else signature(x)) for k, x in arrays.items())
+        key = (function, tuple(static.items()), tuple(described))
+        start = time.perf_counter()
+        if key in self._programs:
+            return self._programs[key], 0.0
+        program = function.lower(**static, **arrays).compile()
+        self._programs[key] = program
+        return program, time.perf_counter() - start
+
+
+def signature(tree: Any) -> Hashable:
+    """What a compiled program depends on in an argument: structure, shapes, dtypes, shardings."""
+    leaves, structure = jax.tree.flatten(tree)
+    described = ((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+    return structure, tuple(described)

@@ -1,0 +1,78 @@
+"""What a batch returns: one Result per row, with its statistics."""
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What one row cost. Times and memory are the whole batch's: its rows run together.
+
+    Attributes:
+        prompt_tokens, new_tokens: tokens in and out.
+        iterations: passes of the full model after the prefill that committed the row's tokens.
+        drafted: draft tokens proposed, γ per iteration with a draft.
+        accepted: draft tokens accepted and kept. Tokens after an end-of-text token, a stop string
+            or the row's end do not count.
+        accepted_per_position: the same for each of the γ positions; each was proposed `iterations -
+            plain_iterations` times.
+        prefill_seconds, decode_seconds: without compilation.
+        compile_seconds: spent on programs that did not exist yet.
+        cached_tokens: prompt tokens that were in the cache already, from a conversation's previous
+            turn; they are not prefilled.
+        plain_iterations: iterations without a draft: how often a method that drafts fell back.
+        peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
+            the peak resident set of this process.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    iterations: int
+    drafted: int
+    accepted: int
+    accepted_per_position: tuple[int, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    peak_memory_bytes: int
+    cached_tokens: int = 0
+    plain_iterations: int = 0
+
+    @property
+    def tokens_per_iteration(self) -> float:
+        """τ, mean tokens committed per iteration, the bonus token counted."""
+        return self.new_tokens / self.iterations if self.iterations else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this row, while decoding."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        derived = {
+            "tokens_per_iteration": self.tokens_per_iteration,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        return dataclasses.asdict(self) | derived
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One row's output.
+
+    Attributes:
+        tokens: the new ids, including the end-of-text token that ended the row, if one did.
+        text: their text, without special tokens and without the stop string; None without a
+            tokenizer.
+        finish_reason: "stop" (end-of-text token or stop string) or "length" (max_new_tokens, or the
+            end of the cache).
+        stopped_by: the token id or the stop string that caused "stop".
+        stats: what it cost.
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: Literal["stop", "length"]
+    stopped_by: int | str | None
+    stats: Stats
