@@ -95,9 +95,7 @@ def step_times(layers: int, turns: int) -> None:
                 for i, state in enumerate(states):
                     start = time.perf_counter()
                     states[i] = jax.block_until_ready(
-                        decode_jit(
-                            spec, params, untrained_draft(config, params), state, jnp.int32(4)
-                        )
+                        decode_jit(spec, params, draft, state, jnp.int32(4))
                     )
                     if turn:  # the first one compiles
                         seconds[i].append((time.perf_counter() - start) / 4)

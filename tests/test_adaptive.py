@@ -13,6 +13,7 @@ from s3d_jax.decoding import adaptive, sampling
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.decoding.step import decode_jit, statistics
+from s3d_jax.drafters import registry
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.errors import ConfigError
 from s3d_jax.lm import LM
@@ -199,17 +200,16 @@ def test_int8_is_exact_with_and_without_drafts():
 
 def test_what_decides(lm):
     """Measured costs only for the settings they were measured with; nothing where it is off."""
-    from s3d_jax.drafters.registry import drafting
 
-    assert drafting(lm, "s3d").costs == lm.tuning.costs
+    assert registry.choose(lm.target, "s3d").costs == lm.tuning.costs
     # Elsewhere by the layers; on CPUs (these tests') more in float32, and not in 16 bits.
-    assert drafting(lm, "s3d", gamma=3).costs == PassCosts(0.65, (1.0, 1.3, 1.3, 1.3))
+    assert registry.choose(lm.target, "s3d", gamma=3).costs == PassCosts(0.65, (1.0, 1.3, 1.3, 1.3))
     half = LM(CONFIG.replace(dtype="bfloat16"), PARAMS, draft_config=DRAFT)
-    assert drafting(half, "s3d", gamma=3).costs == PassCosts(0.5, (1.0,) * 4)
-    assert drafting(lm, "s3d", adaptive=False).costs is None
-    assert drafting(lm, "self-spec").costs is None
+    assert registry.choose(half.target, "s3d", gamma=3).costs == PassCosts(0.5, (1.0,) * 4)
+    assert registry.choose(lm.target, "s3d", adaptive=False).costs is None
+    assert registry.choose(lm.target, "self-spec").costs is None
     with pytest.raises(ConfigError, match="no adaptive"):
-        drafting(lm, "self-spec", adaptive=True)
+        registry.choose(lm.target, "self-spec", adaptive=True)
     with pytest.raises(ConfigError, match="True or False"):
         lm.generate([1], adaptive=1)
     (fixed,) = lm.generate(PROMPTS[1], adaptive=False)

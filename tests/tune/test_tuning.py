@@ -8,7 +8,7 @@ import pytest
 
 import s3d_jax
 from s3d_jax.bench.report import about
-from s3d_jax.drafters.registry import candidate_settings, default_settings
+from s3d_jax.drafters.s3d import S3D
 from s3d_jax.drafters.stored import save_draft
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import LM
@@ -44,8 +44,8 @@ def test_it_comes_back_and_loading_uses_it(model):
 
     lm = s3d_jax.load(model)
     assert lm.tuning == CHOICE and lm.draft_config == OWN
-    assert default_settings(lm, "s3d") == OWN.replace(gamma=2, skip=CHOICE.skip)
-    assert {"gamma": 2} in candidate_settings(lm, "s3d")
+    assert S3D.default_settings(lm.target) == OWN.replace(gamma=2, skip=CHOICE.skip)
+    assert {"gamma": 2} in S3D.candidates(lm.target)
     (result,) = lm.generate([3, 1, 4], max_new_tokens=8)
     assert len(result.stats.accepted_per_position) == 2
     (result,) = lm.generate([3, 1, 4], max_new_tokens=8, gamma=5, skip=OWN.skip)
