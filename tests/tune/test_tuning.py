@@ -37,7 +37,7 @@ def test_it_comes_back_and_loading_uses_it(model):
     config = tiny_config()
     before = s3d_jax.load(model)
     assert before.tuning is None
-    assert default_settings(before, "s3d") == OWN
+    assert S3D.default_settings(before.target) == OWN
     path = save_tuning(model, config, "default", CHOICE, {"about": about()})
     assert read_tuning(model, config, "default") == CHOICE
     assert json.loads(path.read_text())["entries"][0]["measured"]["about"]["versions"]["jax"]
@@ -50,8 +50,9 @@ def test_it_comes_back_and_loading_uses_it(model):
     assert len(result.stats.accepted_per_position) == 2
     (result,) = lm.generate([3, 1, 4], max_new_tokens=8, gamma=5, skip=OWN.skip)
     assert len(result.stats.accepted_per_position) == 5
-    draft = {program[1].draft for program in lm.programs if hasattr(program[1], "draft")}
-    assert draft == {OWN.replace(gamma=2, skip=CHOICE.skip), OWN.replace(gamma=5)}
+    statics = [dict(key[1]) for key in lm.programs._programs]
+    settings = {static["spec"].drafter.settings for static in statics if "spec" in static}
+    assert settings == {OWN.replace(gamma=2, skip=CHOICE.skip), OWN.replace(gamma=5)}
 
 
 def test_each_device_dtype_and_draft_has_its_own(model, monkeypatch):
