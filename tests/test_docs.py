@@ -106,3 +106,15 @@ def test_the_architecture_page_names_every_room_and_no_other():
     rooms = {path.parent.name for path in package.glob("*/__init__.py")}
     rooms |= {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
     assert named == rooms | {"convert"}
+
+
+def test_files_that_the_pages_name_exist():
+    places = [ROOT, ROOT / "s3d_jax", ROOT / "convert"]
+    missing = [
+        (page.name, name)
+        for page in PAGES
+        if page.parent.name != "log"  # it tells what was, too
+        for name in re.findall(r"`([\w/]+\.(?:py|sh|ipynb))`", page.read_text(encoding="utf-8"))
+        if not any((place / name).exists() for place in [*places, page.parent])
+    ]
+    assert missing == []
