@@ -116,7 +116,7 @@ def test_a_block_that_does_not_fit_a_ring_is_refused():
 
 
 def test_a_short_prompt_beside_a_long_one_is_not_overwritten(monkeypatch):
-    """Prefill of the long one goes on for more slots than the short one's rings have."""
+    """Prefill of the long one continues for more slots than the short one's rings have."""
     monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 31, n).astype(np.int32) for n in (3, 50, 21)]

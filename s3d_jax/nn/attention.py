@@ -1,4 +1,4 @@
-"""Attention of a block of tokens to a cache: who sees what, products, softmax, the module."""
+"""Attention of a block of tokens to the cache: layouts, products, softmax, the linen module."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,13 +19,13 @@ from s3d_jax.weights.formats import exact_sums
 
 
 class Layout(flax.struct.PyTreeNode):
-    """Where the tokens of one pass are, and what they may see.
+    """The positions of the tokens of one pass, and the slots that each token attends to.
 
     Attributes:
-        start: int [B], the slot that each row's first token is written to; the others follow.
-        positions: int32 [B, T], of the tokens in the text.
-        slot_positions: int32 [B, S] or [1, S], of what each slot holds.
-        seen: bool [B, T, S], True where a token may look.
+        start: int [B], the slot of each row's first token; the other tokens follow.
+        positions: int32 [B, T], positions of the tokens in the text.
+        slot_positions: int32 [B, S] or [1, S], position of the token in each slot.
+        seen: bool [B, T, S], True where a token attends to a slot.
         ring: static; the slots are a ring (see cache.py).
     """
 
@@ -36,7 +36,7 @@ class Layout(flax.struct.PyTreeNode):
     ring: bool = flax.struct.field(pytree_node=False, default=False)
 
     def within(self, window: int | None) -> "Layout":
-        """Without the slots that lie `window` or more positions back."""
+        """The layout without slots that lie `window` or more positions back."""
         if window is None:
             return self
         recent = self.slot_positions[:, None, :] > self.positions[:, :, None] - window
@@ -46,19 +46,19 @@ class Layout(flax.struct.PyTreeNode):
 def layout_after_committed(
     cache: KVCache, length: int, bidirectional: bool, slots: int, visible: int | None = None
 ) -> Layout:
-    """The layout of decoding: `length` tokens behind each row's committed ones.
+    """The layout of decoding: `length` tokens after each row's committed tokens.
 
     Args:
-        cache: how far the rows are.
+        cache: holds the committed length of each row.
         length: T.
-        bidirectional: a token sees those behind it, too.
-        slots: of the layer, all of them or a ring.
-        visible: only so many slots are read; None reads all.
+        bidirectional: a token sees the tokens after it as well.
+        slots: number of slots of the layer; fewer than the cache's if the layer keeps a ring.
+        visible: number of slots that are read; None reads all.
     """
     positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
     slot_positions = jnp.arange(min(visible or slots, slots), dtype=jnp.int32)[None]
     ring = slots < cache.slots
-    if ring:  # the last position written to each slot; below 0 where there was none
+    if ring:  # the last position written to each slot; below 0 if there is none
         newest = positions[:, -1:]
         slot_positions = newest - (newest - slot_positions) % slots
     last = positions[:, -1:] if bidirectional else positions
@@ -71,17 +71,16 @@ def layout_after_committed(
 def layout_after_anchors(
     anchors: jax.Array, width: int, context: int, bidirectional: bool
 ) -> Layout:
-    """The layout of training: a block of `width` tokens at each of many places of one text.
+    """The layout of training: a block of `width` tokens at each of many anchors of one text.
 
-    The cache holds the whole text in its first `context` slots; the blocks lie behind it, one
-    after the other. A block sees the text before its anchor, and itself: what it would see in
-    decoding.
+    The cache holds the whole text in its first `context` slots; the blocks follow, one after the
+    other. A block sees the text before its anchor and itself, as in decoding.
 
     Args:
         anchors: int [B, A], position of each block's first token.
-        width: tokens per block.
-        context: tokens of the text.
-        bidirectional: a block's tokens see each other both ways.
+        width: number of tokens in a block.
+        context: number of tokens in the text.
+        bidirectional: the tokens of a block see each other in both directions.
     """
     rows, count = anchors.shape
     offsets = jnp.arange(width, dtype=jnp.int32)
@@ -110,17 +109,17 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention over all slots of a cache, softmax in float32.
 
-    Where the scores would take more than `_WHOLE_BYTES`, it goes through the slots block by block,
-    so that memory does not grow with the product of both lengths.
+    If the scores would take more than `_WHOLE_BYTES`, the slots are processed block by block, so
+    that memory does not grow with the product of T and S.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, K, S, H].
-        mask: bool [B, T, S], True where a query may look; at one slot at least.
+        mask: bool [B, T, S], True where a query attends to a slot; each query needs one at least.
         scale: multiplies the scores.
         softcap: c of c · tanh(scores / c), or None.
-        exact: a token's result has the same bits, however many tokens there are (int8.py);
-            not where it goes block by block.
+        exact: a token's result has the same bits for any T (weights/exact.py), unless the slots are
+            processed block by block.
 
     Returns:
         [B, T, N, H].
@@ -155,9 +154,9 @@ def attend(
     return out.astype(q.dtype).swapaxes(1, 2).reshape(b, t, n, h)
 
 
-_WHOLE_BYTES = 64 * 2**20  # of scores that are computed all at once
-_BLOCK_BYTES = 16 * 2**20  # of those of a block, otherwise: what a CPU's caches hold
-_FEWEST_SLOTS = 128  # in a block; fewer are not worth a product's overhead
+_WHOLE_BYTES = 64 * 2**20  # scores up to this size are computed at once
+_BLOCK_BYTES = 16 * 2**20  # scores of one block otherwise; a CPU's caches hold as much
+_FEWEST_SLOTS = 128  # in a block; the overhead of a product is not worth fewer
 
 
 def _block_by_block(
@@ -171,7 +170,8 @@ def _block_by_block(
 ) -> jax.Array:
     """Softmax attention with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867).
 
-    Blocks that no token looks at cost nothing. A gradient computes the scores of each block anew.
+    Blocks that no token attends to cost nothing. The backward pass computes each block's scores
+    again.
     """
     slots = k.shape[2]
 
@@ -192,8 +192,8 @@ def _block_by_block(
         return jax.lax.cond(jnp.any(here), add, lambda carry: carry, carry), None
 
     one = jnp.zeros((*shape[:-1], 1), jnp.float32)
-    # A token that sees nothing of a block takes all of it in with equal weights, until the first
-    # score that counts shrinks them to 0.
+    # A token that sees no slot of a block gives all of them equal weights. The first block that it
+    # sees shrinks these weights to 0.
     begin = (jnp.zeros(shape, jnp.float32), one, one + jnp.finfo(jnp.float32).min)
     starts = jnp.arange(0, slots, block)
     (out, total, _), _ = jax.lax.scan(jax.checkpoint(step), begin, starts)
@@ -206,8 +206,7 @@ def attention_scores(rows: jax.Array, keys: jax.Array, exact: bool = False) -> j
     Args:
         rows: [B, K, Q, H], the queries that share a key head.
         keys: [B, K, S, H].
-        exact: a row's result has the same bits, however many rows there are, and, if their
-            number is a multiple of 64, however many slots.
+        exact: a row's result has the same bits for any Q, and for any S that is a multiple of 64.
 
     Returns:
         float32 [B, K, Q, S].
@@ -219,7 +218,7 @@ def attention_scores(rows: jax.Array, keys: jax.Array, exact: bool = False) -> j
     if count > 4 and slots < 64 * count:
         return plain(rows, keys)
 
-    def keys_first(rows: jax.Array, keys: jax.Array) -> jax.Array:  # as `_weight_first`
+    def keys_first(rows: jax.Array, keys: jax.Array) -> jax.Array:  # as in dense.py
         rows = rows if rows.dtype == jnp.float32 else _two_or_more(rows)
         scores = jax.lax.optimization_barrier(_batched("bksh,bkqh->bksq", keys, rows))
         return scores.swapaxes(2, 3)[:, :, :count]
@@ -252,7 +251,7 @@ def attention_mix(weights: jax.Array, values: jax.Array, exact: bool = False) ->
 
 
 def _two_or_more(rows: jax.Array) -> jax.Array:
-    """[B, K, Q, ...] with Q ≥ 2: a CPU sums a single row in an order of its own, and slowly."""
+    """Pads [B, K, Q, ...] to Q ≥ 2: a CPU sums a single row slowly and in another order."""
     return jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, 2 - rows.shape[2])), (0, 0)))
 
 
@@ -267,13 +266,13 @@ def _batched(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _norm_heads(cfg: ModelConfig, name: str, heads: jax.Array) -> jax.Array:
-    """RMS norm of [B, T, heads, H], over each head or over all together."""
+    """RMS norm of [B, T, heads, H], over each head or over all heads together."""
     x = heads.reshape(*heads.shape[:2], -1) if cfg.qk_norm_joint else heads
     return RMSNorm(cfg, name=name)(x).reshape(heads.shape)
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer; writes the block into the cache, then attends to the cache."""
+    """Self-attention of one layer: writes the block into the cache and attends to the cache."""
 
     config: ModelConfig
 

@@ -1,12 +1,12 @@
 """The key/value cache: preallocated, one length per row, rolled back by setting the length.
 
-A layer that sees its whole past has a slot for every position. One with a sliding window has a ring
-of slots, `window + largest block` of them: position p is in slot p mod R, where R is their number.
+A layer that sees its whole past has a slot for every position. A layer with a sliding window has a
+ring of R = window + largest block slots: position p is in slot p mod R.
 
-What is rolled back stays in the slots behind. In a ring such a stale key of position q lies where
-position q - R was. It does no harm: a pass writes at most `largest block` tokens, so q is at most
-length + block - 1 at any time; then q - R is at most length - window - 1, which no token from
-`length` on looks back to.
+A rollback leaves stale keys in the slots after `length`. In a ring, a stale key of position q has
+overwritten position q - R. This is harmless: a pass writes at most `largest block` tokens, so q is
+at most length + block - 1. Then q - R is at most length - window - 1, and no token at `length` or
+later attends to that position.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from s3d_jax.settings.model import ModelConfig
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of the committed tokens, and scratch behind them.
+    """Keys and values of the committed tokens, and scratch after them.
 
     Rows are left-aligned: in a layer with all slots, slot s holds position s. Positions below
-    `length` are committed; what lies behind is scratch, never read by a mask and overwritten by the
-    next pass. The layers are a tuple of arrays and not one stacked array, because XLA copies a
-    stacked cache at every layer of a loop.
+    `length` are committed. Later positions are scratch: masks hide them, and the next pass
+    overwrites them. The layers are a tuple of arrays because XLA copies a stacked cache at every
+    layer of a loop.
 
     Attributes:
-        keys, values: L arrays [B, K, S, H], or [B, K, R, H] in layers that keep a ring; heads
+        keys, values: L arrays [B, K, S, H], or [B, K, R, H] in layers that keep a ring. Heads come
             first, so that attention is a batched matrix product.
         length: int32 [B], committed tokens per row.
         prompt_length: int32 [B], tokens of each row's prompt (rotary tables may depend on it).
-        slots: static, S: the positions that a row has room for.
+        slots: static, S, the number of positions that a row has room for.
     """
 
     keys: tuple[jax.Array, ...]
@@ -45,7 +45,7 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def layer_slots(config: ModelConfig, slots: int, largest_block: int | None) -> tuple[int, ...]:
-    """Slots of each layer, where a row has `slots` positions; see `init_cache`."""
+    """Number of slots of each layer if a row has `slots` positions; see `init_cache`."""
     windows = map(config.window, range(config.num_layers))
     return tuple(
         slots if w is None or largest_block is None else min(slots, w + largest_block)
@@ -62,15 +62,15 @@ def init_cache(
 ) -> KVCache:
     """An empty cache for `batch` rows of `slots` positions.
 
-    A pass over T tokens writes T slots from each row's length on, and XLA clamps a write that does
-    not fit onto committed slots. So callers keep γ+1 slots of slack behind the last token a row may
-    commit.
+    A pass over T tokens writes T slots, the first at each row's length. XLA clamps a write that
+    does not fit, and it then overwrites committed slots. Callers therefore keep γ+1 slots of slack
+    after the last token that a row may commit.
 
     Args:
         config, batch, slots: the model, B and S.
         prompt_length: int [B].
-        largest_block: tokens of the largest pass to come; layers with a window then keep rings.
-            None gives every layer all slots, as training needs, whose blocks lie anywhere.
+        largest_block: number of tokens of the largest pass; layers with a window keep rings for it.
+            None gives every layer all slots, which the blocks of training need.
     """
     sizes = layer_slots(config, slots, largest_block)
     keys, values = _zeros(config, batch, sizes)
@@ -79,16 +79,16 @@ def init_cache(
 
 
 def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | None) -> KVCache:
-    """The same cache with room for `slots` positions, no fewer than it has; see `init_cache`.
+    """The same cache with room for `slots` positions or more; see `init_cache`.
 
-    Arrays that have the right size already are not copied.
+    `slots` is at least what the cache has. Arrays of the right size are not copied.
     """
     assert slots >= cache.slots
 
     def resize(array: jax.Array, size: int) -> jax.Array:
         if array.shape[2] == size:
             return array
-        # As long as there were slots for all positions, nothing has come round.
+        # A ring that has not wrapped can still be padded.
         assert array.shape[2] == cache.slots, "a ring cannot grow"
         return jnp.pad(array, ((0, 0), (0, 0), (0, size - cache.slots), (0, 0)))
 
@@ -103,7 +103,7 @@ def cache_bytes(config: ModelConfig, slots: int, largest_block: int | None) -> i
     return each * sum(layer_slots(config, slots, largest_block))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch for all; a buffer for each
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch; each array has its own buffer
 def _zeros(config: ModelConfig, batch: int, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ...]]:
     shapes = [(batch, config.num_kv_heads, slots, config.head_dim) for slots in sizes]
     return [tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(2)]
@@ -111,12 +111,12 @@ def _zeros(config: ModelConfig, batch: int, sizes: tuple[int, ...]) -> list[tupl
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What one row left in its cache, for a prompt with the same beginning.
+    """The cache of one finished row, kept for a prompt with the same beginning.
 
     Attributes:
-        ids: int32 [n], the tokens whose keys and values are there.
-        cache: the cache. The batch that takes it over gives it away when it runs.
-        written: positions below it may have been written, scratch included.
+        ids: int32 [n], the tokens whose keys and values the cache holds.
+        cache: the cache. The batch that takes it donates it when it runs.
+        written: all positions that were written, scratch included, are below this one.
     """
 
     ids: np.ndarray
@@ -124,7 +124,7 @@ class Kept:
     written: int
 
     def common(self, config: ModelConfig, prompt: np.ndarray) -> int:
-        """How many of the prompt's tokens need not be prefilled; never its last one."""
+        """How many tokens of the prompt need no prefill; the last one always does."""
         n = min(len(self.ids), len(prompt) - 1)
         (different,) = np.nonzero(self.ids[:n] != prompt[:n])
         n = int(different[0]) if len(different) else n
@@ -134,7 +134,7 @@ class Kept:
             return 0
         for i, keys in enumerate(self.cache.keys):
             slots, window = keys.shape[2], config.window(i)
-            # Scratch must not have come round, in a ring, to what the next token looks back to.
+            # Scratch in a ring must not have overwritten positions that the next token attends to.
             if slots < self.cache.slots and n + slots - (window or 0) < self.written:
                 return 0
         return n
@@ -146,12 +146,13 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False
     Args:
         cache: [B, K, S, H].
         new: [B, K, T, H].
-        start: int [B], first position of each row; start + T, and start + 2, must not exceed S
-            (XLA would clamp silently), but in a ring.
+        start: int [B], first position of each row. Unless the slots are a ring, start + T and
+            start + 2 must not exceed S: XLA would clamp silently.
         ring: static; position p goes to slot p mod S.
 
     Returns:
-        The cache with positions start … start+T-1 of each row replaced; the next may be as well.
+        The cache with positions start … start+T-1 of each row replaced. The next slot, which is
+        scratch, may be replaced too.
     """
     new = new.astype(cache.dtype)
     if ring:
@@ -160,8 +161,8 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False
         return put(cache, new, at)
     if cache.shape[0] == 1:  # one row needs no scatter
         if new.shape[2] == 1 < cache.shape[2]:
-            # XLA repeats the write of a single slot in each of its readers, and copies the cache
-            # for each: a quarter of a small model's step. The second slot is scratch.
+            # XLA repeats the write of a single slot in each of its readers and copies the cache
+            # for each, which takes a quarter of a small model's step. The second slot is scratch.
             new = jnp.pad(new, ((0, 0), (0, 0), (0, 1), (0, 0)))
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
     update = jax.vmap(lambda row, block, at: jax.lax.dynamic_update_slice(row, block, (0, at, 0)))

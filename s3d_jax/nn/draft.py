@@ -15,17 +15,17 @@ from s3d_jax.weights.trees import Params, float_dtype, widen_tree
 
 
 class DraftParams(flax.struct.PyTreeNode):
-    """What the draft pass has beside the target's own weights.
+    """The arrays that a draft pass has in addition to the target's weights.
 
     Attributes:
         mask_embeddings: [M, D], inputs of the mask tokens; the i-th of a block is row min(i, M-1).
         deltas: low-rank additions to linear layers of kept layers, under the paths of the
-            parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. Empty
-            where there are none.
-        bridges: what stands in for a gap of skipped layers, by the name of the module behind the
-            gap (layers_j, or final_norm): {down [D, r], up [r, D]}. Empty where there are none.
-        layers: kept layers with the deltas already in their weights (`merge_deltas`), used in place
-            of the target's, under its names; {} where there are none. Never stored.
+            parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. May be
+            empty.
+        bridges: low-rank stand-ins for gaps of skipped layers, by the name of the module after the
+            gap (layers_j or final_norm): {down [D, r], up [r, D]}. May be empty.
+        layers: kept layers whose weights include the deltas (`merge_deltas`). They replace the
+            target's layers of the same names. May be empty. Never stored.
     """
 
     mask_embeddings: jax.Array
@@ -46,7 +46,7 @@ def untrained_draft(config: ModelConfig, params: Params) -> DraftParams:
 
 
 def mean_embedding(config: ModelConfig, params: Params, power: int = 1) -> jax.Array:
-    """The mean over the tokens of their embeddings, or of a power of each number: float32 [D]."""
+    """The mean over all tokens of their embeddings, or of a power of each number: float32 [D]."""
     return _mean_embedding(config, params["embed"], float_dtype(params), power)
 
 

@@ -26,8 +26,8 @@ _ACTIVATIONS = {
 def random_weight(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
     """N(0, 0.02²), [out, in].
 
-    Drawn as [in, out], so that a seed still gives the models of the recipes' logs, which are from
-    before weights were stored as [out, in].
+    Drawn as [in, out]: seeds still give the models of the recipes' logs, which are from before
+    weights were stored as [out, in].
     """
     return jax.random.normal(key, shape[::-1], dtype).T * jnp.asarray(INIT_DEVIATION, dtype)
 
@@ -64,12 +64,12 @@ def low_rank(
     factors: Mapping[str, jax.Array],
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """`x @ down @ up`, with an activation between the two if there is one.
+    """`x @ down @ up`, with an optional activation between the two products.
 
     Args:
         x: [..., in].
-        factors: {"down": [in, r], "up": [r, out]}; of any float type, used in that of `x`.
-        activation: of the r features.
+        factors: {"down": [in, r], "up": [r, out]}, of any float type; cast to the type of `x`.
+        activation: applied to the r features.
 
     Returns:
         [..., out], of the type of `x`.
@@ -82,9 +82,9 @@ def low_rank(
 
 
 def bridge(x: jax.Array, factors: Mapping[str, jax.Array], eps: float) -> jax.Array:
-    """x with what a low-rank stand-in for skipped layers adds to the residual stream.
+    """Adds a low-rank stand-in for skipped layers to the residual stream.
 
-    Nonlinear like the layers it stands for; its input is normalised, as theirs is.
+    Like the skipped layers it is nonlinear and normalises its input.
 
     Args:
         x: [B, T, D].
@@ -147,5 +147,5 @@ class Embedding(nn.Module):
         return self.weights.look_up(self.table, tokens, self.config.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """What a head that is tied to the table makes of [B, T, D]: float32 [B, T, V]."""
+        """Output of a head that is tied to the table: [B, T, D] -> float32 [B, T, V]."""
         return self.weights.multiply(x, self.table, jnp.float32)

@@ -14,14 +14,14 @@ Rotary = tuple[jax.Array, jax.Array]  # cosines and sines of a pass, see `rotary
 def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [R/2], R = head_dim · rotary_fraction.
 
-    Steps and roundings are those of HF, because 100,000 positions on, the last bit of a frequency
-    is 0.01 radians. The power is rounded correctly, which torch's is but for a pair here and there.
+    Steps and roundings follow HF: at position 100,000 the last bit of a frequency makes 0.01
+    radians. The power is rounded correctly here; torch rounds a few pairs otherwise.
 
     Args:
-        rope: the settings. For "dynamic" these are the unscaled frequencies; the growth with the
-            sequence is in `rotary_table`.
+        rope: the settings. For "dynamic" the result is unscaled; `rotary_table` adds the growth
+            with the sequence.
         head_dim: H.
-        long: for "longrope", those of sequences past `original_max_position_embeddings`.
+        long: "longrope" only: frequencies for sequences past `original_max_position_embeddings`.
     """
     rotary_dim = int(head_dim * rope.rotary_fraction)
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
@@ -66,19 +66,18 @@ def _yarn_ramp(rope: RopeConfig, rotary_dim: int) -> np.ndarray:
 
 def rotary_table(
     rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_length: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> Rotary:
     """Cosines and sines for the given positions.
 
     Args:
         rope: the settings.
         head_dim: H.
         positions: int [B, T], counted from 0.
-        prompt_length: int [B], tokens in each row's prompt. Two types look at it. In "dynamic" the
-            base depends on the length of the sequence, and a key keeps the rotation of the moment
-            it was computed. A prompt is rotated for its whole length, a generated token at p for
-            p + 1, which is what token-by-token decoding does; so a block of several tokens gives
-            the same keys. In "longrope" a row whose prompt is past the original length takes the
-            long factors, any other the short ones.
+        prompt_length: int [B], tokens in each row's prompt. Two types depend on it. "dynamic": the
+            base depends on the length of the sequence. A prompt is rotated for its whole length, a
+            generated token at p for p + 1, as in token-by-token decoding; so a block of several
+            tokens gets the same keys. "longrope": a row whose prompt is longer than the original
+            length uses the long factors, every other row the short ones.
 
     Returns:
         (cos, sin), each float32 [B, T, R/2].
@@ -107,7 +106,7 @@ def rotary_table(
 
 
 def same_keys(rope: RopeConfig, before: int, after: int) -> bool:
-    """Whether the beginning of a prompt has the keys that it had in a prompt of another length.
+    """Whether a common beginning has the same keys in two prompts of these lengths.
 
     Args:
         rope: the settings.

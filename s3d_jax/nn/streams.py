@@ -41,7 +41,7 @@ def target_stream(
 
 
 def target_cache(config: ModelConfig, params: Params, tokens: jax.Array, slots: int) -> KVCache:
-    """The cache of `target_stream`, where no logits are wanted."""
+    """The cache of `target_stream`, without computing logits."""
     cache = text_cache(config, params, tokens, slots)
     return _committed(fill_cache(config, params, tokens, cache, visible=tokens.shape[1]), tokens)
 

@@ -21,7 +21,7 @@ from s3d_jax.weights.trees import Params
 
 
 def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
-    """What attention or MLP adds to the residual stream, given its output."""
+    """What attention or MLP adds to the residual stream, computed from its output."""
     if cfg.post_norms:
         y = RMSNorm(cfg, name=norm)(y)
     if cfg.residual_scale == 1.0:
@@ -30,7 +30,7 @@ def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each between norms and around a residual connection."""
+    """One layer: attention and MLP, each with its norms and a residual connection."""
 
     config: ModelConfig
 
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         if cfg.embedding_scale != 1.0:
             x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
 
-        # Layers of equal window and slots share one layout, those of equal rotary settings one
+        # Layers of equal window and slots share a layout. Layers of equal rotary settings share a
         # table.
         kinds = [(cfg.window(i), keys.shape[2]) for i, keys in enumerate(cache.keys)]
         layouts = {}
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         skip: tuple[bool, ...] | None = None,
         keep: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """All layers, or those that `skip` or `keep` leave: what the head takes, and the cache."""
+        """Runs the layers that `skip` or `keep` leave: the input of `head`, and the cache."""
         assert skip is None or keep is None
         gap: bool | jax.Array = False  # whether the layer before is skipped
         for i in range(self.config.num_layers):
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
 
 
 def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:
-    """Puts the M mask inputs [M, D] behind each token of [B, T, D]: [B, T·(1+M), D]."""
+    """Puts the M mask inputs [M, D] after each token of [B, T, D]: [B, T·(1+M), D]."""
     b, t, d = x.shape
     masks = jnp.broadcast_to(masks, (b, t, *masks.shape))
     return jnp.concatenate([x[:, :, None], masks], axis=2).reshape(b, -1, d)
@@ -234,7 +234,7 @@ def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:
 def bound(
     config: ModelConfig, params: Params, draft: DraftParams | None = None, *, remat: bool = False
 ) -> Transformer:
-    """The model with its parameters: the merged layers of a draft in place of the target's."""
+    """The model with its parameters; the merged layers of a draft replace the target's."""
     if draft is not None:
         params = {**params, **draft.layers}
     return Transformer(config, remat).bind({"params": params})
@@ -326,7 +326,7 @@ def forward_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> ja
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters, N(0, 0.02²) for weights; the tree that checkpoints hold."""
+    """Random parameters, N(0, 0.02²) for weights, in the tree that checkpoints hold."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     cache = init_cache(config, 1, 1, jnp.zeros((1,), jnp.int32))
     return Transformer(config).init(key, tokens, cache)["params"]
@@ -338,11 +338,11 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def num_params(config: ModelConfig) -> int:
-    """Parameters of the model; tied embeddings count once, and scales of int8 weights not."""
+    """Number of parameters. Tied embeddings count once; arrays of a weight format do not count."""
     unquantized = config.replace(quantization=None)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(unquantized)))
 
 
 def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of the model's arrays."""
+    """Bytes of all arrays of the model."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_params(config)))

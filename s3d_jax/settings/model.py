@@ -13,12 +13,13 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = {"int8": "linear layers, embeddings and head in int8, with one scale per output"}
-MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16  # so that damage costs no hours
+# Upper bounds, so that a corrupt config fails fast.
+MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig(Record):
-    """Rotary position embedding (Su et al., arXiv 2104.09864) and the ways to stretch it.
+    """Rotary position embedding (Su et al., arXiv 2104.09864) and its ways to scale.
 
     Attributes:
         type: "default"; "linear" (positions divided by `factor`); "dynamic" (NTK-aware base that
@@ -29,13 +30,13 @@ class RopeConfig(Record):
             a stretch for each rotated pair, one set of them for sequences within
             `original_max_position_embeddings` and one for longer ones).
         theta: base of the geometric series of wavelengths.
-        rotary_fraction: leading part of each head that is rotated (partial rotary; 1.0 is all of
-            it).
-        factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: of the scaled
-            types.
-        short_factors, long_factors: of "longrope", what each pair's wavelength is multiplied by.
-        beta_fast, beta_slow: of "yarn", turns within `original_max_position_embeddings`.
-        attention_factor: multiplies cosines and sines, and so scores by its square ("yarn" and
+        rotary_fraction: leading part of each head that is rotated (partial rotary); 1.0 rotates
+            all.
+        factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: settings of the
+            scaled types.
+        short_factors, long_factors: "longrope" multiplies each pair's wavelength by its factor.
+        beta_fast, beta_slow: turns within `original_max_position_embeddings` ("yarn").
+        attention_factor: multiplies cosines and sines, so scores by its square ("yarn" and
             "longrope").
     """
 
@@ -58,7 +59,12 @@ class RopeConfig(Record):
             self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
         )
         for name in (
-            *("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+            "theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
             "attention_factor",
         ):
             value = getattr(self, name)
@@ -99,42 +105,43 @@ class RopeConfig(Record):
 
     @property
     def turning_point(self) -> int | None:
-        """Tokens past which a sequence is rotated otherwise, at all its positions ("longrope")."""
+        """Length past which all positions of a sequence rotate with other factors ("longrope")."""
         return self.original_max_position_embeddings if self.type == "longrope" else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Record):
-    """A decoder of the Llama kind; the defaults are Llama's, the switches its relatives'.
+    """A decoder like Llama. The defaults are Llama's; switches cover the related families.
 
     Attributes:
         vocab_size, hidden_size, intermediate_size: V, D, F.
         num_layers, num_heads, num_kv_heads, head_dim: L, N, K, H. H need not be D / N.
-        max_position_embeddings: longest sequence the model was made for; the default cache size.
+        max_position_embeddings: longest sequence of the model in tokens; the default cache size.
         activation: of the gated MLP, "silu", "gelu" (erf) or "gelu_tanh".
         tie_embeddings: the output head is the embedding table.
         qkv_bias, attention_out_bias, mlp_bias: which linear layers carry a bias.
         qk_norm: RMS norm over each query and key head before the rotation (Qwen 3, Gemma 3).
-        qk_norm_joint: that norm runs over all heads together, not over each (OLMo 2).
-        norm_offset: added to each norm's scale (1.0 in Gemma, whose scales are stored around 0).
+        qk_norm_joint: this norm runs over all heads together instead of over each head (OLMo 2).
+        norm_offset: added to each norm's scale (1.0 in Gemma, which stores scales around 0).
         pre_norms, post_norms: norms before, and after, attention and MLP (before only in Llama,
             both in Gemma 2 and 3, after only in OLMo 2).
-        embedding_scale: token embeddings are multiplied by it (sqrt(D) in Gemma).
-        residual_scale: multiplies what attention and MLP add to the residual stream (Granite).
-        logit_divisor: logits are divided by it (Granite).
+        embedding_scale: multiplies token embeddings (sqrt(D) in Gemma).
+        residual_scale: multiplies the outputs of attention and MLP (Granite).
+        logit_divisor: divides logits (Granite).
         attention_scale: multiplies q·k; None means 1 / sqrt(H).
         attention_softcap, logit_softcap: c · tanh(x / c) on scores or logits (Gemma 2); None is
             off.
-        sliding_window: one entry per layer, window size or None; a plain None means no layer has
-            one.
-        rope_layers: one entry per layer, False where nothing is rotated (NoPE, SmolLM 3); a plain
-            None means that every layer rotates.
-        local_rope: rotary settings of the layers with a window, where they differ (Gemma 3).
-        dtype: of weights, activations and cache. Norms, rotations, softmax and logits are float32.
-        quantization: a name of QUANTIZATIONS: the format of linear layers, embeddings and head.
-            None means that they are of the dtype.
-        exact_sums: norms and attention give a token the same bits alone and in a block, however XLA
-            orders its sums. None means where the weights' format needs it, as int8 does.
+        sliding_window: one entry per layer, window size or None; None alone means that no layer has
+            a window.
+        rope_layers: one entry per layer, False if the layer has no rotation (NoPE, SmolLM 3); None
+            alone means that every layer rotates.
+        local_rope: rotary settings of layers with a window if they differ (Gemma 3).
+        dtype: type of weights, activations and cache. Norms, rotations, softmax and logits are
+            float32.
+        quantization: a name of QUANTIZATIONS, the weight format of linear layers, embeddings and
+            head. None means that their type is `dtype`.
+        exact_sums: norms and attention give a token the same bits alone and in a block. None means
+            that the weight format decides; int8 needs it.
     """
 
     vocab_size: int
@@ -178,8 +185,14 @@ class ModelConfig(Record):
 
     def _check_sizes(self) -> None:
         for name in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
-            *("num_kv_heads", "head_dim", "max_position_embeddings"),
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
         ):
             value = getattr(self, name)
             limit = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
@@ -212,8 +225,14 @@ class ModelConfig(Record):
             f"exact_sums must be True, False or None, got {self.exact_sums!r:.80}",
         )
         for name in (
-            *("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias"),
-            *("qk_norm", "qk_norm_joint", "pre_norms", "post_norms"),
+            "tie_embeddings",
+            "qkv_bias",
+            "attention_out_bias",
+            "mlp_bias",
+            "qk_norm",
+            "qk_norm_joint",
+            "pre_norms",
+            "post_norms",
         ):
             value = getattr(self, name)
             check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
@@ -283,7 +302,7 @@ class ModelConfig(Record):
 
     @property
     def precision(self) -> str:
-        """What the weights are: the dtype, or "int8"."""
+        """Name of the weights' type: the quantisation if there is one, else the dtype."""
         return self.quantization or self.dtype
 
     @property
@@ -292,11 +311,11 @@ class ModelConfig(Record):
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of `layer`, or None where it sees the whole context."""
+        """Sliding window of `layer`, or None if it sees the whole context."""
         return None if self.sliding_window is None else self.sliding_window[layer]
 
     def layer_rope(self, layer: int) -> RopeConfig | None:
-        """Rotary settings of `layer`, or None where nothing is rotated."""
+        """Rotary settings of `layer`, or None if it has no rotation."""
         if self.rope_layers is not None and not self.rope_layers[layer]:
             return None
         local = self.local_rope is not None and self.window(layer) is not None

@@ -1,4 +1,4 @@
-"""Base of the settings: frozen records that check themselves and read and write JSON."""
+"""Base of all settings: frozen records that check their fields and convert to and from JSON."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ def check(condition: bool, message: str) -> None:
 
 
 def is_integer(value: Any) -> bool:
-    """Python's and numpy's; True and False are no numbers here."""
+    """Whether a value is an integer of Python or numpy; booleans are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_list(value: Any) -> bool:
-    """Whether a setting holds several values: any sequence but a text."""
+    """Whether a value is a sequence other than a string."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def plain(value: Any) -> Any:
-    """Python's own numbers and lists, from those of numpy or jax and from any sequence."""
+    """Converts numbers and arrays of numpy or jax, and sequences, to Python's numbers and lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [plain(v) for v in value] if is_list(value) else value
@@ -49,10 +49,10 @@ def is_positive(value: Any) -> bool:
 
 
 class Record:
-    """JSON in and out for the frozen dataclasses below; an unknown field is an error."""
+    """Base of frozen dataclasses: converts to and from JSON and refuses unknown fields."""
 
     def __post_init__(self) -> None:
-        """Lists become tuples, and numpy's numbers Python's: hashable, and fit for JSON."""
+        """Turns lists into tuples and numpy's numbers into Python's: hashable, valid JSON."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = _frozen(plain(getattr(self, field.name)))
             object.__setattr__(self, field.name, value)

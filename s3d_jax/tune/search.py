@@ -105,8 +105,12 @@ def _by_states(judge: Judge) -> list[Skip]:
     first, behind = (np.array(n)[rows] - 1 for n in (texts.prompt_lengths, texts.lengths))
     anchors = np.linspace(first, behind, _DP_BLOCKS, endpoint=False, axis=1).astype(np.int32)
     chosen = _skipped_states(
-        *(lm.config, keeping_all(lm.draft_config, judge.gamma)),
-        *(lm.params, lm.draft_params, tokens, anchors),
+        lm.config,
+        keeping_all(lm.draft_config, judge.gamma),
+        lm.params,
+        lm.draft_params,
+        tokens,
+        anchors,
     )
     skipped = np.asarray(chosen)  # bool [L, J]
     best = []

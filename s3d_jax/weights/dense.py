@@ -12,7 +12,7 @@ import numpy as np
 
 from s3d_jax.weights.base import Arrays, Init
 
-_FEW_ROWS = 64  # from where on turning the result costs more than repacking the weight
+_FEW_ROWS = 64  # with more rows, transposing the result costs more than repacking the weight
 
 
 class Dense:
@@ -71,15 +71,15 @@ def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """On CPUs: of two operands the second one is repacked in each product, so it is the smaller.
+    """For CPUs, which repack the second operand of each product: here it is the smaller one.
 
-    The barrier keeps XLA from exchanging them again.
+    The barrier keeps XLA from exchanging the operands again.
     """
     count = padded = rows.shape[0]
     if weight.dtype == jnp.float32 and 4 < count < 8:
-        padded = 8  # takes less time than five
+        padded = 8  # eight rows take less time than five
     elif weight.dtype != jnp.float32 and count == 1:
-        padded = 2  # takes a seventh of the time of one
+        padded = 2  # two rows take a seventh of the time of one
     rows = jnp.pad(rows, ((0, padded - count), (0, 0)))
     return jax.lax.optimization_barrier(product(weight, rows, 1, 1)).T[:count]
 

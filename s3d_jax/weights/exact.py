@@ -13,25 +13,24 @@ import jax.numpy as jnp
 
 
 def row_max(x: jax.Array) -> jax.Array:
-    """The largest of the last axis, float32 [..., n] -> [..., 1]; there must be no NaN.
+    """The largest number of the last axis, float32 [..., n] -> [..., 1]. NaN is not allowed.
 
-    Takes a third of the time of XLA's maximum of floats, which looks for NaN.
+    Takes a third of the time of XLA's maximum of floats, which checks for NaN.
     """
     largest = jnp.max(_in_order(jax.lax.bitcast_convert_type(x, jnp.int32)), axis=-1, keepdims=True)
     return jax.lax.bitcast_convert_type(_in_order(largest), jnp.float32)
 
 
 def _in_order(bits: jax.Array) -> jax.Array:
-    """Bits of floats <-> integers in the order of the floats."""
+    """Bits of floats <-> integers in the same order as the floats."""
     return bits ^ (jnp.right_shift(bits, 31) & 0x7FFFFFFF)
 
 
 def row_sum(x: jax.Array, bound: float) -> jax.Array:
     """The sum over the last axis, float32 [..., n] -> [..., 1], of numbers from 0 to `bound`.
 
-    Each number is rounded to a multiple of bound / 2^22, so it is off by up to bound / 2^23, and
-    their sum by up to n times that; 256 of them fit into an integer. Zeros behind the others
-    change nothing.
+    Each number is rounded to a multiple of bound / 2^22. It is off by at most bound / 2^23, and the
+    sum by at most n times that. 256 numbers fit into an integer. Appended zeros change nothing.
 
     Args:
         x: float32 [..., n], n below 2^24.
@@ -45,19 +44,19 @@ def row_sum(x: jax.Array, bound: float) -> jax.Array:
     whole = jnp.sum(whole.reshape(*x.shape[:-1], -1, _SUMMED), axis=-1)
     high = jnp.sum(jnp.right_shift(whole, _LOW_BITS), axis=-1, keepdims=True)
     low = jnp.sum(whole & (2**_LOW_BITS - 1), axis=-1, keepdims=True)
-    # The product is exact, so that it does not matter whether XLA rounds between the two.
+    # The product is exact, so it does not matter whether XLA rounds it before the addition.
     return (high.astype(jnp.float32) * 2.0**_LOW_BITS + low.astype(jnp.float32)) / unit
 
 
-_SUMMED_BITS, _SUMMED = 22, 256  # what is summed at once comes to 2^30 at most
-_LOW_BITS = 15  # of such a sum, so that the sums of both parts over the row fit, too
+_SUMMED_BITS, _SUMMED = 22, 256  # a sum of so many numbers is at most 2^30
+_LOW_BITS = 15  # of such a sum: the sums of its high and low parts over the row fit as well
 
 
 @jax.custom_jvp
 def softmax(x: jax.Array) -> jax.Array:
-    """Over the last axis, float32. Its derivative is that of the softmax without rounding.
+    """Softmax over the last axis, float32. Its derivative ignores rounding.
 
-    The sum, 1 at least, is off by 2^-23 per number, 0.4 % of it at most for 32,768 numbers.
+    The sum is at least 1. It is off by 2^-23 per number, so by 0.4 % at most for 32,768 numbers.
     """
     weights = jnp.exp(x - row_max(x))
     return weights / row_sum(weights, 1.0)
@@ -75,16 +74,16 @@ def _softmax_jvp(
 def norm(x: jax.Array, eps: float) -> jax.Array:
     """x over the root of its mean square and eps, along the last axis, float32.
 
-    Its derivative is that without rounding. It is computed of x over a power of two, such that the
-    largest square is between 1 and 4: their sum is off by 2^-21 per number, 0.2 % of it at most for
-    4,096 numbers.
+    Its derivative ignores rounding. x is first divided by a power of two, so that the largest
+    square is between 1 and 4. The sum of squares is then off by 2^-21 per number, so by 0.2 % at
+    most for 4,096 numbers.
 
-    XLA reorders products of three floats, and may round a product or not before it is added to
-    something. So none is added to unless it is exact, by a power of two; and the last one is behind
-    a barrier, which is gone before loops are fused, since a norm's scale multiplies it.
+    XLA reorders products of three floats, and may or may not round a product before an addition.
+    Therefore only exact products, by a power of two, are added. A barrier keeps the last product
+    apart from the scale that multiplies it; XLA removes the barrier before it fuses loops.
     """
     bits = jax.lax.bitcast_convert_type(row_max(jnp.abs(x)), jnp.int32)
-    # The power of two below the largest; 1 where that is 0, or where the power below would be none.
+    # The power of two below the largest number; 1 if that number is 0 or the power out of range.
     exponent = jnp.right_shift(bits, 23) - 127
     exponent = jnp.where(jnp.abs(exponent) < 60, exponent, 0)
     part, count = x * _power_of_two(-exponent), x.shape[-1]

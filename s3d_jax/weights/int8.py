@@ -17,14 +17,14 @@ from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
 from s3d_jax.weights.exact import row_max
 
 LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
-_WIDE, _WIDE_PER_ROW = 512, 64  # inputs from which on turning the result costs less than it saves
+_WIDE, _WIDE_PER_ROW = 512, 64  # with more inputs, transposing the result costs less than it saves
 _AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 
 
 class Int8:
     """The format "int8": see `WeightFormat`.
 
-    Activations are rounded too on CPUs, so the sums of a model in this format are exact (`exact`).
+    On CPUs activations are rounded too, so models in this format need exact sums (`exact`).
     """
 
     exact_sums = True
@@ -67,14 +67,14 @@ class Int8:
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix in int8 with one scale per row: the nearest of 255 steps up to its largest number.
+    """A matrix in int8 with one scale per row: numbers are rounded to the nearest of 255 steps.
 
     Args:
         matrix: [out, in], of a float type.
 
     Returns:
-        (int8 [out, in], float32 [out]); their product is the matrix, to half a step. Rows whose
-        step would be below float32's normal numbers (1e-38) become 0.
+        (int8 [out, in], float32 [out]); their product differs from the matrix by half a step at
+        most. Rows whose step would be below float32's normal numbers (1e-38) become 0.
 
     Raises:
         ValueError: it holds infinities or NaN.
@@ -97,12 +97,12 @@ def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def multiply(x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     """`x @ (weight * scale).T` for a matrix made by `quantize`.
 
-    On CPUs, which multiply int8 faster than anything else, each row of x is rounded to int8 as
-    well (W8A8). A row's result does not depend on the other rows, and int32 sums are exact: a token
-    verified in a block gets the very products that it gets alone. Elsewhere the weight is converted
-    to the type of x within the product (W8A16), since the point there is to read fewer bytes.
+    CPUs multiply int8 faster than anything else, so each row of x is rounded to int8 as well
+    (W8A8). A row's result does not depend on the other rows, and int32 sums are exact: a token has
+    the same products in a block and alone. Other backends convert the weight to the type of x
+    within the product (W8A16): there the gain is to read fewer bytes.
 
-    The gradient is that of the product without rounding, with respect to x alone.
+    The gradient ignores rounding. It exists for x alone.
 
     Args:
         x: [..., in], of a float type.
@@ -123,7 +123,7 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     step = row_max(jnp.abs(rows)) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
     weight_first = _multiplies_int8() and rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count)
-    missing = max(0, 2 - count)  # one row takes up to 16 times as long as two
+    missing = max(0, 2 - count)  # one row takes up to 16 times the time of two
     rounded = jnp.pad(rounded, ((0, missing), (0, 0)))
     contracted = (((1,), (1,)), ((), ()))
     if weight_first:  # as in dense.py
@@ -137,9 +137,9 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
 
 @functools.cache
 def _multiplies_int8() -> bool:
-    """Whether the CPU has instructions for sums of int8 products (VNNI, AMX); yes if unknown.
+    """Whether the CPU has instructions for sums of int8 products (VNNI, AMX); True if unknown.
 
-    Without them repacking the weight is not what takes the time.
+    Without them, the products take more time than repacking the weight.
     """
     try:
         text = Path("/proc/cpuinfo").read_text()
