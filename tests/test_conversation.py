@@ -9,6 +9,7 @@ from s3d_jax.engine.batch import UNLIMITED, Batch
 from s3d_jax.errors import InputError
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer
+from tests.sampled import sampled
 from tests.test_batch import ROPE, TURN
 from tests.tiny import tiny_lm
 
@@ -27,7 +28,7 @@ def new(n: int) -> list[int]:
     return RNG.integers(0, 31, n).tolist()
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=sampled(list(MODELS), ["rings", "longrope"]))
 def talk(request, monkeypatch):
     """A function of (prompt, new tokens): the tokens, and how many were cached and prefilled.
 

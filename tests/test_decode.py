@@ -25,6 +25,7 @@ from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
+from tests.sampled import combinations, sampled
 from tests.tiny import (
     begin,
     counted,
@@ -51,9 +52,15 @@ def test_ar_equals_decoding_without_cache(truth):
     assert outputs(run(CONFIG, PARAMS, PROMPTS, NEW), PROMPTS) == truth
 
 
-@pytest.mark.parametrize("block_attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("gamma", [1, 3, 6])
-@pytest.mark.parametrize("skipped", [0, 2, 3])
+@pytest.mark.parametrize(
+    "skipped, gamma, block_attention",
+    combinations(
+        [0, 2, 3],
+        [1, 3, 6],
+        ["causal", "bidirectional"],
+        quick=[(0, 6, "causal"), (2, 3, "bidirectional"), (3, 1, "causal")],
+    ),
+)
 def test_s3d_equals_decoding_without_cache(truth, gamma, skipped, block_attention):
     draft = DraftConfig(symmetric_skip(4, skipped), gamma, block_attention)
     assert outputs(run(CONFIG, PARAMS, PROMPTS, NEW, draft=draft), PROMPTS) == truth
@@ -66,7 +73,7 @@ def truth_table(truth, slots: int = 128) -> jax.Array:
     return jnp.asarray(table)
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 5])
+@pytest.mark.parametrize("gamma", sampled([1, 2, 5], [2]))
 def test_oracle_liar_and_noise_drafts(truth, gamma):
     """All accepted: τ = γ+1. None accepted: τ = 1. Neither changes a token, nor does noise."""
     table = truth_table(truth)
@@ -145,8 +152,7 @@ def test_sliding_window_and_soft_caps_stay_exact(monkeypatch):
     assert outputs(run(config, params, PROMPTS, NEW, draft=draft), PROMPTS) == truth
     lm = LM(config, params, draft_config=draft)
     assert [r.tokens for r in lm.generate(PROMPTS, max_new_tokens=NEW)] == truth
-    for prompt, output in zip(PROMPTS, truth, strict=True):
-        assert sum(lm.stream_tokens(prompt, max_new_tokens=NEW), []) == output
+    assert sum(lm.stream_tokens(PROMPTS[3], max_new_tokens=NEW), []) == truth[3]
 
 
 def test_cache_equals_that_of_a_fresh_prefill():
@@ -268,8 +274,11 @@ def test_loop_and_single_steps_give_the_same():
     assert calls == counted(whole, PROMPTS, 3)[0].max()
 
 
+BATCHES = {"one row": [[1, 2]], "ragged": [[1] * n for n in (1, 2, 3, 17, 33, 5, 9, 64)]}
+
+
 @pytest.mark.usefixtures("compiled_here")
-@pytest.mark.parametrize("prompts", [[[1, 2]], [[1] * n for n in (1, 2, 3, 17, 33, 5, 9, 64)]])
+@pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
 def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     """One row and a ragged batch, prefill and decoding: the same buffers throughout."""
     spec, state = make_state(prompts, 3, limit=90, slots=512)
@@ -291,11 +300,15 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
 
 
 @pytest.mark.usefixtures("compiled_here")
-@pytest.mark.parametrize("prompts", [[[1, 2]], [[1] * n for n in (1, 2, 3, 17, 33, 5, 9, 64)]])
-@pytest.mark.parametrize("program", ["prefill", "decode"])
-def test_programs_copy_no_cache_inside(program, prompts):
+@pytest.mark.parametrize(
+    "program, name",
+    combinations(
+        ["prefill", "decode"], BATCHES, quick=[("prefill", "ragged"), ("decode", "one row")]
+    ),
+)
+def test_programs_copy_no_cache_inside(program, name):
     """What they need besides their arguments does not grow with the cache."""
-    sizes = []
+    prompts, sizes = BATCHES[name], []
     for slots in (512, 4096):
         spec, state = make_state(prompts, 3, limit=90, slots=slots)
         if program == "prefill":
@@ -377,9 +390,10 @@ def test_chunked_prefill_equals_one_pass():
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 31, 1100).tolist(), rng.integers(0, 31, 530).tolist(), [4, 5]]
     state = run(config, params, prompts, 3)
+    whole = jax.jit(forward, static_argnums=0)
     for b, prompt in enumerate(prompts):
         alone = init_cache(config, 1, len(prompt), jnp.array([len(prompt)]))
-        _, alone = forward(config, params, jnp.asarray([prompt]), alone)
+        _, alone = whole(config, params, jnp.asarray([prompt]), alone)
         for a, c in zip(state.cache.keys, alone.keys, strict=True):
             n = len(prompt) - 1
             np.testing.assert_allclose(a[b, :, :n], c[0, :, :n], atol=2e-5)

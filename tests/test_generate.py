@@ -18,6 +18,7 @@ from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import symmetric_skip
+from tests.sampled import combinations, sampled
 from tests.tiny import drafter_of, tiny_config, tiny_lm
 
 REAL = ("babyllama-1m", "stories260k")
@@ -64,9 +65,19 @@ def ragged_prompts(lm: s3d_jax.LM) -> list[list[int]]:
 # --- lossless -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 4, 7])
-@pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name, skip, gamma",
+    combinations(
+        REAL,
+        SKIPS,
+        [1, 2, 4, 7],
+        quick=[
+            ("babyllama-1m", "middle", 4),
+            ("babyllama-1m", "all but the first", 1),
+            ("stories260k", "none", 2),
+        ],
+    ),
+)
 def test_s3d_equals_ar_on_real_checkpoints(real, name, skip, gamma):
     """Batch 1 and a ragged batch of 8; the compiled loop, and the stream of single steps."""
     lm = real[name]
@@ -89,8 +100,10 @@ def test_s3d_equals_ar_on_real_checkpoints(real, name, skip, gamma):
     assert stream.result.tokens == alone.tokens
 
 
-@pytest.mark.parametrize("steps", [UNLIMITED, 1], ids=["loop", "stream"])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name, steps",
+    combinations(REAL, [UNLIMITED, 1], quick=[("babyllama-1m", UNLIMITED), ("stories260k", 1)]),
+)
 def test_oracle_liar_and_noise_on_real_checkpoints(real, name, steps):
     """All accepted: τ = γ+1. None accepted: τ = 1. The text is always that of AR."""
     lm, gamma, new = real[name], 4, 100
@@ -180,7 +193,7 @@ def test_a_sequence_of_seeds_holds_one_per_row(tiny):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("method", sampled(["ar", "s3d"], ["s3d"]))
 @pytest.mark.parametrize("options", [{"temperature": 1e-44}, {"temperature": 1.0, "top_p": 1e-44}])
 def test_the_smallest_temperature_and_top_p_are_greedy(tiny, options, method):
     greedy = tiny.generate([1, 2], max_new_tokens=20, method="ar")[0].tokens
@@ -251,8 +264,10 @@ def test_stop_strings(baby, method):
     assert batch[1].tokens == alone.tokens
 
 
-@pytest.mark.parametrize("method", ["ar", "s3d"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "method, temperature",
+    combinations(["ar", "s3d"], [0.0, 1.0], quick=[("ar", 0.0), ("s3d", 1.0)]),
+)
 def test_stop_strings_end_a_row_where_a_look_after_each_step_would(
     baby, method, temperature, monkeypatch
 ):
@@ -404,7 +419,7 @@ def test_programs_are_compiled_once():
         (([300, 17], [270, 2], [385, 9]), [5, 500]),  # the short row goes on alone
     ],
 )
-@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("method", sampled(["ar", "s3d"], ["s3d"]))
 def test_prompt_lengths_within_a_bucket_share_all_programs(lengths, new_tokens, method):
     lm = tiny_lm(max_position_embeddings=1024)
     first, *others = ([[1] * n for n in row] for row in lengths)

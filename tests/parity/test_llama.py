@@ -10,6 +10,7 @@ import convert
 import s3d_jax
 from s3d_jax.nn.transformer import forward_logits
 from tests.conftest import need
+from tests.sampled import sampled
 
 torch = need("torch")
 transformers = need("transformers")
@@ -60,8 +61,10 @@ def logit_difference(model, lm: s3d_jax.LM, tokens: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     "shape, rope",
-    [(shape, "default") for shape in SHAPES]
-    + [("gqa", rope) for rope in ROPES if rope != "default"],
+    sampled(
+        [*((shape, "default") for shape in SHAPES), ("gqa", "linear"), ("gqa", "dynamic")],
+        [("mqa, biases", "default"), ("gqa", "dynamic")],
+    ),
 )
 def test_logits_of_random_models(tmp_path, shape, rope):
     tokens = np.random.default_rng(0).integers(0, 97, (1, 700))
@@ -93,7 +96,7 @@ def story_openings(data_dir: Path, tokenizer, count: int, length: int) -> list[l
     return [tokenizer.encode(s)[: length - i % 7] for i, s in enumerate(stories[:count])]
 
 
-@pytest.mark.parametrize("name", ["babyllama-1m", "stories260k"])
+@pytest.mark.parametrize("name", sampled(["babyllama-1m", "stories260k"], ["babyllama-1m"]))
 def test_real_checkpoints(data_dir, tmp_path, name):
     """Logits within 1e-4, and 32 greedy continuations of 200 tokens; different only at a tie."""
     source = data_dir / "checkpoints" / name
