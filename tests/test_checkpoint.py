@@ -1,4 +1,4 @@
-"""The native checkpoint: whole or not at all, and damage is noticed and named."""
+"""The native checkpoint appears whole or not at all, and damage is noticed and named."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def test_round_trip_is_bit_identical(tmp_path, dtype):
         assert np.asarray(ours[path]).tobytes() == np.asarray(theirs[path]).tobytes()
 
 
-def test_a_dtype_to_load_as(saved):
+def test_loading_casts_to_a_dtype(saved):
     loaded = checkpoint.load(saved, "bfloat16")
     assert loaded.config.dtype == "bfloat16" and loaded.header.config.dtype == "float32"
     embedding = loaded.params["embed"]["embedding"]
@@ -66,7 +66,9 @@ def test_the_header(saved):
     assert header.arrays["embed/embedding"].shape == (31, 24)
     assert not header.has_tokenizer
     (saved / "tokenizer_config.json").write_text("{}")
-    assert not checkpoint.read_header(saved).has_tokenizer  # settings alone are none
+    assert not checkpoint.read_header(
+        saved
+    ).has_tokenizer  # settings without a vocabulary are no tokenizer
     (saved / "tokenizer.json").write_text("{}")
     assert checkpoint.read_header(saved).has_tokenizer
 
@@ -173,7 +175,7 @@ def test_few_files_whatever_the_number_of_layers(tmp_path):
     config = tiny_config(num_layers=40)
     folder = checkpoint.save(tmp_path / "model", config, tiny_params(config))
     assert sum(file.is_file() for file in folder.rglob("*")) <= 8
-    traces = [str(tmp_path).encode(), b"partial-"]  # a checkpoint is staged, and passed on
+    traces = [str(tmp_path).encode(), b"partial-"]  # of the place where it was written
     for file in folder.rglob("*"):
         assert file.is_dir() or not any(trace in file.read_bytes() for trace in traces)
 
@@ -229,7 +231,7 @@ def test_what_exists_is_not_overwritten(saved, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "cat.jpg").write_text("miaow")
-    (photos / "config.json").write_text('{"editor": "vim"}')  # others call their files so, too
+    (photos / "config.json").write_text('{"editor": "vim"}')  # other programs use this name, too
     with pytest.raises(CheckpointError, match="is no checkpoint that"):
         checkpoint.save(photos, CONFIG, PARAMS, overwrite=True)
     assert (photos / "cat.jpg").exists()
@@ -273,7 +275,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "file", CONFIG, PARAMS)
     with pytest.raises(CheckpointError, match="is a file, not a folder"):
         checkpoint.save(tmp_path / "file" / "model", CONFIG, PARAMS)
-    # The same early, before a long computation.
+    # Refused before a long computation as well.
     with pytest.raises(CheckpointError, match="is a file, not a folder"):
         check_replaceable(tmp_path / "file" / "more" / "model", overwrite=True)
     with monkeypatch.context() as patched:
@@ -291,7 +293,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", forbidden)  # the superuser, as in CI, may write anywhere
+    monkeypatch.setattr(Path, "mkdir", forbidden)  # in CI the superuser can write anywhere
     with pytest.raises(CheckpointError, match="no permission to write there"):
         checkpoint.save(tmp_path / "out", CONFIG, PARAMS)
     assert os.listdir(tmp_path) == ["file"]
@@ -315,7 +317,7 @@ except CheckpointError as error:
 
 
 def test_a_write_that_fails_in_the_middle(tmp_path):
-    """The kernel refuses (here: by a limit on the size of a file) while orbax is writing."""
+    """The kernel refuses to write (here: the size of files is limited)."""
     done = subprocess.run(
         [sys.executable, "-c", FILLED_DISK, tmp_path / "out"], capture_output=True, text=True,
         cwd=ROOT,
@@ -326,7 +328,7 @@ def test_a_write_that_fails_in_the_middle(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_in_plain_words(tmp_path, monkeypatch):
+def test_a_full_disk_is_explained(tmp_path, monkeypatch):
     real = Path.write_text
 
     def full(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Trained drafts in a checkpoint: stored exactly, chosen by name, whole or absent."""
+"""Trained drafts in a checkpoint are stored exactly, chosen by name, and appear whole."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_a_merged_draft_is_refused(model):
     )
 
 
-def test_loading_takes_the_default_and_keeps_the_output(model):
+def test_loading_uses_the_default_and_keeps_the_output(model):
     plain = s3d_jax.load(model).generate([5, 6, 7], max_new_tokens=30, method="ar")[0]
     save_draft(model, "default", DRAFT, draft_of(model), {})
     save_draft(model, "other", DRAFT.replace(gamma=5), draft_of(model), {})
@@ -74,7 +74,7 @@ def test_loading_takes_the_default_and_keeps_the_output(model):
     assert {x.dtype.name for x in jax.tree.leaves(half.draft_params)} == {"bfloat16"}
 
 
-def test_which_draft_is_taken(model):
+def test_which_draft_is_chosen(model):
     assert choose_draft(model, None) is None
     with pytest.raises(CheckpointError, match="no draft 'a': it has no trained draft"):
         choose_draft(model, "a")
@@ -98,7 +98,7 @@ def test_a_draft_is_replaced_only_on_demand(model):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "-a", "a.partial-12"])
-def test_names_that_are_no_names(model, name):
+def test_invalid_names(model, name):
     with pytest.raises(CheckpointError, match="cannot be the name"):
         save_draft(model, name, DRAFT, draft_of(model), {})
     assert draft_names(model) == ()

@@ -3,9 +3,9 @@
     manifest.ocdbt, d/   a key-value store (OCDBT), which holds each array in the zarr format
     _METADATA            the tree of the arrays, as orbax reads it
 
-`orbax.checkpoint.PyTreeCheckpointer().restore` reads the folder. Orbax itself writes and reads a
-whole tree at once, so tensorstore, which orbax is built on, does both here: a conversion holds a
-few arrays, not the model.
+`orbax.checkpoint.PyTreeCheckpointer().restore` reads the folder. Orbax itself writes and reads only
+whole trees. This module therefore uses tensorstore, which orbax is built on: a conversion holds a
+few arrays in memory, not the model.
 """
 
 import json
@@ -37,7 +37,7 @@ class ArrayWriter:
     """Writes arrays into one store.
 
     Args:
-        folder: the store, in a folder that is being staged: staging flushes it to the disk.
+        folder: the store, inside a staged folder. Staging flushes it to disk.
 
     Attributes:
         index: the record of each array added so far, by its path.
@@ -49,7 +49,7 @@ class ArrayWriter:
         self._batch: dict[str, np.ndarray] = {}
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes arrays, by their paths. They must not change before `finish`.
+        """Adds arrays, by their paths. They must not change before `finish`.
 
         Raises:
             OSError: they cannot be written.
@@ -61,10 +61,10 @@ class ArrayWriter:
             self._write_batch()
 
     def finish(self) -> None:
-        """Writes what is left.
+        """Writes the last arrays and the description of the tree.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: they cannot be written.
         """
         self._write_batch()
         tree = {
@@ -155,7 +155,7 @@ def index_from_json(fields: Mapping[str, Any]) -> dict[str, ArrayRecord]:
 
 
 def missing_arrays(folder: Path, paths: Iterable[str]) -> list[str]:
-    """Arrays without files, as far as that shows without reading the store."""
+    """Arrays without files. Does not look into a store."""
     if (folder / _MANIFEST).is_file():
         return []
     return [path for path in paths if not os.path.isdir(_location(folder, path)["path"])]

@@ -6,8 +6,8 @@
     generation_config.json   as in HF; only its end-of-text ids are used
     tokenizer files          as in HF
 
-It is written group by group and read array by array. A group is what lies under one top-level key
-of the tree: embed, layers_0, ..., final_norm, lm_head.
+It is written group by group and read array by array. A group is the subtree under one top-level
+key: embed, layers_0, ..., final_norm, lm_head.
 """
 
 import contextlib
@@ -38,20 +38,29 @@ from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
 from s3d_jax.storage.trees import bullets, flatten, shape_problems, top_level_key, unflatten
 
 if TYPE_CHECKING:
+    import jax
+
     from s3d_jax.weights.trees import Params
 
 FORMAT, VERSION = "s3d_jax", 3
 _READABLE_VERSIONS = (2, 3)
 
-# Fields of generation_config.json that ask for no computation: not using them needs no word.
+# Fields of generation_config.json that do not change the tokens: they are ignored without a word.
 _SILENT_GENERATION_FIELDS = frozenset(
-    (
-        *("eos_token_id", "bos_token_id", "pad_token_id"),
-        *("transformers_version", "_from_model_config"),
-        # What HF returns and how it computes it, not which tokens come.
-        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
-        *("return_dict_in_generate", "use_cache", "cache_implementation"),
-    )
+    [
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "transformers_version",
+        "_from_model_config",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+        "use_cache",
+        "cache_implementation",
+    ]
 )
 
 
@@ -62,7 +71,7 @@ class Header:
     Attributes:
         path: the folder.
         config: the model.
-        source: where the weights came from (free form), or empty.
+        source: the origin of the weights (free form), or empty.
         generation_config: HF's generation_config.json, or empty.
         arrays: shape and checksum of each array, by its path in the parameter tree
             ("layers_0/mlp/down/weight").
@@ -76,7 +85,7 @@ class Header:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Top-level keys of the parameter tree, in the order they were written."""
+        """Top-level keys of the parameter tree, in the order in which they were written."""
         return tuple(dict.fromkeys(top_level_key(path) for path in self.arrays))
 
     @property
@@ -86,7 +95,7 @@ class Header:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text; empty where the checkpoint names none."""
+        """Tokens that end a text; empty if the checkpoint names none."""
         ids = self.generation_config.get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         for i in ids:
@@ -99,7 +108,7 @@ class Header:
 
     @property
     def generation_config_ignored(self) -> dict[str, Any]:
-        """Fields of generation_config.json that are set and not used: sampling is the caller's."""
+        """Fields of generation_config.json that are set but not used: the caller sets sampling."""
         fields = self.generation_config.items()
         return {k: v for k, v in fields if k not in _SILENT_GENERATION_FIELDS and v is not None}
 
@@ -110,8 +119,8 @@ class Checkpoint:
 
     Attributes:
         header: what the folder says about itself.
-        config: the model; its dtype is that of `params`.
-        params: nested dict of jax arrays, as `s3d_jax.model` wants it.
+        config: the model, with the dtype of `params`.
+        params: the parameter tree, a nested dict of jax arrays.
     """
 
     header: Header
@@ -123,28 +132,24 @@ class CheckpointWriter:
     """Writes the groups of one checkpoint; made by `checkpoint_writer`."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        from s3d_jax.nn.transformer import abstract_params
-
         self.folder = folder
         self.config = config
-        self._expected = flatten(abstract_params(config))
+        self._expected = _expected_arrays(config)
         self._arrays = ArrayWriter(folder / "weights")
 
     def write_group(self, name: str, tree: Mapping[str, Any]) -> None:
         """Writes the subtree under the top-level key `name`.
 
         Args:
-            name: of the group.
-            tree: arrays as in `abstract_params`; they must not change before the writer's end.
+            name: the group.
+            tree: arrays as in `abstract_params`. They must not change before the writer finishes.
 
         Raises:
-            CheckpointError: the arrays are not those of the model, or were written before.
+            CheckpointError: the arrays do not fit the model, or were written before.
         """
         arrays = {path: np.asarray(x) for path, x in flatten(tree, name).items()}
         expected = {k: v for k, v in self._expected.items() if top_level_key(k) == name}
-        problems = shape_problems(
-            *({k: v.shape for k, v in tree.items()} for tree in (arrays, expected))
-        )
+        problems = shape_problems(_shapes(arrays), _shapes(expected))
         for path, array in arrays.items():
             if path in expected and array.dtype != expected[path].dtype:
                 problems.append(f"{path}: {array.dtype}, the model has {expected[path].dtype}")
@@ -156,7 +161,11 @@ class CheckpointWriter:
         self._arrays.add(arrays)
 
     def add_file(self, source: str | os.PathLike[str]) -> None:
-        """Copies a file, under its own name, into the folder (tokenizer files)."""
+        """Copies a tokenizer file into the folder.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         try:
             data = Path(source).read_bytes()
         except OSError as error:
@@ -164,10 +173,16 @@ class CheckpointWriter:
         (self.folder / Path(source).name).write_bytes(data)
 
     def finish(self, source: Mapping[str, Any], generation_config: Mapping[str, Any]) -> None:
-        """Writes the small files; config.json comes last, so nothing incomplete has one."""
+        """Writes the small files. config.json comes last: a folder that has one is complete.
+
+        Raises:
+            CheckpointError: arrays of the model are missing.
+        """
         missing = [path for path in self._expected if path not in self._arrays.index]
         if missing:
-            raise CheckpointError(f"not all of the model was written; missing:\n{bullets(missing)}")
+            raise CheckpointError(
+                f"the model was not written completely; missing:\n{bullets(missing)}"
+            )
         self._arrays.finish()
         if generation_config:
             write_json(self.folder / "generation_config.json", generation_config)
@@ -192,18 +207,18 @@ def checkpoint_writer(
             writer.write_group("embed", {"embedding": array})
             ...
 
-    The folder appears under its name when the block ends well, and not otherwise.
+    The folder appears under its name if the block succeeds, and not otherwise.
 
     Args:
         out: the folder to write.
         config: the model.
-        source: provenance, JSON; shown by `s3d info`, and used by exports.
-        generation_config: HF's generation settings, JSON.
-        overwrite: replace an existing checkpoint, which lives on until the new one is complete.
-        needs: bytes that will be written, to notice early that they will not fit.
+        source: the origin of the weights (JSON); `s3d info` shows it, and exports use it.
+        generation_config: HF's generation settings (JSON).
+        overwrite: replace an existing checkpoint; the old one stays until the new one is complete.
+        needs: bytes that will be written, so that a full disk is noticed before the work.
 
     Raises:
-        CheckpointError: `out` exists or cannot be written, or groups are missing at the end.
+        CheckpointError: `out` exists or cannot be written, or groups are missing.
     """
     with staged_folder(out, overwrite=overwrite, needs=needs) as folder:
         writer = CheckpointWriter(folder, config)
@@ -225,14 +240,14 @@ def save(
 
     Args:
         out, config, source, generation_config, overwrite: as in `checkpoint_writer`.
-        params: the parameter tree, arrays as in `abstract_params`.
+        params: the parameter tree, with arrays as in `abstract_params`.
         tokenizer: a folder whose tokenizer files are copied.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: as `checkpoint_writer`, or `params` does not fit `config`.
+        CheckpointError: as in `checkpoint_writer`, or `params` does not fit `config`.
     """
     with checkpoint_writer(
         out, config, source=source, generation_config=generation_config, overwrite=overwrite
@@ -251,22 +266,23 @@ def load(
 
     Args:
         path: a native checkpoint folder.
-        dtype: "float32", "bfloat16" or "float16" to cast to; None keeps the stored one.
-        progress: show a bar on a terminal where it takes more than a second.
+        dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
+            dtype.
+        progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, of another format or version, incomplete or damaged.
-        ConfigError: an unknown dtype.
+        ConfigError: the dtype is unknown.
     """
     import jax
     from tqdm import tqdm
 
     header = read_header(path)
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
-    target = array_dtypes(config)
+    dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}
     with tqdm(
-        total=sum(math.prod(x.shape) * target[k].itemsize for k, x in header.arrays.items()),
+        total=sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items()),
         desc="loading",
         unit="B",
         unit_scale=True,
@@ -274,21 +290,20 @@ def load(
         leave=False,
         delay=1,
     ) as bar:
-        for path in header.arrays:
-            params[path] = jax.device_put(cast(_read(header, path), target[path], path))
-            bar.update(params[path].nbytes)
+        for name in header.arrays:
+            params[name] = jax.device_put(cast(_read(header, name), dtypes[name], name))
+            bar.update(params[name].nbytes)
     return Checkpoint(header, config, unflatten(params))
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads everything but the weights, and checks that the folder is whole.
+    """Reads everything except the weights, and checks that the folder is complete.
 
     Raises:
-        CheckpointError: as `load`; damage inside the arrays is found by `load` alone.
+        CheckpointError: as in `load`, but damaged arrays are not noticed.
     """
     folder = Path(path)
-    _check_is_native(folder)
-    fields = read_json_object(folder / "config.json")
+    fields = _read_config(folder)
     version = fields.get("version")
     if version not in _READABLE_VERSIONS:
         raise CheckpointError(
@@ -318,7 +333,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def read_group(header: Header, name: str) -> dict[str, Any]:
-    """One top-level group of the parameter tree, numpy arrays.
+    """One top-level group of the parameter tree, as numpy arrays.
 
     Raises:
         CheckpointError: an array is damaged.
@@ -328,19 +343,24 @@ def read_group(header: Header, name: str) -> dict[str, Any]:
 
 
 def _read(header: Header, path: str) -> np.ndarray:
-    dtype = array_dtypes(header.config)[path]
+    dtype = _expected_arrays(header.config)[path].dtype
     return read_array(header.path / "weights", path, header.arrays[path], dtype)
 
 
 @functools.cache
-def array_dtypes(config: ModelConfig) -> dict[str, np.dtype]:
-    """The type of each array of the parameter tree, by its path."""
+def _expected_arrays(config: ModelConfig) -> "dict[str, jax.ShapeDtypeStruct]":
+    """Shape and dtype of each array of a model, by its path."""
     from s3d_jax.nn.transformer import abstract_params
 
-    return {path: leaf.dtype for path, leaf in flatten(abstract_params(config)).items()}
+    return flatten(abstract_params(config))
 
 
-def _check_is_native(folder: Path) -> None:
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: array.shape for path, array in arrays.items()}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The fields of config.json, which say that the folder is a native checkpoint."""
     if not folder.exists():
         raise CheckpointError(
             f"no checkpoint at {folder}: there is no such folder (a model on the hub is converted "
@@ -350,7 +370,7 @@ def _check_is_native(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file, and a native checkpoint is a folder")
     fields = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
     if fields.get("format") == FORMAT:
-        return
+        return fields
     if fields.keys() & {"model_type", "architectures"} or any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} is a HF checkpoint, and a native one is needed: convert it by\n"
@@ -365,10 +385,8 @@ def _check_is_native(folder: Path) -> None:
 
 
 def _check_complete(header: Header) -> None:
-    from s3d_jax.nn.transformer import abstract_params
-
-    expected = {path: leaf.shape for path, leaf in flatten(abstract_params(header.config)).items()}
-    problems = shape_problems({path: x.shape for path, x in header.arrays.items()}, expected)
+    expected = _expected_arrays(header.config)
+    problems = shape_problems(_shapes(header.arrays), _shapes(expected))
     missing = missing_arrays(header.path / "weights", header.arrays)
     problems += [f"{path}: missing from the folder weights" for path in missing]
     if problems:

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all."""
+"""Writes folders and files that appear whole or not at all."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ _REASONS = {
 
 
 def _write_error(out: str | os.PathLike[str], error: OSError) -> CheckpointError:
-    """A CheckpointError that says in plain words why `out` could not be written."""
+    """Explains in plain words why `out` could not be written."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return CheckpointError(f"cannot write {out}: {reason}")
 
@@ -33,21 +33,21 @@ def _write_error(out: str | os.PathLike[str], error: OSError) -> CheckpointError
 def staged_folder(
     out: str | os.PathLike[str], *, overwrite: bool = False, needs: int = 0
 ) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends well.
+    """Gives an empty folder, which becomes `out` if the block succeeds.
 
-    It lies beside `out` as `<name>.partial-<random>`. At the end all of it is flushed to disk and
-    renamed, so `out` is never seen half written. After any exception it is removed; after a kill or
-    a power cut it may stay behind under its partial name. An `out` that is to be replaced lives on
-    until the new one is complete.
+    The folder is next to `out` and called `<name>.partial-<random>`. After the block it is flushed
+    to disk and renamed, so `out` is never visible half written. An exception removes it; a kill or
+    a power cut can leave it under its partial name. An existing `out` stays until the new one is
+    complete.
 
     Args:
-        out: the folder to write; missing parents are made.
+        out: the folder to write; missing parents are created.
         overwrite: replace an existing checkpoint folder. Other folders are never replaced.
-        needs: bytes that will be written, to notice early that they will not fit.
+        needs: bytes that will be written, so that a full disk is noticed before the work.
 
     Raises:
         CheckpointError: `out` exists, or cannot be written (permission, disk full, ...). An OSError
-            of the block is taken for a failure to write and becomes a CheckpointError too.
+            in the block counts as a failure to write.
     """
     shown, out = out, Path(os.path.realpath(out))
     check_replaceable(out, overwrite)
@@ -62,11 +62,11 @@ def staged_folder(
     except OSError as error:
         raise _write_error(shown, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # there only if something went wrong
+        shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure
 
 
 def free_space(out: str | os.PathLike[str]) -> int:
-    """Bytes that are free on the disk where `out` is, or would be."""
+    """Free bytes on the disk of `out`, which need not exist."""
     folder = Path(os.path.realpath(out))
     while not folder.is_dir():
         folder = folder.parent
@@ -74,7 +74,7 @@ def free_space(out: str | os.PathLike[str]) -> int:
 
 
 def check_space(out: str | os.PathLike[str], needs: int) -> None:
-    """Refuses to write what will not fit.
+    """Checks that the disk has room.
 
     Raises:
         CheckpointError: the disk has fewer than `needs` bytes free.
@@ -87,10 +87,10 @@ def check_space(out: str | os.PathLike[str], needs: int) -> None:
 
 
 def check_apart(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
-    """Refuses to replace what is being read.
+    """Checks that writing `out` replaces none of the sources.
 
     Raises:
-        CheckpointError: `out` is one of the sources, or a folder above one.
+        CheckpointError: `out` is a source, or contains one.
     """
     target = Path(os.path.realpath(out))
     for source in sources:
@@ -99,13 +99,13 @@ def check_apart(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | 
         read = Path(os.path.realpath(source))
         if target == read or target in read.parents:
             raise CheckpointError(
-                f"cannot write {out}: it is, or holds, what is being read ({source}): choose "
+                f"cannot write {out}: it is, or contains, what is being read ({source}): choose "
                 "another folder"
             )
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file; under its name stands the old text or the new one, never a part.
+    """Writes a text file, which has the old text or the new one at any time, never a part.
 
     Raises:
         OSError: it cannot be written.
@@ -119,11 +119,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_replaceable(out: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuses early what `staged_folder` would refuse: a long computation may lie between.
+    """Checks before a long computation that `staged_folder` will be able to write.
 
     Raises:
-        CheckpointError: `out` exists and is not to be replaced, or no checkpoint; or no folder can
-            be made there.
+        CheckpointError: `out` exists and must not be replaced, or is no checkpoint; or no folder
+            can be created there.
     """
     shown, out = out, Path(os.path.realpath(out))
     try:
@@ -150,13 +150,13 @@ def check_replaceable(out: str | os.PathLike[str], overwrite: bool) -> None:
         )
     if not is_checkpoint:
         raise CheckpointError(
-            f"{out} is no checkpoint that was written by s3d_jax or in HF's format, so it is not "
-            "replaced: choose another folder"
+            f"{out} is no checkpoint that s3d_jax wrote, or in HF's format, so it is not replaced: "
+            "choose another folder"
         )
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether it may be replaced: a native folder, or a HF folder with weights, and no others."""
+    """Whether the folder can be replaced: a native one, or a HF folder with weights."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -179,7 +179,7 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Renames; an old folder is moved aside first, and put back if that was in vain."""
+    """Renames. An old folder is moved aside first, and moved back if renaming fails."""
     aside = None
     if out.exists() and any(out.iterdir()):
         aside = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""The files of a transformers tokenizer, and how they are read."""
+"""Reads transformers tokenizers, and names their files."""
 
 import os
 from importlib.util import find_spec
@@ -7,12 +7,16 @@ from typing import Any
 
 from s3d_jax.errors import InputError
 
-# A tokenizer is made of these; one of the vocabularies is needed, settings alone make none.
+# A tokenizer has at least one of the vocabularies.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (
     *VOCABULARIES,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -27,24 +31,24 @@ def has_vocabulary(folder: str | os.PathLike[str]) -> bool:
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that are no text."""
+    """Ids of the special tokens, which are no text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return [*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)]
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an answer; None if there is none.
+    """The special token that the chat template writes after an answer, or None.
 
-    Chat models end their answers with it, whether or not generation_config.json says so.
+    Chat models end their answers with it, whether or not generation_config.json names it.
     """
     answer = "yes"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # the template is a program of its own; it will say so when it is used
+    except Exception:  # a template is a program and can fail; chats report that when they use it
         return None
     _, found, end = text.rpartition(answer)
-    if not found:  # the template leaves answers out, or changes them
+    if not found:  # the template omits answers, or changes them
         return None
     ids = tokenizer.encode(end, add_special_tokens=False)
     special = set(special_ids(tokenizer))
@@ -58,18 +62,17 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
         InputError: it cannot be read.
     """
     path = Path(folder)
-    # Without torch, transformers advises to install it, which nothing here has a use for.
+    # Without torch, transformers advises installing it, but nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     kinds = [transformers.AutoTokenizer]
     if (path / "tokenizer.json").is_file():
-        # AutoTokenizer asks config.json for the class where tokenizer_config.json names none, and
-        # ours is not HF's; the file alone is enough.
+        # If tokenizer_config.json names no class, AutoTokenizer looks for it in HF's config.json.
+        # Ours is not HF's; tokenizer.json alone is enough.
         kinds.append(transformers.PreTrainedTokenizerFast)
-    # Without this argument nothing is fixed either, but transformers warns of a wrong regex at each
-    # large vocabulary: it looks for the kind of model in HF's config.json. Version 5.0.0 fails with
-    # the argument.
+    # transformers looks for the model type in HF's config.json. Without this argument it therefore
+    # warns about a wrong regex for each large vocabulary. Version 5.0.0 fails with the argument.
     options: tuple[dict[str, bool], ...] = ({"fix_mistral_regex": False}, {})
     reason = ""
     for kind in kinds:

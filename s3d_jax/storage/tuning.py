@@ -1,10 +1,10 @@
-"""The settings that `s3d tune` chose, by device, in a checkpoint's tuning.json.
+"""The settings that `s3d tune` chose, in a checkpoint's tuning.json.
 
     {"format": "s3d_jax tuning", "version": 1, "entries": [{"key": ..., "tuning": ...,
       "measured": ...}]}
 
-An entry belongs to a device, a dtype and a draft. It is found only while the draft is the one that
-it was measured with.
+An entry belongs to a device, a dtype and a draft. It no longer applies once the draft is trained
+again.
 """
 
 import json
@@ -29,15 +29,15 @@ _AGAIN = "delete it, and run s3d tune again"
 def read_tuning(
     model: str | os.PathLike[str], config: ModelConfig, draft: str | None
 ) -> Tuning | None:
-    """What was chosen for this device.
+    """The settings that were chosen for this device.
 
     Args:
         model: the native checkpoint folder.
-        config: the model as it is computed.
-        draft: the name of the trained draft in use; None is the untrained one.
+        config: the model, with the dtype it computes in.
+        draft: the name of the trained draft in use; None is the untrained draft.
 
     Returns:
-        None where nothing was, or the draft has been trained anew since.
+        None if none were chosen, or if the draft was trained again since.
 
     Raises:
         CheckpointError: the file is damaged, or of another version.
@@ -55,7 +55,7 @@ def read_tuning(
 
 
 def read_entries(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All entries of a checkpoint, of whatever device; empty where it was never tuned.
+    """All entries of a checkpoint, for all devices; empty if it was never tuned.
 
     Raises:
         CheckpointError: the file is damaged, or of another version.
@@ -81,23 +81,25 @@ def save_tuning(
     tuning: Tuning,
     measured: Mapping[str, Any],
 ) -> Path:
-    """Keeps what was chosen for this device, in place of an earlier choice; atomically.
+    """Stores the settings chosen for this device, and removes an earlier choice.
+
+    The file is replaced in one step.
 
     Args:
         model, config, draft: as in `read_tuning`.
-        tuning: the choice.
-        measured: what it was chosen by (JSON).
+        tuning: the settings.
+        measured: the measurements they were chosen by (JSON).
 
     Returns:
         The file.
 
     Raises:
-        CheckpointError: the file that is there is damaged, or it cannot be written.
+        CheckpointError: the existing file is damaged, or the file cannot be written.
     """
     path = Path(model) / FILE
     key = _key(Path(model), config.dtype, draft)
     entry = {"key": key, "tuning": tuning.to_dict(), "measured": dict(measured)}
-    # Of a draft's earlier training nothing is kept.
+    # Without draft_crc32: entries for an earlier training of the draft are removed, too.
     same = {"device", "dtype", "draft"}
     others = [
         e for e in read_entries(model) if any(e["key"].get(name) != key[name] for name in same)
@@ -111,15 +113,15 @@ def save_tuning(
 
 
 def check_writable(model: str | os.PathLike[str]) -> None:
-    """Refuses early what `save_tuning` would refuse: minutes of measurements lie between.
+    """Checks before minutes of measurements that `save_tuning` will be able to write.
 
     Raises:
-        CheckpointError: no file can be made in the checkpoint's folder.
+        CheckpointError: the checkpoint's folder is not writable.
     """
     if not os.access(model, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"cannot write into {model}, where the settings would be kept: copy the folder to a "
-            "place of yours and give that (--model DIR), or look at the settings alone (--no-save)"
+            f"cannot write into {model}, where the settings are stored: copy the folder to a place "
+            "of yours and use that (--model DIR), or only print the settings (--no-save)"
         )
 
 
@@ -131,7 +133,7 @@ def _key(model: Path, dtype: str, draft: str | None) -> dict[str, Any]:
         "draft_crc32": None,
     }
     if draft is not None:
-        # Holds the sums of its arrays, so it is another one where the draft is.
+        # config.json holds the checksums of the draft's arrays, so it changes with them.
         key["draft_crc32"] = zlib.crc32((model / "drafts" / draft / "config.json").read_bytes())
     return key
 

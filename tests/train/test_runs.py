@@ -353,7 +353,7 @@ def test_python_refuses_what_the_command_refuses(model):
     arguments = (model / "model", [model / "own.jsonl"], model / "run-x")
     with pytest.raises(ConfigError, match="mode must be one of"):
         TrainDraftConfig(mode="half")
-    with pytest.raises(CheckpointError, match="it is, or holds, what is being read"):
+    with pytest.raises(CheckpointError, match="it is, or contains, what is being read"):
         train_draft(*arguments, TrainDraftConfig(mode="full", out=model / "model"))
     with pytest.raises(ConfigError, match="say where the new one goes"):
         train_draft(*arguments, TrainDraftConfig(mode="full"))
