@@ -10,6 +10,7 @@ from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params
 
 
@@ -48,8 +49,8 @@ class S3D(Drafter):
         tuned, draft = target.tuning, self.settings
         if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
             return tuned.costs
-        slow = jax.default_backend() == "cpu" and target.config.precision in ("float32", "int8")
-        return PassCosts.estimated(draft, bound_by_memory=not slow)
+        weights, dtype = weight_format(target.config), target.config.dtype
+        return PassCosts.estimated(draft, weights.bound_by_memory(dtype, jax.default_backend()))
 
     def validate(self, target: Target) -> None:
         self.settings.validate_for(target.config)
