@@ -24,9 +24,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.hf import SafetensorsWriter
-from convert.plan import plan
-from convert.to_native import Model, open_origin
+from convert.plan import dry_run
+from convert.sources.open import open_origin
+from convert.sources.safetensors import SafetensorsWriter
+from convert.target import ConversionTarget
 
 CONFIG = "configs/Phi-3-mini-4k-instruct.config.json"
 INDEX = "weight_index/Phi-3-mini-4k-derived-merge.model.safetensors.index.json"
@@ -86,7 +87,7 @@ def write_checkpoint(folder: Path, data: Path, layers: int) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    shapes = Model.of(open_origin(folder, outline=True), None).shapes
+    shapes = ConversionTarget.of(open_origin(folder, outline=True)).shapes
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(ml_dtypes.bfloat16)
     for file in sorted(set(names.values())):
         mine = [name for name in names if names[name] == file]
@@ -121,7 +122,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     source, native = folder / "hf", folder / "native"
     write_checkpoint(source, arguments.data, arguments.layers)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    planned = plan(source, native).memory
+    planned = dry_run(source, native).memory
     copying = [copy_seconds(source, folder / "copy")]
     evict(source)
     converted = child(CONVERT, source, native)

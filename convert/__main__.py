@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from convert.options import ConversionOptions
 from s3d_jax import __version__
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.model import QUANTIZATIONS
+from s3d_jax.settings.model import DTYPES
 
 if TYPE_CHECKING:
-    from convert.plan import Entry, Plan
-    from convert.to_native import Report
+    from convert.plan import DryRun, TensorEntry
+    from convert.to_native import ConversionReport
     from convert.verification import Verification
 
 _DESCRIPTION = """\
@@ -77,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit code: 0 done, 1 what was looked at has faults, 2 wrong input, 130 interrupted.
+        The exit code: 0 done, 1 faults were found, 2 wrong input, 130 interrupted.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"export": _export, "inspect": _inspect, "verify": _verify}
     try:
-        if words and words[0] in commands:
-            return commands[words[0]](words[1:])
-        return _convert(words)
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return _convert(arguments)
     except S3DError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -96,69 +97,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _convert(words: list[str]) -> int:
+def _convert(argv: list[str]) -> int:
     parser = _parser("s3d-convert", _DESCRIPTION, _EPILOG)
     parser.add_argument("--version", action="version", version=f"s3d_jax {__version__}")
     parser.add_argument(
         "source",
         metavar="HF_DIR_OR_ID",
-        help="a folder, an id on the hub such as HuggingFaceTB/SmolLM-135M, or a llama2.c .bin; "
+        help="a folder, an id on the hub such as HuggingFaceTB/SmolLM-135M, a llama2.c .bin file, "
         "or a native checkpoint",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="the native checkpoint folder to write")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="cast the weights (default: as stored)",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="; ".join(f"{name}: {words}" for name, words in QUANTIZATIONS.items())
-        + "; prints perplexity and KL divergence against the weights as they were",
-    )
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        help="a .txt or .jsonl file for that (default: stories and dialogues of the package)",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="take the tokenizer from there (default: the source)"
-    )
-    _add_revision(parser)
+    names = [field.name for field in dataclasses.fields(ConversionOptions)]
+    _add_options(parser, *names)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what would be read and written, and the memory and disk that it takes; writes "
-        "nothing, and needs no more than config.json and the index",
+        help="say what would be read and written, and how much memory and disk that takes; write "
+        "nothing, and need no more than config.json and the index",
     )
-    parser.add_argument(
-        "--no-parity",
-        action="store_true",
-        help="do not compare at the end: with HF transformers (done where torch is installed), and "
-        "int8 with the weights it was made from",
-    )
-    _add_common(parser)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
+    options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
     if arguments.dry_run:
-        return _dry_run(arguments)
-    from convert import convert
+        from convert.plan import dry_run
 
-    report = convert(
-        arguments.source,
-        arguments.out,
-        dtype=arguments.dtype,
-        quantization=arguments.quantize,
-        text=arguments.text,
-        tokenizer=arguments.tokenizer,
-        revision=arguments.revision,
-        overwrite=arguments.overwrite,
-        parity=not arguments.no_parity,
-        progress=not arguments.quiet,
-    )
-    if not arguments.quiet:
+        planned = dry_run(arguments.source, arguments.out, options)
+        if options.progress:
+            _print_dry_run(planned, arguments.out)
+        return 0
+    from convert.to_native import write_native
+
+    report = write_native(arguments.source, arguments.out, options)
+    if options.progress:
         _print_report(report)
-    if report.tokenizer_problem:  # to stderr, and if quiet too: a part of the model is of no use
+    if report.tokenizer_problem:  # to stderr, and if quiet too: a part of the model is useless
         print(
             f"warning: {report.tokenizer_problem}. The weights are converted; the model works with "
             "token ids only",
@@ -167,24 +138,7 @@ def _convert(words: list[str]) -> int:
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace) -> int:
-    from convert.plan import plan
-
-    planned = plan(
-        arguments.source,
-        arguments.out,
-        dtype=arguments.dtype,
-        quantization=arguments.quantize,
-        tokenizer=arguments.tokenizer,
-        revision=arguments.revision,
-        overwrite=arguments.overwrite,
-    )
-    if not arguments.quiet:
-        _print_plan(planned, arguments.out)
-    return 0
-
-
-def _print_plan(plan: "Plan", out: str) -> None:
+def _print_dry_run(plan: "DryRun", out: str) -> None:
     print(
         f"{plan.name}: {plan.model_type}, {plan.num_params:,} parameters, to be written in "
         f"{plan.config.precision}"
@@ -219,34 +173,34 @@ def _size(num_bytes: int | None) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def _inspect(words: list[str]) -> int:
+def _inspect(argv: list[str]) -> int:
     parser = _parser("s3d-convert inspect", _INSPECT_DESCRIPTION, _INSPECT_EPILOG)
     parser.add_argument(
         "source", metavar="HF_DIR_OR_ID", help="a folder, an id on the hub, or a llama2.c .bin"
     )
-    _add_revision(parser)
+    _add_options(parser, "revision")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     from convert.plan import inspect
 
-    model, entries = inspect(arguments.source, arguments.revision)
+    target, entries = inspect(arguments.source, arguments.revision)
+    model_type, num_params = target.origin.model_type, target.num_params
     faults = sum(entry.is_fault for entry in entries)
     if arguments.json:
         tensors = [dataclasses.asdict(entry) for entry in entries]
-        facts = {"model_type": model.family.model_type, "num_params": model.num_params}
-        print(json.dumps(facts | {"num_faults": faults, "tensors": tensors}, indent=1))
+        facts = {"model_type": model_type, "num_params": num_params, "num_faults": faults}
+        print(json.dumps(facts | {"tensors": tensors}, indent=1))
     else:
         _print_entries(entries)
-        arrays, used = len(model.table), sum(entry.native is not None for entry in entries)
+        arrays, used = len(target.origin.table), sum(e.native is not None for e in entries)
         print(
-            f"{model.family.model_type}, {model.num_params:,} parameters: {used} tensors make up "
-            f"{arrays} native arrays; {len(entries) - used - faults} are not needed, "
-            f"{faults} at fault"
+            f"{model_type}, {num_params:,} parameters: {used} tensors make up {arrays} native "
+            f"arrays; {len(entries) - used - faults} are not needed, {faults} at fault"
         )
     return 1 if faults else 0
 
 
-def _print_entries(entries: Sequence["Entry"]) -> None:
+def _print_entries(entries: Sequence["TensorEntry"]) -> None:
     rows = [("tensor", "dtype", "shape", "file", "becomes")]
     for entry in entries:
         becomes = f"{entry.native}{entry.slice}" if entry.native else "not needed"
@@ -260,16 +214,16 @@ def _print_entries(entries: Sequence["Entry"]) -> None:
         print("  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _verify(words: list[str]) -> int:
+def _verify(argv: list[str]) -> int:
     parser = _parser("s3d-convert verify", _VERIFY_DESCRIPTION, _VERIFY_EPILOG)
     parser.add_argument("native", metavar="NATIVE_DIR", help="a native checkpoint folder")
     parser.add_argument(
         "source", metavar="HF_DIR_OR_ID", help="what it was converted from: a folder, or a hub id"
     )
-    _add_revision(parser)
+    _add_options(parser, "revision")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="of the computation; 16 bits need half the memory, and round (default: float32)",
     )
@@ -289,7 +243,7 @@ def _verify(words: list[str]) -> int:
         "16 bits round weights or computation)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     from convert import verify
 
     verification = verify(
@@ -323,7 +277,7 @@ def _print_verification(verification: "Verification", arguments: argparse.Namesp
     print(f"{verdict}: a KL divergence up to {verification.max_kl:.0e} counts as the same model")
 
 
-def _print_report(report: "Report") -> None:
+def _print_report(report: "ConversionReport") -> None:
     has_none = "; no tokenizer, so it works with token ids only (--tokenizer DIR takes one along)"
     tokenizer = "" if report.tokenizer else has_none
     print(
@@ -356,7 +310,7 @@ def _print_report(report: "Report") -> None:
         print(f"next: s3d info --model {report.out}")
 
 
-def _print_loss(report: "Report") -> None:
+def _print_loss(report: "ConversionReport") -> None:
     loss, precision = report.loss, report.config.precision
     if loss is None:
         print(f"what {precision} costs: not measured, {report.loss_skipped}")
@@ -371,7 +325,7 @@ def _print_loss(report: "Report") -> None:
     )
 
 
-def _export(words: list[str]) -> int:
+def _export(argv: list[str]) -> int:
     parser = _parser("s3d-convert export", _EXPORT_DESCRIPTION, _EXPORT_EPILOG)
     parser.add_argument("native", metavar="NATIVE_DIR", help="a native checkpoint folder")
     parser.add_argument("out", metavar="OUT_DIR", help="the Hugging Face folder to write")
@@ -381,8 +335,8 @@ def _export(words: list[str]) -> int:
         default="5GB",
         help="per safetensors file, like 500MB (default: 5GB)",
     )
-    _add_common(parser)
-    arguments = parser.parse_args(words)
+    _add_options(parser, "overwrite", "progress")
+    arguments = parser.parse_args(argv)
     from convert.to_hf import export
 
     out = export(
@@ -390,9 +344,9 @@ def _export(words: list[str]) -> int:
         arguments.out,
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,
-        progress=not arguments.quiet,
+        progress=arguments.progress,
     )
-    if not arguments.quiet:
+    if arguments.progress:
         print(f"{out}: load it by transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return 0
 
@@ -406,18 +360,16 @@ def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser
     )
 
 
-def _add_revision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing checkpoint: all that OUT_DIR holds is removed, files that you "
-        "put there too",
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
+def _add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds options for these fields of ConversionOptions."""
+    for field in dataclasses.fields(ConversionOptions):
+        if field.name in names:
+            argument = {"flag": f"--{field.name}", **field.metadata}
+            if isinstance(field.default, bool):
+                argument["action"] = "store_false" if field.default else "store_true"
+            parser.add_argument(
+                argument.pop("flag"), dest=field.name, default=field.default, **argument
+            )
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from convert.hf import DTYPES
+from convert.sources.base import FLOATS, first_line
 from s3d_jax.errors import ConversionError
 
 # Long enough to see a wrong rotation, which a short prompt cannot.
 LENGTH = 640
 _ROWS = 32  # positions that are compared at a time
-_BESIDE = 1 << 30  # bytes of memory beside weights and logits: libraries, activations
+_OVERHEAD = 1 << 30  # bytes of memory in addition to weights and logits: libraries, activations
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,49 +41,57 @@ class Parity:
 def measure_parity(
     hf_folder: Path | None, native: Path, num_params: int, vocab_size: int
 ) -> tuple[Parity | None, str]:
-    """Compares where that is possible, at the end of a conversion.
+    """Compares a conversion with its original, if that is possible.
 
     Args:
-        hf_folder: the original, or None where there is none in HF's format.
+        hf_folder: the original, or None if it is not in HF's format.
         native: the converted one.
         num_params, vocab_size: their sizes, to see whether they fit into memory.
 
     Returns:
-        The agreement; or None and the reason why it was not measured.
+        The agreement, and ""; or None, and the reason why it was not measured.
     """
     if hf_folder is None:
         return None, "the source is no HF checkpoint"
     if reason := obstacle(num_params, vocab_size, "float32", LENGTH):
         return None, reason
+    return attempt(lambda: (compare(hf_folder, native), ""))
+
+
+def attempt(measure: Callable[[], tuple[T | None, str]]) -> tuple[T | None, str]:
+    """Runs a comparison at the end of a conversion, which is done whatever fails here.
+
+    Returns:
+        The result, and ""; or None, and the reason why there is none.
+    """
     try:
-        return compare(hf_folder, native), ""
+        return measure()
     except KeyboardInterrupt:
         return None, "interrupted; the checkpoint itself is complete"
-    except Exception as error:  # whatever ails HF's side, the conversion is done
-        reason = str(error).strip().partition("\n")[0]
-        return None, f"the comparison failed ({type(error).__name__}: {reason})"
+    except Exception as error:
+        return None, f"the comparison failed ({type(error).__name__}: {first_line(error)})"
 
 
 def obstacle(num_params: int, vocab_size: int, dtype: str, num_tokens: int) -> str:
     """Why two models of that size cannot be compared, and what to do; or "".
 
-    One of them is in memory at a time, and then the logits of both, and the difference.
+    One model is in memory at a time, then the logits of both and their difference.
     """
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed (pip install 's3d-jax[torch]')"
-    weights = DTYPES[dtype].itemsize * num_params
+    weights = FLOATS[dtype].itemsize * num_params
     reason = lacking_memory(weights + logits_bytes(num_tokens, vocab_size))
     half = "; s3d-convert verify --dtype bfloat16 needs half" if dtype == "float32" else ""
     return reason and reason + half
 
 
 def logits_bytes(num_tokens: int, vocab_size: int) -> int:
-    """Bytes that a comparison needs beside the weights: logits of both models, and what is made."""
-    return 3 * 4 * num_tokens * vocab_size + _BESIDE
+    """Bytes that a comparison needs in addition to the weights."""
+    return 3 * 4 * num_tokens * vocab_size + _OVERHEAD
 
 
 def lacking_memory(needed: int) -> str:
-    """That so many bytes of memory are not free, in words; or ""."""
+    """Says that so many bytes of memory are not free; "" if they are."""
     if needed <= (free := _available_memory()):
         return ""
     return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
@@ -115,7 +126,7 @@ def compare(
 
 
 def _parity(ours: np.ndarray, theirs: np.ndarray) -> Parity:
-    """From the logits of both, [T, V]; a few rows at a time, for large vocabularies."""
+    """Compares logits [T, V] of both models; a few rows at a time, for large vocabularies."""
     largest, total, kl, same = 0.0, 0.0, 0.0, 0
     for start in range(0, len(ours), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -142,10 +153,9 @@ def _hf_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
         with torch.inference_mode():
             return model.eval()(torch.tensor(tokens)).logits.float().numpy()
     except Exception as error:  # transformers raises most kinds
-        reason = str(error).strip().partition("\n")[0]
         raise ConversionError(
-            f"HF transformers cannot run {folder} ({type(error).__name__}: {reason}): get a good "
-            "copy of it, or another version of transformers"
+            f"HF transformers cannot run {folder} ({type(error).__name__}: {first_line(error)}): "
+            "get a good copy of it, or another version of transformers"
         ) from error
 
 

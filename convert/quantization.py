@@ -1,4 +1,4 @@
-"""What int8 weights cost: perplexity and logits against the float weights they are made from."""
+"""What int8 weights cost: perplexity and logits against the float weights before."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf import DTYPES
-from convert.parity import lacking_memory, logits_bytes
+from convert.parity import attempt, lacking_memory, logits_bytes
+from convert.sources.base import FLOATS
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.tokenizer import has_vocabulary, read_tokenizer
 from s3d_jax.texts.documents import read_words
@@ -22,13 +22,13 @@ _ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-    """How far quantised weights are from the float ones, on the same tokens.
+class QuantizationLoss:
+    """How far a quantised model is from the float model, on the same tokens.
 
     Attributes:
         num_tokens: how many.
-        perplexity: of the float and of the quantised model; None where the tokens are random, as
-            they are without a tokenizer.
+        perplexity: of the float and of the quantised model; None without a tokenizer, because then
+            the tokens are random.
         kl: KL divergence of the next token's distribution from the float model's, in nats, mean
             over the positions.
         greedy_agreement: share of the positions with the same most likely token.
@@ -44,44 +44,38 @@ def measure_loss(
     groups: Iterable[tuple[str, Mapping[str, Any]]],
     config: ModelConfig,
     native: Path,
-    words: str,
-) -> tuple[Loss | None, str]:
+    calibration_text: str,
+) -> tuple[QuantizationLoss | None, str]:
     """Compares a quantised checkpoint with the float weights.
 
     Args:
         groups: the float model's parameter tree, group by group.
         config: of the quantised model.
         native: the quantised checkpoint.
-        words: a text to run both on.
+        calibration_text: the text to run both on.
 
     Returns:
-        The loss; or None, and the reason why it was not measured.
+        The loss, and ""; or None, and the reason why it was not measured.
     """
-    try:
-        return _measure(groups, config, native, words)
-    except KeyboardInterrupt:
-        return None, "interrupted; the checkpoint itself is complete"
-    except Exception as error:  # as with parity: the conversion is done, whatever ails this
-        reason = str(error).strip().partition("\n")[0]
-        return None, f"the comparison failed ({type(error).__name__}: {reason})"
+    return attempt(lambda: _measure(groups, config, native, calibration_text))
 
 
 def _measure(
     groups: Iterable[tuple[str, Mapping[str, Any]]],
     config: ModelConfig,
     native: Path,
-    words: str,
-) -> tuple[Loss | None, str]:
+    calibration_text: str,
+) -> tuple[QuantizationLoss | None, str]:
     import jax
 
     from s3d_jax.nn.transformer import forward_logits, num_params
     from s3d_jax.storage import native as checkpoint
 
-    ids = _tokens(native, config.vocab_size, words)
+    ids = _tokens(native, config.vocab_size, calibration_text)
     if ids.shape[1] < 2:
         return None, "the text is too short"
     unquantized = config.replace(quantization=None)
-    weights = DTYPES[config.dtype].itemsize * num_params(unquantized)
+    weights = FLOATS[config.dtype].itemsize * num_params(unquantized)
     if reason := lacking_memory(weights + logits_bytes(ids.size, config.vocab_size)):
         return None, reason
 
@@ -96,8 +90,10 @@ def _measure(
     return _loss(p, q, ids, has_vocabulary(native)), ""
 
 
-def _loss(p: list[np.ndarray], q: list[np.ndarray], ids: np.ndarray, is_text: bool) -> Loss:
-    """From the log probabilities of both models, [T, V] per row of ids [R, T]."""
+def _loss(
+    p: list[np.ndarray], q: list[np.ndarray], ids: np.ndarray, is_text: bool
+) -> QuantizationLoss:
+    """Compares the log probabilities of both models, [T, V] for each row of ids [R, T]."""
     kl = np.mean([np.mean(np.sum(np.exp(a) * (a - b), axis=-1)) for a, b in zip(p, q, strict=True)])
     same = np.mean([np.mean(a.argmax(-1) == b.argmax(-1)) for a, b in zip(p, q, strict=True)])
 
@@ -105,7 +101,7 @@ def _loss(p: list[np.ndarray], q: list[np.ndarray], ids: np.ndarray, is_text: bo
         positions = np.arange(ids.shape[1] - 1)
         return math.exp(-np.mean([x[positions, row[1:]] for x, row in zip(rows, ids, strict=True)]))
 
-    return Loss(
+    return QuantizationLoss(
         num_tokens=ids.size,
         perplexity=(perplexity(p), perplexity(q)) if is_text else None,
         kl=float(kl),
@@ -113,20 +109,20 @@ def _loss(p: list[np.ndarray], q: list[np.ndarray], ids: np.ndarray, is_text: bo
     )
 
 
-def _tokens(native: Path, vocab_size: int, words: str) -> np.ndarray:
-    """Rows of ids, int32 [R, T]: of a text where the checkpoint has a tokenizer, else random."""
+def _tokens(native: Path, vocab_size: int, calibration_text: str) -> np.ndarray:
+    """Rows of ids, int32 [R, T]: the text's if the checkpoint has a tokenizer, else random."""
     if not has_vocabulary(native):
         return np.random.default_rng(0).integers(0, vocab_size, (_ROWS, _ROW), np.int32)
-    ids = np.asarray(read_tokenizer(native).encode(words, verbose=False), np.int32)
+    ids = np.asarray(read_tokenizer(native).encode(calibration_text, verbose=False), np.int32)
     ids = ids[: _ROWS * _ROW]
     row = max(1, min(_ROW, len(ids)))
     return ids[: len(ids) // row * row].reshape(-1, row)
 
 
-def read_text(text: str | os.PathLike[str] | None) -> str:
-    """The words of a .txt or .jsonl file; without one, stories and dialogues of the package.
+def read_calibration_text(text: str | os.PathLike[str] | None) -> str:
+    """The texts of a .txt or .jsonl file; without one, stories and dialogues of the package.
 
-    Of these in turns, since only the first tokens are run.
+    Stories and dialogues alternate, because only the first tokens are run.
 
     Raises:
         InputError: it cannot be read.

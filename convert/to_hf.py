@@ -1,4 +1,4 @@
-"""The native checkpoint -> a HF folder. See `convert.export`."""
+"""A native checkpoint -> a HF folder."""
 
 import math
 import os
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from convert.families import FAMILIES, Family, Part, Table, family_for_export, family_of, pieces
-from convert.hf import DTYPES, SafetensorsWriter
+from convert.progress import progress_bar
+from convert.sources.base import FLOATS
+from convert.sources.safetensors import SafetensorsWriter
 from s3d_jax.errors import ConfigError
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.json_files import write_json
@@ -19,8 +20,7 @@ from s3d_jax.storage.native import Header, read_group, read_header
 from s3d_jax.storage.staging import check_apart, staged_folder
 from s3d_jax.storage.tokenizer import tokenizer_files
 from s3d_jax.storage.trees import flatten
-from s3d_jax.weights.formats import weight_format
-from s3d_jax.weights.trees import widen_tree
+from s3d_jax.weights.int8 import dequantize_tree
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -30,10 +30,30 @@ def export(
     native: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    max_shard_size: int | str,
-    overwrite: bool,
-    progress: bool,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Path:
+    """Writes a HF folder (safetensors) from a native checkpoint.
+
+    Float weights are the same bit for bit. The weights of an int8 checkpoint are written in its
+    dtype: int8 times scale, which a dtype of 16 bits rounds once more.
+
+    Args:
+        native: a native checkpoint folder.
+        out: the folder to write.
+        max_shard_size: bytes per safetensors file, or a text such as "500MB"; a larger tensor gets
+            a file of its own.
+        overwrite: replace an existing checkpoint folder, and all that it holds.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: no HF model family can express the model, or `max_shard_size` is no size.
+        CheckpointError: `native` is damaged, or `out` exists or cannot be written.
+    """
     limit = parse_size(max_shard_size)
     check_apart(out, native)
     header = read_header(native)
@@ -41,20 +61,13 @@ def export(
     family, fields = _hf_config(header, config)
     table = family.table(config)
     tensors = {part.name: part.shape for parts in table.values() for part in parts}
-    itemsize = DTYPES[header.config.dtype].itemsize
+    itemsize = FLOATS[header.config.dtype].itemsize
     sizes = {name: math.prod(shape) * itemsize for name, shape in tensors.items()}
     shards = _shards(sizes, limit)
     total = sum(sizes.values())
     with (
         staged_folder(out, overwrite=overwrite, needs=total) as folder,
-        tqdm(
-            total=total,
-            desc="exporting",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,  # None: only on a terminal
-            leave=False,
-        ) as bar,
+        progress_bar("exporting", total, progress) as bar,
     ):
         writer = _ShardWriter(folder, header.config.dtype, tensors, shards)
         try:
@@ -76,7 +89,7 @@ def export(
 
 
 def _hf_config(header: Header, config: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family and config.json: the original one where it still describes the model."""
+    """The family and config.json: the original one if it still describes the model."""
     original = header.source.get("config")
     if isinstance(original, dict):
         try:
@@ -110,8 +123,7 @@ def _tensors(header: Header, table: Table) -> Iterator[tuple[Part, np.ndarray]]:
         if (here := path.partition("/")[0]) != group:
             group = here
             arrays.clear()  # before the next one is read
-            dtype = DTYPES[header.config.dtype]
-            tree = widen_tree(weight_format(header.config), read_group(header, group), dtype)
+            tree = dequantize_tree(read_group(header, group), FLOATS[header.config.dtype])
             arrays.update(flatten(tree, group))
         yield from pieces(parts, arrays[path])
 

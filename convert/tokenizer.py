@@ -1,29 +1,80 @@
-"""The tokenizer of a checkpoint: copied, checked, and made into a tokenizer.json where it has none.
+"""The tokenizer of a checkpoint: copied, checked, and turned into a tokenizer.json if it has none.
 
 A SentencePiece model alone (`tokenizer.model`) can be read only where sentencepiece is installed.
-A tokenizer.json can be read everywhere, so it is made while the conversion runs.
+A tokenizer.json can be read everywhere, so the conversion makes one.
 """
 
+import dataclasses
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from convert.hf import read_json
+from convert.sources.base import first_line, read_json_object
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.json_files import write_json
 from s3d_jax.storage.native import CheckpointWriter
 from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
 
-# Without runs of spaces, special tokens and rare letters, on which rules and not pieces decide.
+# Has no runs of spaces, special tokens or rare letters: there rules decide, not pieces.
 _PROBE = "Once upon a time, there was a Curious girl; she counted: 1, 2, 345!"
 
 
-def write_tokenizer(folder: Path, writer: CheckpointWriter) -> str:
-    """Copies the tokenizer files of a HF folder, and adds a tokenizer.json if it has none.
+class TokenizerSource(Protocol):
+    """Where a checkpoint's tokenizer comes from: a folder, or a file that holds weights too."""
 
-    Returns:
-        "", or why the tokenizer cannot be read and what to do about it. The files are copied all
-        the same, for an export to give them back.
+    @property
+    def path(self) -> Path:
+        """What is read on disk."""
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names of its files; empty if there is no tokenizer."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a vocabulary: settings alone are no tokenizer."""
+
+    def write(self, writer: CheckpointWriter) -> str:
+        """Writes the tokenizer's files into a checkpoint, a tokenizer.json among them.
+
+        Returns:
+            "", or why the tokenizer cannot be read and what to do about it. The files are written
+            in either case, so that an export can give them back.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFolder:
+    """The tokenizer files of a HF folder or a native checkpoint."""
+
+    path: Path
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        return tuple(file.name for file in tokenizer_files(self.path))
+
+    @property
+    def is_complete(self) -> bool:
+        return has_vocabulary(self.path)
+
+    def write(self, writer: CheckpointWriter) -> str:
+        return _write_folder(self.path, writer)
+
+
+def given_tokenizer(folder: str | os.PathLike[str]) -> TokenizerSource:
+    """The tokenizer that the user names.
+
+    Raises:
+        ConversionError: there is none.
     """
+    if not has_vocabulary(folder):
+        raise ConversionError(
+            f"{folder} holds no tokenizer files (tokenizer.json, tokenizer.model or vocab.json)"
+        )
+    return TokenizerFolder(Path(folder))
+
+
+def _write_folder(folder: Path, writer: CheckpointWriter) -> str:
     files = {file.name: file for file in tokenizer_files(folder)}
     for file in files.values():
         writer.add_file(file)
@@ -38,10 +89,10 @@ def write_tokenizer(folder: Path, writer: CheckpointWriter) -> str:
     except ConversionError as error:
         return f"the tokenizer in {folder} cannot be read: {error}"
     except Exception as error:  # transformers raises most kinds for files that it cannot read
-        reason = str(error).strip().partition("\n")[0]
         return (
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {reason}): get a "
-            "good copy, or give another tokenizer by --tokenizer, and convert again"
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: "
+            f"{first_line(error)}): get a good copy, or give another tokenizer by --tokenizer, and "
+            "convert again"
         )
     (writer.folder / "tokenizer.json").write_text(text, encoding="utf-8")
     if "tokenizer_config.json" not in files:
@@ -73,11 +124,11 @@ def _load(folder: Path) -> Any:
     import transformers
 
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json_object(path) if path.is_file() else {}
     name = settings.get("tokenizer_class") or "LlamaTokenizer"
     if is_sentencepiece and name in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        # Old folders leave the class out, or that a text begins with <s>: both were the default
-        # then, and transformers 5 neither guesses the class nor adds the token.
+        # Old folders do not name the class, or do not say that a text begins with <s>: both were
+        # the default then. transformers 5 neither guesses the class nor adds the token.
         tokenizer = transformers.LlamaTokenizer.from_pretrained(
             folder,
             local_files_only=True,

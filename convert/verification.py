@@ -1,35 +1,29 @@
-"""Whether a native checkpoint computes what its HF original does. See `convert.verify`."""
+"""Whether a native checkpoint computes what its HF original does."""
 
 import dataclasses
 import os
 from pathlib import Path
 
+from convert.options import check_dtype
 from convert.parity import LENGTH, Parity, compare, obstacle
-from convert.to_native import (
-    Model,
-    check_tensors,
-    is_rounded,
-    num_stored,
-    open_origin,
-    stored_dtypes,
-)
+from convert.sources.open import HF, open_origin
+from convert.target import ConversionTarget, is_rounded
 from s3d_jax.errors import ConfigError, ConversionError
-from s3d_jax.settings.model import DTYPES
 from s3d_jax.storage.native import read_header
 
-# KL divergences in nats. Where the weights are the same, float32 leaves some 1e-9; 16 bits lose
-# more, and a wrong model is beyond either.
+# KL divergences in nats. With the same weights, float32 leaves about 1e-9 and 16 bits leave more; a
+# wrong model exceeds either limit.
 _EXACT, _ROUNDED = 1e-6, 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """A parity, and what is made of it.
+    """A parity, and the verdict on it.
 
     Attributes:
         parity: what was measured.
         dtype: of the computation, in both models.
-        stored_dtypes, native_dtype: of the weights of either.
+        stored_dtypes, native_dtype: of the weights, in the original and in the native checkpoint.
         max_kl: the KL divergence up to which the two count as the same, in nats.
     """
 
@@ -53,26 +47,48 @@ def verify(
     max_kl: float | None = None,
     revision: str | None = None,
 ) -> Verification:
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; known are {DTYPES}")
+    """Compares a native checkpoint with its original, run by HF transformers (needs torch).
+
+    Both get the same random tokens. One model is in memory at a time.
+
+    Args:
+        native: a native checkpoint folder.
+        source: the HF folder or the id on the hub that it was converted from.
+        dtype: of the computation. "bfloat16" and "float16" need half the memory of "float32", and
+            round both models, each in its own way.
+        num_tokens: length of the sequence. Short ones do not show a wrong rotary embedding.
+        max_kl: KL divergence, in nats, up to which the two count as the same. None is 1e-6 if
+            weights and computation are exact, and 1e-2 if 16 bits round either.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The differences, and whether the two count as the same.
+
+    Raises:
+        ConversionError: torch is missing, the memory does not suffice, `source` is damaged or
+            cannot be run, or the two are different models.
+        CheckpointError: `native` is damaged.
+        ConfigError: an argument, or a setting of `source`, is wrong or not supported.
+    """
+    check_dtype(dtype)
     if num_tokens < 1:
         raise ConfigError(f"the number of tokens must be at least 1, got {num_tokens}")
     header = read_header(native)
-    origin = open_origin(source, revision)
-    if origin.format != "huggingface":
+    origin = open_origin(source, revision=revision)
+    if origin.format != HF:
         raise ConversionError(f"{source} is no HF checkpoint, and nothing else can be compared")
-    model = Model.of(origin, None)
-    check_tensors(model, origin.source)
-    if model.config.vocab_size != header.config.vocab_size:
+    target = ConversionTarget.of(origin)
+    target.check(reading=True)
+    vocab_size = origin.config.vocab_size
+    if vocab_size != header.config.vocab_size:
         raise ConversionError(
             f"{native} has a vocabulary of {header.config.vocab_size} tokens, and {source} one of "
-            f"{model.config.vocab_size}: choose the checkpoint that it was converted from"
+            f"{vocab_size}: choose the checkpoint that it was converted from"
         )
-    num_params = num_stored(origin.source)
-    if reason := obstacle(num_params, model.config.vocab_size, dtype, num_tokens):
+    if reason := obstacle(target.num_stored, vocab_size, dtype, num_tokens):
         raise ConversionError(f"{native} and {source} cannot be compared: {reason}")
     parity = compare(origin.path, Path(native), dtype=dtype, num_tokens=num_tokens)
-    stored = stored_dtypes(model, origin.source)
+    stored = target.stored_dtypes
     rounds = dtype != "float32" or is_rounded(stored, header.config)
     limit = (_ROUNDED if rounds else _EXACT) if max_kl is None else max_kl
     return Verification(parity, dtype, stored, header.config.precision, limit)

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert.families import family_of
-from convert.hf import SafetensorsWriter
+from convert.sources.safetensors import SafetensorsWriter
 
 FIELDS: dict[str, Any] = {
     "model_type": "llama",

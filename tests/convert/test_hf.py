@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.hf import SafetensorsSource, SafetensorsWriter, open_source, read_safetensors_header
+from convert.sources.hf_folder import open_weights
+from convert.sources.safetensors import (
+    SafetensorsSource,
+    SafetensorsWriter,
+    read_safetensors_header,
+)
 from s3d_jax.errors import CheckpointError, ConversionError
 from tests.convert.hf_folder import random_tensors, write_folder
 
@@ -26,7 +31,7 @@ def read(source, name: str, dtype) -> np.ndarray:
 def test_reads_and_casts(tmp_path, stored, target):
     values = np.random.default_rng(0).normal(size=(7, 5)).astype(DTYPES[stored])
     save_file({"a": values, "b": values[0], "empty": values[:0]}, tmp_path / "model.safetensors")
-    source = open_source(tmp_path)
+    source = open_weights(tmp_path)
     assert source.tensors["a"].dtype == stored and source.tensors["a"].shape == (7, 5)
     for name, expected in (("a", values), ("b", values[0]), ("empty", values[:0])):
         np.testing.assert_array_equal(
@@ -36,12 +41,12 @@ def test_reads_and_casts(tmp_path, stored, target):
 
 def test_casting_never_overflows_in_silence(tmp_path):
     save_file({"big": np.array([1.0, 7e4], np.float32)}, tmp_path / "model.safetensors")
-    source = open_source(tmp_path)
+    source = open_weights(tmp_path)
     assert read(source, "big", ml_dtypes.bfloat16)[1] == ml_dtypes.bfloat16(7e4)
     with pytest.raises(CheckpointError, match=r"big .*float16: use --dtype float32"):
         read(source, "big", np.float16)
     save_file({"inf": np.array([np.inf, np.nan], np.float32)}, tmp_path / "model.safetensors")
-    assert not np.isfinite(read(open_source(tmp_path), "inf", np.float16)).any()  # were so before
+    assert not np.isfinite(read(open_weights(tmp_path), "inf", np.float16)).any()  # were so before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,8 +66,8 @@ def test_writes_what_the_library_reads(tmp_path, dtype):
 
 def test_shards_give_the_same_tensors(tmp_path):
     tensors = random_tensors()
-    one = open_source(write_folder(tmp_path / "one", tensors))
-    many = open_source(write_folder(tmp_path / "many", tensors, shards=4))
+    one = open_weights(write_folder(tmp_path / "one", tensors))
+    many = open_weights(write_folder(tmp_path / "many", tensors, shards=4))
     assert one.tensors.keys() == many.tensors.keys() == tensors.keys()
     for name in tensors:
         np.testing.assert_array_equal(read(one, name, np.float32), read(many, name, np.float32))
@@ -79,26 +84,26 @@ def test_an_index_cannot_point_outside(tmp_path, file):
     index["weight_map"]["x"] = file
     path.write_text(json.dumps(index))
     with pytest.raises(ConversionError, match="outside"):
-        open_source(folder)
+        open_weights(folder)
 
 
 def test_faults_of_all_shards_are_in_one_message(tmp_path):
     folder = write_folder(tmp_path / "hf", shards=3)
     (folder / "model-00001-of-00003.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"model-00001-of-00003\.safetensors: no such file"):
-        open_source(folder)
+        open_weights(folder)
     second = folder / "model-00002-of-00003.safetensors"
     (folder / "model-00001-of-00003.safetensors").write_bytes(second.read_bytes()[:9])
     third = folder / "model-00003-of-00003.safetensors"
     third.write_bytes(third.read_bytes()[:-4])
     with pytest.raises(ConversionError) as caught:
-        open_source(folder)
+        open_weights(folder)
     assert "model-00001-of-00003.safetensors is truncated" in str(caught.value)
     assert "model-00003-of-00003.safetensors is truncated" in str(caught.value)
     third.unlink()
     second.unlink()
     with pytest.raises(ConversionError) as caught:
-        open_source(folder)
+        open_weights(folder)
     assert str(caught.value).count("no such file") == 2
 
 
@@ -107,7 +112,7 @@ def test_rows(tmp_path, dtype):
     values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
     save_file({"x": values[:2], "a": values}, tmp_path / "model.safetensors")
     out = np.empty((3, 5), dtype)
-    open_source(tmp_path).read("a", out, 2)
+    open_weights(tmp_path).read("a", out, 2)
     np.testing.assert_array_equal(out, values[2:5].astype(dtype))
 
 
@@ -115,12 +120,12 @@ def test_rows(tmp_path, dtype):
 def test_a_damaged_index(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ConversionError, match=r"model.safetensors.index.json"):
-        open_source(tmp_path)
+        open_weights(tmp_path)
 
 
 def test_a_folder_without_weights(tmp_path):
     with pytest.raises(ConversionError, match="holds no weights"):
-        open_source(tmp_path)
+        open_weights(tmp_path)
 
 
 def file_of(header, data: bytes = b"") -> bytes:
@@ -173,7 +178,7 @@ def test_the_undamaged_file_is_read(tmp_path):
 def test_damage_is_noticed_before_reading(tmp_path, damage):
     (tmp_path / "model.safetensors").write_bytes(DAMAGED[damage])
     with pytest.raises(ConversionError, match=r"model\.safetensors"):
-        open_source(tmp_path)
+        open_weights(tmp_path)
 
 
 def test_a_file_cut_while_it_is_read(tmp_path):

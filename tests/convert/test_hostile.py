@@ -20,9 +20,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert
-from convert.hf import open_source
 from convert.plan import inspect
-from convert.to_native import Model, check_tensors, open_origin
+from convert.sources.hf_folder import open_weights
+from convert.sources.open import open_origin
+from convert.target import ConversionTarget
 from s3d_jax.errors import ConversionError, S3DError
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
@@ -452,7 +453,7 @@ def test_random_flips_are_refused_or_harmless(tmp_path, file):
     folder = write_folder(tmp_path / "hf")
     good = (folder / file).read_bytes()
     end = 8 + int.from_bytes(good[:8], "little") if file == ONE else len(good)
-    before = open_source(folder).tensors
+    before = open_weights(folder).tensors
     rng = random.Random(0)
     for _ in range(400):
         data = bytearray(good)
@@ -460,7 +461,7 @@ def test_random_flips_are_refused_or_harmless(tmp_path, file):
         (folder / file).write_bytes(data)
         try:
             origin = open_origin(folder)
-            check_tensors(Model.of(origin, None), origin.source)
+            ConversionTarget.of(origin).check(reading=True)
         except S3DError:
             continue
         assert origin.source.tensors == before

@@ -105,7 +105,7 @@ def test_damage(tmp_path, data_dir, damage, message):
 
 
 def test_a_file_cut_while_it_is_read(tmp_path, data_dir):
-    from convert import llama2c
+    from convert.sources import llama2c
 
     shutil.copy(data_dir / "llama2c" / "stories260K.bin", tmp_path / "x.bin")
     _, source = llama2c.open_file(tmp_path / "x.bin")

@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert
-from convert import hf
 from convert.__main__ import main
-from convert.plan import inspect, plan
+from convert.options import ConversionOptions
+from convert.plan import dry_run, inspect
+from convert.sources.safetensors import SafetensorsSource, read_safetensors_header
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.trees import flatten
@@ -48,13 +49,13 @@ def multimodal_folder(folder: Path, model: str, head: str) -> Path:
 def reads(monkeypatch) -> list[str]:
     """The tensors of safetensors files whose data is read."""
     names: list[str] = []
-    read = hf.SafetensorsSource.read
+    read = SafetensorsSource.read
 
     def recorded(self, name, out, *rows):
         names.append(name)
         read(self, name, out, *rows)
 
-    monkeypatch.setattr(hf.SafetensorsSource, "read", recorded)
+    monkeypatch.setattr(SafetensorsSource, "read", recorded)
     return names
 
 
@@ -65,7 +66,7 @@ def test_every_tensor_goes_where_inspect_says(tmp_path, reads):
     fields = FIELDS | {"attention_bias": True, "mlp_bias": True}
     tensors = random_tensors(fields)
     folder = write_folder(tmp_path / "hf", tensors, fields, shards=2)
-    model, entries = inspect(folder)
+    target, entries = inspect(folder)
     assert not reads
     assert {entry.name for entry in entries} == tensors.keys()
     convert.convert(folder, tmp_path / "native", parity=False, progress=False)
@@ -77,9 +78,9 @@ def test_every_tensor_goes_where_inspect_says(tmp_path, reads):
         expected = tensors[entry.name]
         np.testing.assert_array_equal(piece, expected)
         assert (entry.dtype, entry.shape) == ("float32", expected.shape)
-        assert entry.name in hf.read_safetensors_header(folder / entry.file)
+        assert entry.name in read_safetensors_header(folder / entry.file)
         assert not entry.reason and not entry.is_fault
-    assert model.num_params == sum(x.size for x in tensors.values())
+    assert target.num_params == sum(x.size for x in tensors.values())
 
 
 def test_inspect_says_why_a_tensor_is_not_needed(tmp_path, capsys):
@@ -159,14 +160,14 @@ def test_real_models_without_their_weights(
 ):
     folder = bare(data_dir, tmp_path / "hf", config, index)
     monkeypatch.setattr("s3d_jax.storage.staging.free_space", lambda out: 10**11)
-    planned = plan(folder, tmp_path / "out")
+    planned = dry_run(folder, tmp_path / "out")
     assert planned.num_written == planned.num_read == 2 * num_params
     assert len(planned.absent) == num_files and set(planned.files.values()) == {None}
     assert 0.6e9 < planned.memory < 2e9
     assert main(["--dry-run", str(folder), str(tmp_path / "out")]) == 0
     assert "not here: what it holds is taken from config.json" in capsys.readouterr().out
-    model, entries = inspect(folder)
-    assert model.num_params == num_params and model.config.dtype == "bfloat16"
+    target, entries = inspect(folder)
+    assert target.num_params == num_params and target.config.dtype == "bfloat16"
     assert not any(entry.is_fault for entry in entries)
     assert {entry.dtype for entry in entries if entry.native} == {"bfloat16"}
     assert os.listdir(tmp_path) == ["hf"]
@@ -176,9 +177,9 @@ def test_real_models_without_their_weights(
 
 def test_some_shards_may_be_there(tmp_path):
     folder = tied_folder(tmp_path / "hf", shards=3)
-    whole = plan(folder, tmp_path / "out")
+    whole = dry_run(folder, tmp_path / "out")
     (folder / "model-00002-of-00003.safetensors").unlink()
-    part = plan(folder, tmp_path / "out")
+    part = dry_run(folder, tmp_path / "out")
     assert [file.name for file in part.absent] == ["model-00002-of-00003.safetensors"]
     assert (part.num_read, part.num_written) == (whole.num_read, whole.num_written)
     index = folder / "model.safetensors.index.json"
@@ -186,7 +187,7 @@ def test_some_shards_may_be_there(tmp_path):
     names["weight_map"]["extra"] = "model-00002-of-00003.safetensors"
     index.write_text(json.dumps(names))
     with pytest.raises(ConversionError, match="extra: unknown"):
-        plan(folder, tmp_path / "out")
+        dry_run(folder, tmp_path / "out")
     extra = next(entry for entry in inspect(folder)[1] if entry.name == "extra")
     assert extra.is_fault and extra.dtype is None and extra.shape is None
 
@@ -209,7 +210,7 @@ def test_the_parts_of_a_multimodal_model(tmp_path, reads, model, head):
         "vision_tower.embeddings.weight": "images are not supported",
     }
     for _ in range(2):
-        planned = plan(folder, tmp_path / "out")
+        planned = dry_run(folder, tmp_path / "out")
         assert planned.unneeded == unneeded and planned.model_type == "gemma3"
         _, entries = inspect(folder)
         assert {e.name: e.reason for e in entries if e.native is None} == unneeded
@@ -236,7 +237,7 @@ def test_a_head_of_its_own_is_noticed_in_a_multimodal_model(tmp_path):
 def test_a_dry_run_says_what_the_conversion_does(tmp_path, reads, capsys, dtype):
     folder = tied_folder(tmp_path / "hf", shards=2)
     before = sorted(tmp_path.rglob("*"))
-    planned = plan(folder, tmp_path / "out", dtype=dtype)
+    planned = dry_run(folder, tmp_path / "out", ConversionOptions(dtype=dtype))
     assert not reads
     option = ["--dtype", dtype] if dtype else []
     assert main(["--dry-run", str(folder), str(tmp_path / "out"), *option]) == 0
@@ -256,24 +257,24 @@ def test_a_dry_run_says_what_the_conversion_does(tmp_path, reads, capsys, dtype)
 
 def test_what_is_not_needed_is_not_read(tmp_path, reads):
     """But for the head, which must be equal to the embeddings to be of no need."""
-    model, _ = inspect(tied_folder(tmp_path / "hf"))
+    target, _ = inspect(tied_folder(tmp_path / "hf"))
     convert.convert(tmp_path / "hf", tmp_path / "out", parity=False, progress=False)
-    assert set(reads) == model.shapes.keys() | {HEAD}
-    assert len(reads) == len(model.shapes) + 2  # the two that are compared
+    assert set(reads) == target.shapes.keys() | {HEAD}
+    assert len(reads) == len(target.shapes) + 2  # the two that are compared
 
 
 def test_a_dry_run_refuses_what_the_conversion_would(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "hf", random_tensors(dtype=ml_dtypes.bfloat16))
     full = write_folder(tmp_path / "full")
     with pytest.raises(CheckpointError, match="--overwrite"):
-        plan(folder, full)
-    plan(folder, full, overwrite=True)
+        dry_run(folder, full)
+    dry_run(folder, full, ConversionOptions(overwrite=True))
     with pytest.raises(CheckpointError, match="what is being read"):
-        plan(folder, folder, overwrite=True)
+        dry_run(folder, folder, ConversionOptions(overwrite=True))
     with pytest.raises(ConfigError, match="dtype 'int8' is unknown"):
-        plan(folder, tmp_path / "out", dtype="int8")
+        ConversionOptions(dtype="int8")
     with pytest.raises(ConversionError, match="no tokenizer files"):
-        plan(folder, tmp_path / "out", tokenizer=tmp_path)
+        dry_run(folder, tmp_path / "out", ConversionOptions(tokenizer=tmp_path))
     monkeypatch.setattr("s3d_jax.storage.staging.free_space", lambda out: 1000)
     assert main(["--dry-run", str(folder), str(tmp_path / "deep" / "out")]) == 2
     assert "free some space" in capsys.readouterr().err

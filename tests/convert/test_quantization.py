@@ -11,8 +11,9 @@ import pytest
 import convert
 import s3d_jax
 from convert.__main__ import main
-from convert.plan import plan
-from convert.quantization import _loss, _tokens, read_text
+from convert.options import ConversionOptions
+from convert.plan import dry_run
+from convert.quantization import _loss, _tokens, read_calibration_text
 from s3d_jax.drafters.stored import read_draft, save_draft
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError, InputError
 from s3d_jax.settings.drafting import DraftConfig
@@ -141,7 +142,7 @@ def test_what_is_refused(tmp_path, stories):
             convert.convert(source, tmp_path / "out", **options)
         if kind is ConversionError:
             with pytest.raises(kind, match=message):
-                plan(source, tmp_path / "out", **options)
+                dry_run(source, tmp_path / "out", ConversionOptions(**options))
         assert not (tmp_path / "out").exists()
     with pytest.raises((CheckpointError, ConversionError), match="float"):
         convert.convert(folder / "float", folder / "float", dtype="float16", overwrite=True)
@@ -171,7 +172,9 @@ def test_a_dry_run_plans_a_native_checkpoint_from_its_header(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "read_array", None)  # no weights are read
         assert main(["--dry-run", *words]) == 0
-        planned = plan(source, tmp_path / "out", dtype="bfloat16", quantization="int8")
+        planned = dry_run(
+            source, tmp_path / "out", ConversionOptions(dtype="bfloat16", quantization="int8")
+        )
     out = capsys.readouterr().out
     assert "float: native checkpoint, " in out and "to be written in int8" in out
     assert "drafts     mine" in out and not (tmp_path / "out").exists()
@@ -185,7 +188,7 @@ def test_a_dry_run_plans_a_native_checkpoint_from_its_header(tmp_path, monkeypat
         file.stat().st_size for file in (source / "weights").rglob("*") if file.is_file()
     )
     with pytest.raises(CheckpointError, match="exists"):
-        plan(source, tmp_path / "out", quantization="int8")
+        dry_run(source, tmp_path / "out", ConversionOptions(quantization="int8"))
 
 
 def test_the_text_is_the_users(tmp_path, stories):
@@ -211,7 +214,7 @@ def test_the_text_of_the_package_is_of_both_kinds(stories):
     tokenizer = read_tokenizer(folder / "int8")
     prompts = (HELD_OUT / "stories.jsonl").read_text().splitlines()
     words = "\n".join(json.loads(line)["prompt"] for line in prompts)
-    ids = _tokens(folder / "int8", len(tokenizer), read_text(None))
+    ids = _tokens(folder / "int8", len(tokenizer), read_calibration_text(None))
     assert ids.shape == (8, 256) and len(tokenizer.encode(words)) > ids.size
     text = tokenizer.decode(ids.reshape(-1))
     assert text.count("Once upon") >= 4 and "restaurant" in text and "United Airlines" in text
@@ -243,8 +246,8 @@ def test_the_command(tmp_path, stories, capsys):
     source = write_folder(tmp_path / "hf")
     assert main(["--dry-run", str(source), str(tmp_path / "new"), "--quantize", "int8"]) == 0
     assert "to be written in int8" in capsys.readouterr().out
-    planned = plan(source, tmp_path / "new", quantization="int8")
-    assert planned.num_written < 0.4 * plan(source, tmp_path / "new").num_written
+    planned = dry_run(source, tmp_path / "new", ConversionOptions(quantization="int8"))
+    assert planned.num_written < 0.4 * dry_run(source, tmp_path / "new").num_written
     assert s3d_jax.load(tmp_path / "out").config.precision == "int8"
 
 

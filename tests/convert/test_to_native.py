@@ -10,8 +10,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import convert
-from convert import hf, parity, to_native
+from convert import parity, target
 from convert.families import family_of
+from convert.sources import base
+from convert.sources.hf_folder import open_weights
+from convert.sources.safetensors import SafetensorsSource
 from convert.to_hf import parse_size
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
 from s3d_jax.nn import transformer as model
@@ -159,22 +162,22 @@ def test_lists_of_tensors_are_not_cut(tmp_path):
 def test_a_tied_head_is_compared_in_pieces(tmp_path, monkeypatch):
     head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
     values = np.random.default_rng(0).normal(size=(37, 24)).astype(np.float32)
-    monkeypatch.setattr(hf, "CHUNK", 5 * 24 + 3)
+    monkeypatch.setattr(base, "CHUNK", 5 * 24 + 3)
     sizes = []
-    read = hf.SafetensorsSource.read
+    read = SafetensorsSource.read
 
     def recorded(self, name, out, *rows):
         sizes.append(out.size)
         read(self, name, out, *rows)
 
-    monkeypatch.setattr(hf.SafetensorsSource, "read", recorded)
+    monkeypatch.setattr(SafetensorsSource, "read", recorded)
     for changed in (None, 0, 20, 36):
         other = values.copy()
         if changed is not None:
             other[changed, 3] += 1
         save_file({embeddings: values, head: other}, tmp_path / "model.safetensors")
-        source = hf.open_source(tmp_path)
-        assert to_native._equal(source, head, embeddings) == (changed is None)
+        source = open_weights(tmp_path)
+        assert target._equal(source, head, embeddings) == (changed is None)
     assert max(sizes) == 5 * 24
 
 

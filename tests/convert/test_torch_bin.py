@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import convert
-from convert import torch_bin
-from convert.hf import open_source
-from convert.plan import inspect, plan
+from convert.plan import dry_run, inspect
+from convert.sources import torch_bin
+from convert.sources.hf_folder import open_weights
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.trees import flatten
@@ -80,7 +80,7 @@ def test_reads_and_casts(tmp_path, stored, target):
     tensor = torch.nn.Parameter(torch.tensor(values).to(getattr(torch, stored)))
     torch.save({"a": tensor}, tmp_path / "pytorch_model.bin")
     out = np.empty((7, 5), DTYPES[target])
-    open_source(tmp_path).read("a", out)
+    open_weights(tmp_path).read("a", out)
     np.testing.assert_array_equal(out, values.astype(DTYPES[stored]).astype(DTYPES[target]))
 
 
@@ -97,12 +97,12 @@ def test_plans_are_those_of_safetensors(tmp_path):
     tensors = random_tensors()
     state = {name: torch.tensor(x) for name, x in tensors.items()}
     folder = write_bin(tmp_path / "bin", state, 2)
-    model, entries = inspect(folder)
+    target, entries = inspect(folder)
     other, others = inspect(write_folder(tmp_path / "safe", tensors, shards=2))
-    assert model.config == other.config
+    assert target.config == other.config
     assert [replace(e, file="") for e in entries] == [replace(e, file="") for e in others]
     assert {e.file for e in entries} == {file.name for file in folder.glob("*.bin")}
-    one, two = (plan(tmp_path / name, tmp_path / "out") for name in ("bin", "safe"))
+    one, two = (dry_run(tmp_path / name, tmp_path / "out") for name in ("bin", "safe"))
     assert one.num_read == two.num_read and one.memory == two.memory
     assert all(size > one.num_read / 3 for size in one.files.values())
 
@@ -123,7 +123,7 @@ def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     original = torch_bin.load
     monkeypatch.setattr(torch_bin, "load", load)
-    source = open_source(folder)
+    source = open_weights(folder)
     for name in random_tensors():
         source.read(name, np.empty(source.tensors[name].shape, np.float32))
     assert len(loaded) > 6
@@ -148,7 +148,7 @@ def test_rows(tmp_path):
     values = torch.arange(35.0).reshape(5, 7).T  # not contiguous
     torch.save({"a": values}, tmp_path / "pytorch_model.bin")
     out = np.empty((3, 5), np.float16)
-    open_source(tmp_path).read("a", out, 2)
+    open_weights(tmp_path).read("a", out, 2)
     np.testing.assert_array_equal(out, values[2:5].numpy())
 
 

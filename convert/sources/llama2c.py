@@ -1,7 +1,7 @@
 """llama2.c's legacy `.bin` format (karpathy/llama2.c, export.py, version 0), under HF's names.
 
 Seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then float32
-arrays, each stacked over the layers. A negative vocab_size says that the output head is not tied.
+arrays, each stacked over the layers. A negative vocab_size means that the output head is not tied.
 """
 
 import math
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.hf import Tensor
+from convert.sources.base import FLOATS, StoredTensor, reading
 from s3d_jax.errors import ConversionError
 from s3d_jax.settings.model import MAX_LAYERS, MAX_SIZE
 from s3d_jax.storage.arrays import cast
 
-# Of sentencepiece. llama2.c's run.c stops at the first, which stands between its training texts.
+# Ids of sentencepiece. llama2.c's run.c stops at the first, which separates its training texts.
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": [1, 2]}
 
 _HEADER = 7 * 4  # bytes
@@ -37,15 +37,15 @@ class _Sizes(NamedTuple):
 class Llama2cSource:
     """Tensors of a llama2.c file.
 
-    llama2.c rotates neighbouring pairs of a head and HF its two halves, so the rows of the query
-    and key projections are put in HF's order while reading.
+    llama2.c rotates neighbouring pairs of a head, and HF rotates its two halves. So the rows of the
+    query and key projections are put in HF's order while reading.
 
     Args:
         tensors: where each tensor lies.
-        rotated: names of the query and key projections, and the heads they have.
+        rotated: names of the query and key projections, and the number of their heads.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], rotated: dict[str, int]) -> None:
+    def __init__(self, tensors: dict[str, StoredTensor], rotated: dict[str, int]) -> None:
         self.tensors = tensors
         self.faults: dict[str, str] = {}
         self._rotated = rotated
@@ -53,10 +53,8 @@ class Llama2cSource:
     def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
         tensor = self.tensors[name]
         count = math.prod(tensor.shape)
-        try:
+        with reading(tensor.file):
             values = np.fromfile(tensor.file, "<f4", count, offset=tensor.offset)
-        except OSError as error:
-            raise ConversionError(f"cannot read {tensor.file}: {error.strerror}") from error
         if values.size != count:
             raise ConversionError(f"{tensor.file} ended in the middle of {name}: it is truncated")
         values = values.reshape(tensor.shape)
@@ -68,7 +66,7 @@ class Llama2cSource:
 
 
 def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
-    """The model as HF's config.json would say it, and its tensors.
+    """The model in the fields of HF's config.json, and its tensors.
 
     Raises:
         ConversionError: the file is of another format, or truncated.
@@ -105,12 +103,10 @@ def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:
 
 
 def _read_header(path: Path) -> tuple[_Sizes, int]:
-    """What the header says, and the size of the file in bytes."""
-    try:
+    """Reads the header; returns it and the size of the file in bytes."""
+    with reading(path):
         file_size = path.stat().st_size
         header = np.fromfile(path, "<i4", 7)
-    except OSError as error:
-        raise ConversionError(f"cannot read {path}: {error.strerror}") from error
     if header.size < 7:
         raise ConversionError(f"{path} is truncated: it is no llama2.c file")
     dim, hidden, layers, heads, kv_heads, vocab, length = numbers = [int(n) for n in header]
@@ -127,12 +123,12 @@ def _read_header(path: Path) -> tuple[_Sizes, int]:
     return _Sizes(*sizes, tied), file_size
 
 
-def _place_tensors(path: Path, sizes: _Sizes) -> tuple[dict[str, Tensor], int]:
+def _place_tensors(path: Path, sizes: _Sizes) -> tuple[dict[str, StoredTensor], int]:
     """Where each tensor lies, and where the file should end."""
     dim, hidden, layers = sizes.dim, sizes.hidden, sizes.layers
     head_dim = dim // sizes.heads
     kv = sizes.kv_heads * head_dim
-    stacks = {  # in the order of the file, and there for each layer
+    stacks = {  # in the order of the file; each is stacked over the layers
         "input_layernorm": (dim,),
         "self_attn.q_proj": (dim, dim),
         "self_attn.k_proj": (kv, dim),
@@ -143,20 +139,21 @@ def _place_tensors(path: Path, sizes: _Sizes) -> tuple[dict[str, Tensor], int]:
         "mlp.down_proj": (dim, hidden),
         "mlp.up_proj": (hidden, dim),
     }
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     position = _HEADER
 
     def place(name: str, shape: tuple[int, ...]) -> None:
         nonlocal position
-        tensors[f"{name}.weight"] = Tensor("float32", shape, path, position)
-        position += 4 * math.prod(shape)
+        dtype, size = "float32", 4 * math.prod(shape)
+        tensors[f"{name}.weight"] = StoredTensor(dtype, shape, path, size, FLOATS[dtype], position)
+        position += size
 
     place("model.embed_tokens", (sizes.vocab, dim))
     for name, shape in stacks.items():
         for i in range(layers):
             place(f"model.layers.{i}.{name}", shape)
     place("model.norm", (dim,))
-    # Rotary tables, real and imaginary, which follow from the sizes.
+    # Skips the rotary tables, real and imaginary: they follow from the sizes.
     position += 4 * 2 * sizes.length * (head_dim // 2)
     if not sizes.tied:
         place("lm_head", (sizes.vocab, dim))

@@ -1,4 +1,4 @@
-"""PyTorch's `.bin` checkpoints, read without executing the code that pickles can hold."""
+"""PyTorch's `.bin` checkpoints, read without executing code that pickles may hold."""
 
 import warnings
 import zipfile
@@ -9,20 +9,28 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.hf import CHUNK, Tensor, collect
+from convert.sources.base import CHUNK, FLOATS, StoredTensor, collect, first_line, reading
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.arrays import cast
+
+_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether it is one of torch's files, by its name in a HF folder or by its content."""
+    with reading(path), open(path, "rb") as file:
+        return path.name.startswith("pytorch_model") or file.read(4) in _MAGIC
 
 
 class TorchSource:
     """Tensors of one or many `.bin` files, one of which is open at a time.
 
-    The open file is mapped, so that only the tensor that is read takes memory. The format before
-    torch 1.6 cannot be mapped: there the whole of one file is in memory.
+    The open file is mapped, so only the tensor that is read takes memory. The format before torch
+    1.6 cannot be mapped: there one whole file is in memory.
 
     Args:
         files: all of them.
-        index: for each tensor the name of its file, or empty.
+        index: the file name of each tensor, or empty.
 
     Raises:
         ConversionError: torch is missing, or files are damaged.
@@ -36,17 +44,18 @@ class TorchSource:
 
     def _load(self, file: Path) -> dict[str, Any]:
         if file != self._path:
-            # Dropped before the next is loaded: a file of the old format is in memory as a whole.
+            # Dropped before the next one is loaded: a file of the old format is wholly in memory.
             self._path, self._state = None, {}
             self._state = load(file)
             self._path = file
         return self._state
 
-    def _header(self, file: Path) -> dict[str, Tensor]:
-        return {
-            name: Tensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), file)
-            for name, tensor in self._load(file).items()
-        }
+    def _header(self, file: Path) -> dict[str, StoredTensor]:
+        tensors = {}
+        for name, tensor in self._load(file).items():
+            dtype, size = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
+            tensors[name] = StoredTensor(dtype, tuple(tensor.shape), file, size, FLOATS.get(dtype))
+        return tensors
 
     def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
         import torch
@@ -81,10 +90,10 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} needs torch to be read: pip install 's3d-jax[torch]', or use a checkpoint in "
             "safetensors"
         ) from error
+    options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
     try:
         _check_stored(path)
-        options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
-        with warnings.catch_warnings(action="ignore"):  # of what then ends in an error anyway
+        with warnings.catch_warnings(action="ignore"):  # what it warns of ends in an error here
             try:
                 state = torch.load(path, mmap=True, **options)
             except RuntimeError as error:
@@ -94,10 +103,10 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # unpickling raises most kinds
-        reason = str(error).strip().partition("\n")[0]
         raise ConversionError(
             f"{path} is damaged, or holds more than tensors, which is not loaded because it could "
-            f"execute code ({reason:.300}): get a good copy, or a checkpoint in safetensors"
+            f"execute code ({first_line(error):.300}): get a good copy, or a checkpoint in "
+            "safetensors"
         ) from error
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(t, torch.Tensor) for t in state.values()):
@@ -115,7 +124,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _check_stored(path: Path) -> None:
-    """Refuses compressed records, which torch never writes: a few bytes may fill the memory."""
+    """Refuses compressed records, which torch never writes: a few bytes could fill the memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
@@ -123,7 +132,7 @@ def _check_stored(path: Path) -> None:
 
 
 def _check_sums(path: Path) -> None:
-    """Compares a file with its own CRC-32 sums, which torch does not.
+    """Compares a file with its own CRC-32 sums, because torch does not.
 
     Raises:
         ConversionError: they differ.

@@ -1,4 +1,4 @@
-"""Models on the HF hub: what a conversion needs of them, in the hub's own cache."""
+"""Fetches what a conversion needs of a model on the HF hub, into the hub's own cache."""
 
 import contextlib
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from convert.sources.base import first_line
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.tokenizer import TOKENIZER_FILES
 
@@ -22,9 +23,9 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def download(model_id: str, revision: str | None = None) -> Path:
-    """Fetches a model; files that are in the hub's cache already are not fetched again.
+    """Fetches a model, except for files that are in the hub's cache already.
 
-    The environment variables of huggingface_hub hold: HF_ENDPOINT, HF_HOME, HF_TOKEN,
+    Obeys the environment variables of huggingface_hub: HF_ENDPOINT, HF_HOME, HF_TOKEN,
     HF_HUB_OFFLINE.
 
     Args:
@@ -45,14 +46,14 @@ def download(model_id: str, revision: str | None = None) -> Path:
 
 
 def outline(model_id: str, revision: str | None = None) -> tuple[Path, dict[str, int]]:
-    """Fetches what says which weights a model has, without the weights.
+    """Fetches config, index and tokenizer of a model, without its weights.
 
     Args:
         model_id, revision: as for `download`.
 
     Returns:
-        The folder in the cache; and the files that `download` would add, with their bytes. Where
-        the hub cannot be reached, there are none.
+        The folder in the cache; and the names of the files that `download` would add, with their
+        sizes in bytes. There are none if the hub cannot be reached.
 
     Raises:
         ConversionError: as `download`.
@@ -86,7 +87,7 @@ def _snapshot(model_id: str, revision: str | None, patterns: tuple[str, ...], **
 
 @contextlib.contextmanager
 def _explained(model_id: str, revision: str | None) -> Iterator[None]:
-    """Says in plain words why a model cannot be had."""
+    """Turns an error of the block into one that says in plain words why a model cannot be had."""
     if not _ID.fullmatch(model_id):
         raise ConversionError(f"{model_id}: there is no such folder")
     from huggingface_hub import errors
@@ -108,8 +109,8 @@ def _explained(model_id: str, revision: str | None) -> Iterator[None]:
         raise _error(
             model_id, f"no such folder here, nor a valid id of the hub: {error}"
         ) from error
-    except Exception as error:  # the HTTP library has kinds of its own, no subclasses of OSError
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    except Exception as error:  # the HTTP library's errors are no subclasses of OSError
+        reason = first_line(error) or type(error).__name__
         raise _error(model_id, f"the download failed ({reason})") from error
 
 

@@ -1,28 +1,28 @@
-"""Sources whose weights need not be there yet: for `--dry-run` and `inspect`."""
+"""Sources whose weights need not be there yet, for `--dry-run` and `inspect`."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert import hf
-from convert.families import family_of
+from convert.families import Family
+from convert.sources.base import FLOATS, UNKNOWN, Source, StoredTensor, is_file
+from convert.sources.hf_folder import open_files, weight_files
 from s3d_jax.errors import ConversionError
 from s3d_jax.settings.model import DTYPES
-
-UNKNOWN = "?"  # dtype of a tensor that an index names, and the config does not ask for
 
 
 class Outline:
     """Tensors of which some are expected in files that are not here.
 
     Args:
-        here: those that are, or None.
-        expected: those that are not.
+        here: the source of the tensors that are here, or None.
+        expected: the tensors that are not.
     """
 
-    def __init__(self, here: hf.Source | None, expected: Mapping[str, hf.Tensor]) -> None:
+    def __init__(self, here: Source | None, expected: Mapping[str, StoredTensor]) -> None:
         self._here = here
         self.tensors = {**(here.tensors if here else {}), **expected}
         self.faults = here.faults if here else {}
@@ -33,35 +33,40 @@ class Outline:
         self._here.read(name, out, first_row)
 
 
-def open_outline(folder: Path, remote: Mapping[str, int], fields: Mapping[str, Any]) -> hf.Source:
+def open_outline(
+    folder: Path, remote: Mapping[str, int], family: Family, fields: Mapping[str, Any]
+) -> Source:
     """The weights of a HF folder, of which no more need be there than config.json and the index.
 
-    What files hold that are not here is taken from the index, or is all of the model where there
-    is one file; dtypes and shapes are those of the config.
+    The index says what the absent files hold. Without an index there is one file, which holds the
+    whole model. Types and shapes of its tensors are those of the config.
 
     Args:
         folder: the HF folder.
         remote: names of files that can be fetched.
+        family: the kind of model.
         fields: HF's config.json.
 
     Raises:
         ConversionError: files are damaged, or there is neither a weight file nor an index.
         ConfigError: the config is wrong or not supported.
     """
-    files, index = hf.weight_files(folder, remote)
-    here = [file for file in files if hf.is_file(file)]
-    family = family_of(fields)
+    files, index = weight_files(folder, remote)
+    here = [file for file in files if is_file(file)]
     table = family.table(family.config(fields), index)
     shapes = {part.name: part.shape for parts in table.values() for part in parts}
     place = {n: folder / file for n, file in index.items()} or dict.fromkeys(shapes, files[0])
     dtype = named_dtype(fields)
-    expected = {
-        name: hf.Tensor(dtype if name in shapes else UNKNOWN, shapes.get(name, ()), file)
-        for name, file in place.items()
-        if file not in here
-    }
+
+    def expect(name: str, file: Path) -> StoredTensor:
+        if (shape := shapes.get(name)) is None:
+            return StoredTensor(UNKNOWN, (), file, 0, None)
+        size = math.prod(shape) * FLOATS[dtype].itemsize
+        return StoredTensor(dtype, shape, file, size, FLOATS[dtype])
+
+    expected = {name: expect(name, file) for name, file in place.items() if file not in here}
     opened = {name: file for name, file in index.items() if folder / file in here}
-    return Outline(hf.open_files(here, opened) if here else None, expected)
+    return Outline(open_files(here, opened) if here else None, expected)
 
 
 def named_dtype(fields: Mapping[str, Any]) -> str:
