@@ -1,5 +1,7 @@
 """A native checkpoint -> a HF folder."""
 
+import contextlib
+import itertools
 import math
 import os
 import re
@@ -69,13 +71,13 @@ def export(
         staged_folder(out, overwrite=overwrite, needs=total) as folder,
         progress_bar("exporting", total, progress) as bar,
     ):
-        writer = _ShardWriter(folder, header.config.dtype, tensors, shards)
-        try:
-            for part, piece in _tensors(header, table):
-                writer.write(part.name, piece)
-                bar.update(piece.nbytes)
-        finally:
-            writer.close()
+        pieces_in_order = _tensors(header, table)
+        for file, names in shards.items():
+            announced = {name: (header.config.dtype, tensors[name]) for name in names}
+            with contextlib.closing(SafetensorsWriter(folder / file, announced)) as writer:
+                for part, piece in itertools.islice(pieces_in_order, len(names)):
+                    writer.write(part.name, piece)
+                    bar.update(piece.nbytes)
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -145,35 +147,6 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
         f"model-{i:05d}-of-{count:05d}.safetensors": names
         for i, names in enumerate(groups, start=1)
     }
-
-
-class _ShardWriter:
-    """Writes tensors in order, one file open at a time."""
-
-    def __init__(
-        self,
-        folder: Path,
-        dtype: str,
-        tensors: dict[str, tuple[int, ...]],
-        shards: dict[str, list[str]],
-    ) -> None:
-        self._folder, self._dtype, self._tensors, self._shards = folder, dtype, tensors, shards
-        self._file_of = {name: file for file, names in shards.items() for name in names}
-        self._open = ""
-        self._writer: SafetensorsWriter | None = None
-
-    def write(self, name: str, array: Any) -> None:
-        file = self._file_of[name]
-        if file != self._open:
-            self.close()
-            announced = {n: (self._dtype, self._tensors[n]) for n in self._shards[file]}
-            self._open, self._writer = file, SafetensorsWriter(self._folder / file, announced)
-        assert self._writer is not None
-        self._writer.write(name, array)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 def parse_size(size: int | str) -> int:

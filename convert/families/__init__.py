@@ -1,6 +1,6 @@
-"""The model families: one small file each. To add one, write its file and list it in `FAMILIES`.
+"""The model families, one small file each. To add one, write its file and list it in `_MODULES`.
 
-`MULTIMODAL` are those of which only the text model is read. What is exported is of `FAMILIES`.
+Of the families in `MULTIMODAL` only the text model is read. Exports are of `FAMILIES`.
 """
 
 from collections.abc import Mapping
@@ -36,13 +36,10 @@ __all__ = [
     "pieces",
 ]
 
-FAMILIES: dict[str, Family] = {  # exports take the first that can express the model
-    module.FAMILY.model_type: module.FAMILY
-    for module in (
-        *(llama, mistral, phi3, qwen2, qwen3),
-        *(gemma, gemma2, gemma3, olmo2, granite, smollm3),
-    )
-}
+# Exports take the first that can express the model.
+_MODULES = llama, mistral, phi3, qwen2, qwen3, gemma, gemma2, gemma3, olmo2, granite, smollm3
+
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 MULTIMODAL: dict[str, Family] = {family.model_type: family for family in (gemma3.MULTIMODAL,)}
 
@@ -73,10 +70,10 @@ def family_of(fields: Mapping[str, Any]) -> Family:
 
 
 def family_for_export(config: ModelConfig) -> Family:
-    """The first family that can express the model: that reads back what it writes.
+    """The first family that can express the model, so that it reads back what it writes.
 
     Raises:
-        ConfigError: no family can; names what gets lost in the nearest one.
+        ConfigError: no family can; names what the nearest one loses.
     """
     lost = {}
     for name, family in FAMILIES.items():

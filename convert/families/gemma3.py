@@ -1,6 +1,6 @@
 """Gemma 3, text only: query and key norms, five local layers to each global one, two rope bases.
 
-From 4B on it is published with eyes: the text model is then a part of the config and the weights.
+From 4B on, it is published with a vision tower: config and weights have a part for the text model.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def _take_ropes(fields: Fields, max_position_embeddings: int) -> tuple[RopeConfi
 def _read(fields: Fields) -> ModelConfig:
     gemma = sandwich_fields(fields)
     period = fields.size("sliding_window_pattern", 6)
-    fields.take("_sliding_window_pattern")  # HF's note to itself, beside layer_types
+    fields.take("_sliding_window_pattern")  # HF's note to itself, next to layer_types
     is_sliding = [(i + 1) % period != 0 for i in range(gemma["num_layers"])]
     windows = take_windows(fields, take_window(fields), is_sliding)
     rope, local = _take_ropes(fields, gemma["max_position_embeddings"])
@@ -76,7 +76,7 @@ FAMILY = Family(
 
 
 def _read_multimodal(fields: Fields) -> ModelConfig:
-    """That of the text model; nothing of the rest reaches it while there are no images."""
+    """The text model's; without images, nothing of the rest reaches it."""
     text = fields.inside("text_config", {**_TEXT_DEFAULTS, **fields.object("text_config")})
     text.require("model_type", FAMILY.model_type)
     config = FAMILY.take(text)
@@ -87,13 +87,18 @@ def _read_multimodal(fields: Fields) -> ModelConfig:
     return config
 
 
-# The published files leave out even these.
+# The published files leave out even these settings.
 _TEXT_DEFAULTS = {**FAMILY.defaults, "vocab_size": 262_208, "num_attention_heads": 8}
-_OF_IMAGES = (
-    *("vision_config", "mm_tokens_per_image"),
-    *("image_token_index", "boi_token_index", "eoi_token_index"),
-    *("image_token_id", "boi_token_id", "eoi_token_id"),
-)
+_OF_IMAGES = [
+    "vision_config",
+    "mm_tokens_per_image",
+    "image_token_index",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+]
 
 MULTIMODAL = dataclasses.replace(
     FAMILY,

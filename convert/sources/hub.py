@@ -11,14 +11,8 @@ from s3d_jax.errors import ConversionError
 from s3d_jax.storage.tokenizer import TOKENIZER_FILES
 
 _SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-_SAFETENSORS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    "model-*-of-*.safetensors",
-)
-_TORCH = (
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    "pytorch_model-*-of-*.bin",
-)
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
