@@ -82,8 +82,8 @@ def export(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
-        for file in tokenizer_files(header.path):
-            (folder / file.name).write_bytes(file.read_bytes())
+        for path in tokenizer_files(header.path):
+            (folder / path.name).write_bytes(path.read_bytes())
         if header.generation_config:
             write_json(folder / "generation_config.json", header.generation_config)
         write_json(folder / "config.json", fields)

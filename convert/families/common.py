@@ -1,4 +1,4 @@
-"""What the families share: the fields that all decoders have, and tables of tensor names."""
+"""What the families share: the fields of all decoders, and the tables of tensor names."""
 
 import dataclasses
 import re
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from convert.families.fields import Fields
+from convert.families.rope import rope_fields, take_rope
 from s3d_jax.settings.model import ModelConfig
 
-# HF's names -> ours, and the way back.
+# HF's names -> ours, and back.
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -91,8 +92,8 @@ class Family:
         layer: the tensors of a layer, as `decoder_table` takes them.
         names: where the tensors may be, the usual place first.
         defaults: HF's values of fields that config.json may leave out.
-        renew: config.json, and its model -> config.json in the spelling that HF reads today without
-            a warning, for exports.
+        renew: rewrites config.json, for exports, in the spelling that HF reads today without a
+            warning.
         ignored_tensors: regular expressions of tensors that are no part of the model, and why.
     """
 
@@ -145,12 +146,28 @@ class Family:
         return decoder_table(config, self.layer, self.names_in(tensors))
 
 
-def decoder_fields(fields: Fields, *, activation: str | None = None) -> dict[str, Any]:
-    """Takes the fields that every decoder has, as arguments of ModelConfig.
+def take_decoder(fields: Fields, **rope: Any) -> dict[str, Any]:
+    """Takes the fields of every decoder with one rotary embedding, as arguments of ModelConfig.
 
     Args:
         fields: the model's.
-        activation: that of the family, or None to take `hidden_act`.
+        rope: options of `take_rope`.
+    """
+    sizes = take_sizes(fields)
+    return sizes | {"rope": take_rope(fields, sizes["max_position_embeddings"], **rope)}
+
+
+def write_decoder(config: ModelConfig) -> dict[str, Any]:
+    """HF's fields for what `take_decoder` takes."""
+    return {**write_sizes(config), **rope_fields(config)}
+
+
+def take_sizes(fields: Fields, *, activation: str | None = None) -> dict[str, Any]:
+    """Takes the fields of every decoder but the rotary ones, as arguments of ModelConfig.
+
+    Args:
+        fields: the model's.
+        activation: the family's only one, or None to take `hidden_act`.
     """
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     if (head_dim := fields.optional_size("head_dim")) is None:
@@ -175,8 +192,8 @@ def decoder_fields(fields: Fields, *, activation: str | None = None) -> dict[str
     }
 
 
-def write_decoder(config: ModelConfig) -> dict[str, Any]:
-    """HF's fields for what `decoder_fields` takes."""
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+    """HF's fields for what `take_sizes` takes."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -192,11 +209,23 @@ def write_decoder(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def take_biases(fields: Fields, *, mlp: bool = False) -> dict[str, Any]:
+    """Takes `attention_bias`, and `mlp_bias` if the family has one, as arguments of ModelConfig."""
+    bias = fields.flag("attention_bias", False)
+    biases = {"qkv_bias": bias, "attention_out_bias": bias}
+    return biases | ({"mlp_bias": fields.flag("mlp_bias", False)} if mlp else {})
+
+
+def write_biases(config: ModelConfig, *, mlp: bool = False) -> dict[str, Any]:
+    """HF's fields for what `take_biases` takes."""
+    return {"attention_bias": config.qkv_bias} | ({"mlp_bias": config.mlp_bias} if mlp else {})
+
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def take_window(fields: Fields) -> int | None:
-    """The size of sliding windows, or None; some files name it twice."""
+    """Takes the size of sliding windows, or None; some files name it twice."""
     window, again = (fields.optional_size(n) for n in ("sliding_window", "sliding_window_size"))
     if again not in (None, window):
         raise fields.error(f"sliding_window is {window}, and sliding_window_size {again}")
@@ -206,11 +235,11 @@ def take_window(fields: Fields) -> int | None:
 def take_windows(
     fields: Fields, window: int | None, is_sliding: Sequence[bool]
 ) -> tuple[int | None, ...] | None:
-    """The window of each layer, or None where no layer has one.
+    """Takes the window of each layer, or None if no layer has one.
 
     Args:
         fields: the model's; `layer_types` is taken from them.
-        window: the size, or None where windows are off.
+        window: the size, or None if windows are off.
         is_sliding: which layers have one if there are no `layer_types`.
     """
     usual = [_SLIDING if window is not None and sliding else _FULL for sliding in is_sliding]
@@ -229,7 +258,7 @@ def take_windows(
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """HF's `layer_types` and `sliding_window`; the latter is null where no layer has one."""
+    """HF's `layer_types` and `sliding_window`; the latter is null if no layer has one."""
     windows = [config.window(i) for i in range(config.num_layers)]
     return {
         "layer_types": [_FULL if window is None else _SLIDING for window in windows],

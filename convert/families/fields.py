@@ -7,99 +7,37 @@ from typing import Any
 from s3d_jax.errors import ConfigError
 from s3d_jax.settings.model import MAX_LAYERS, MAX_SIZE
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Defaults of HF's generate that old checkpoints keep in config.json. They do not touch the model.
-GENERATION_FIELDS = frozenset(
-    [
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "decoder_start_token_id",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "sep_token_id",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "bad_words_ids",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "encoder_no_repeat_ngram_size",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "diversity_penalty",
-        "num_beams",
-        "num_beam_groups",
-        "num_return_sequences",
-        "early_stopping",
-        "max_length",
-        "min_length",
-        "output_scores",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "return_dict_in_generate",
-    ]
+GENERATION_FIELDS = _names(
+    """bos_token_id eos_token_id pad_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id sep_token_id suppress_tokens begin_suppress_tokens bad_words_ids do_sample
+    temperature top_k top_p typical_p repetition_penalty encoder_no_repeat_ngram_size length_penalty
+    no_repeat_ngram_size diversity_penalty num_beams num_beam_groups num_return_sequences
+    early_stopping max_length min_length output_scores remove_invalid_values
+    exponential_decay_length_penalty return_dict_in_generate"""
 )
 
 # Fields on training, files, other tools or outputs, never on what the forward pass computes.
 # pretraining_tp only splits the products of old implementations. The last line is of MLC's runtime.
-_HARMLESS_FIELDS = GENERATION_FIELDS | frozenset(
-    [
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "auto_map",
-        "_name_or_path",
-        "use_cache",
-        "initializer_range",
-        "pretraining_tp",
-        "tokenizer_class",
-        "attention_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "hidden_dropout",
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "output_attentions",
-        "output_hidden_states",
-        "use_return_dict",
-        "return_dict",
-        "torchscript",
-        "use_bfloat16",
-        "chunk_size_feed_forward",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "finetuning_task",
-        "task_specific_params",
-        "prefix",
-        "unsloth_version",
-        "unsloth_fixed",
-        "is_llama_config",
-        "transformers.js_config",
-        "cache_implementation",
-        "context_window_size",
-        "prefill_chunk_size",
-        "tensor_parallel_shards",
-        "attention_sink_size",
-    ]
+_HARMLESS_FIELDS = GENERATION_FIELDS | _names(
+    """model_type torch_dtype dtype transformers_version auto_map _name_or_path use_cache
+    initializer_range pretraining_tp tokenizer_class attention_dropout resid_pdrop embd_pdrop
+    hidden_dropout attn_implementation _attn_implementation _attn_implementation_autoset
+    output_attentions output_hidden_states use_return_dict return_dict torchscript use_bfloat16
+    chunk_size_feed_forward problem_type id2label label2id finetuning_task task_specific_params
+    prefix unsloth_version unsloth_fixed is_llama_config transformers.js_config cache_implementation
+    context_window_size prefill_chunk_size tensor_parallel_shards attention_sink_size"""
 )
 
 # HF's switches that change the computation if they are on. Full dumps of a config name them too.
-_HARMLESS_IF_OFF = frozenset(
-    [
-        "is_decoder",
-        "is_encoder_decoder",
-        "add_cross_attention",
-        "tie_encoder_decoder",
-        "pruned_heads",
-        "tf_legacy_loss",
-        "use_mrope",
-    ]
+_HARMLESS_IF_OFF = _names(
+    """is_decoder is_encoder_decoder add_cross_attention tie_encoder_decoder pruned_heads
+    tf_legacy_loss use_mrope"""
 )
 
 _MAX_LISTED = 20  # unknown fields

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from convert.families.common import Family, decoder_fields, write_decoder
+from convert.families.common import Family, take_biases, take_sizes, write_biases, write_sizes
 from convert.families.fields import Fields
 from convert.families.rope import rope_fields, take_rope
 from s3d_jax.settings.model import ModelConfig
@@ -16,30 +16,29 @@ def gemma_fields(fields: Fields, activations: Sequence[str] = (TANH,)) -> dict[s
 
     Args:
         fields: the model's.
-        activations: HF's names of the only one there is.
+        activations: HF's names of the family's only activation.
     """
     if fields.flag("use_bidirectional_attention", False):
         raise fields.error("use_bidirectional_attention is true, and only decoders are supported")
     for name in ("hidden_act", "hidden_activation"):  # many files have both
         fields.choice(name, dict.fromkeys(activations, "gelu_tanh"), TANH)
-    decoder = decoder_fields(fields, activation="gelu_tanh")
-    bias = fields.flag("attention_bias", False)
-    return decoder | {
+    sizes = take_sizes(fields, activation="gelu_tanh")
+    return {
+        **sizes,
+        **take_biases(fields),
         "norm_offset": 1.0,
-        "embedding_scale": decoder["hidden_size"] ** 0.5,
-        "qkv_bias": bias,
-        "attention_out_bias": bias,
+        "embedding_scale": sizes["hidden_size"] ** 0.5,
     }
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
     """The fields that `gemma_fields` takes."""
-    fields = {**write_decoder(config), "attention_bias": config.qkv_bias}
+    fields = {**write_sizes(config), **write_biases(config)}
     return {**fields, "hidden_activation": fields["hidden_act"]}
 
 
 def _read(fields: Fields) -> ModelConfig:
-    # "gelu" in the first files means the tanh form: the weights were trained with it.
+    # "gelu" in the first files means the tanh form, with which the weights were trained.
     gemma = gemma_fields(fields, (TANH, "gelu"))
     return ModelConfig(**gemma, rope=take_rope(fields, gemma["max_position_embeddings"]))
 

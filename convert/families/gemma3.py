@@ -82,23 +82,16 @@ def _read_multimodal(fields: Fields) -> ModelConfig:
     config = FAMILY.take(text)
     if fields.flag("tie_word_embeddings", True) != config.tie_embeddings:
         raise fields.error("tie_word_embeddings is another one in text_config: correct either")
-    for name in _OF_IMAGES:
+    for name in ("vision_config", "mm_tokens_per_image"):
         fields.take(name)
+    for place in ("image", "boi", "eoi"):
+        fields.take(f"{place}_token_index")
+        fields.take(f"{place}_token_id")
     return config
 
 
 # The published files leave out even these settings.
 _TEXT_DEFAULTS = {**FAMILY.defaults, "vocab_size": 262_208, "num_attention_heads": 8}
-_OF_IMAGES = [
-    "vision_config",
-    "mm_tokens_per_image",
-    "image_token_index",
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_id",
-    "boi_token_id",
-    "eoi_token_id",
-]
 
 MULTIMODAL = dataclasses.replace(
     FAMILY,

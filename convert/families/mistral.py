@@ -4,22 +4,19 @@ from typing import Any
 
 from convert.families.common import (
     Family,
-    decoder_fields,
+    take_decoder,
     take_window,
     write_decoder,
     write_windows,
 )
 from convert.families.fields import Fields
-from convert.families.rope import rope_fields, take_rope
 from s3d_jax.settings.model import ModelConfig
 
 
 def _read(fields: Fields) -> ModelConfig:
-    decoder = decoder_fields(fields)
-    window = take_window(fields)
+    decoder, window = take_decoder(fields), take_window(fields)
     return ModelConfig(
         **decoder,
-        rope=take_rope(fields, decoder["max_position_embeddings"]),
         sliding_window=None if window is None else (window,) * decoder["num_layers"],
     )
 
@@ -27,7 +24,6 @@ def _read(fields: Fields) -> ModelConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_decoder(config),
-        **rope_fields(config),
         "sliding_window": write_windows(config)["sliding_window"],
     }
 

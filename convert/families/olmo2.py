@@ -2,9 +2,16 @@
 
 from typing import Any
 
-from convert.families.common import LAYER, QK_NORMS, Family, decoder_fields, write_decoder
+from convert.families.common import (
+    LAYER,
+    QK_NORMS,
+    Family,
+    take_biases,
+    take_decoder,
+    write_biases,
+    write_decoder,
+)
 from convert.families.fields import Fields
-from convert.families.rope import rope_fields, take_rope
 from s3d_jax.settings.model import ModelConfig
 
 _LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
@@ -17,13 +24,9 @@ _LAYER = {
 
 
 def _read(fields: Fields) -> ModelConfig:
-    decoder = decoder_fields(fields)
-    bias = fields.flag("attention_bias", False)
     return ModelConfig(
-        **decoder,
-        rope=take_rope(fields, decoder["max_position_embeddings"]),
-        qkv_bias=bias,
-        attention_out_bias=bias,
+        **take_decoder(fields),
+        **take_biases(fields),
         qk_norm=True,
         qk_norm_joint=True,
         pre_norms=False,
@@ -32,11 +35,7 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {
-        **write_decoder(config),
-        **rope_fields(config),
-        "attention_bias": config.qkv_bias,
-    }
+    return {**write_decoder(config), **write_biases(config)}
 
 
 FAMILY = Family(

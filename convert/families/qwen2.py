@@ -4,27 +4,25 @@ from typing import Any
 
 from convert.families.common import (
     Family,
-    decoder_fields,
+    take_decoder,
     take_window,
     take_windows,
     write_decoder,
     write_windows,
 )
 from convert.families.fields import Fields
-from convert.families.rope import rope_fields, take_rope
 from s3d_jax.settings.model import ModelConfig
 
 
 def read_qwen(fields: Fields, **own: Any) -> ModelConfig:
-    """What Qwen 2 and 3 have in common: windows, which are off unless asked for."""
-    decoder = decoder_fields(fields)
+    """Reads what Qwen 2 and 3 have in common: windows, which are off by default."""
+    decoder = take_decoder(fields)
     window, first = take_window(fields), fields.size("max_window_layers", least=0)
     if not fields.flag("use_sliding_window", False):
         window = None
     layers = range(decoder["num_layers"])
     return ModelConfig(
         **decoder,
-        rope=take_rope(fields, decoder["max_position_embeddings"]),
         sliding_window=take_windows(fields, window, [i >= first for i in layers]),
         **own,
     )
@@ -35,7 +33,6 @@ def write_qwen(config: ModelConfig) -> dict[str, Any]:
     windows = write_windows(config)
     return {
         **write_decoder(config),
-        **rope_fields(config),
         **windows,
         "use_sliding_window": windows["sliding_window"] is not None,
     }

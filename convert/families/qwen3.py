@@ -2,19 +2,18 @@
 
 from typing import Any
 
-from convert.families.common import LAYER, QK_NORMS, Family
+from convert.families.common import LAYER, QK_NORMS, Family, take_biases, write_biases
 from convert.families.fields import Fields
 from convert.families.qwen2 import DEFAULTS, read_qwen, write_qwen
 from s3d_jax.settings.model import ModelConfig
 
 
 def _read(fields: Fields) -> ModelConfig:
-    bias = fields.flag("attention_bias", False)
-    return read_qwen(fields, qk_norm=True, qkv_bias=bias, attention_out_bias=bias)
+    return read_qwen(fields, qk_norm=True, **take_biases(fields))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_qwen(config), "attention_bias": config.qkv_bias}
+    return {**write_qwen(config), **write_biases(config)}
 
 
 FAMILY = Family(

@@ -4,14 +4,15 @@ from typing import Any
 
 from convert.families.common import (
     Family,
-    decoder_fields,
+    take_biases,
+    take_decoder,
     take_window,
     take_windows,
+    write_biases,
     write_decoder,
     write_windows,
 )
 from convert.families.fields import Fields
-from convert.families.rope import rope_fields, take_rope
 from s3d_jax.settings.model import ModelConfig
 
 _THETA = 2e6
@@ -20,7 +21,7 @@ _THETA = 2e6
 def _take_rope_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
     period = fields.size("no_rope_layer_interval", 4)
     usual = [int((i + 1) % period != 0) for i in range(num_layers)]
-    rotated = fields.take("no_rope_layers", usual)  # despite its name, 1 is a layer with rotation
+    rotated = fields.take("no_rope_layers", usual)  # despite the name, 1 is a layer with rotation
     if not isinstance(rotated, list) or any(entry not in (0, 1) for entry in rotated):
         raise fields.error(f"no_rope_layers must list 0 or 1, got {rotated!r:.80}")
     if len(rotated) != num_layers:
@@ -29,21 +30,17 @@ def _take_rope_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
 
 
 def _read(fields: Fields) -> ModelConfig:
-    decoder = decoder_fields(fields)
-    bias = fields.flag("attention_bias", False)
+    decoder = take_decoder(fields, theta=_THETA)
     rotated = _take_rope_layers(fields, decoder["num_layers"])
     window = take_window(fields)
     if not fields.flag("use_sliding_window", False):
         window = None
-    fields.take("max_window_layers")  # of Qwen's; here nothing looks at it
+    fields.take("max_window_layers")  # Qwen's; HF's code does not use it here
     return ModelConfig(
         **decoder,
-        rope=take_rope(fields, decoder["max_position_embeddings"], theta=_THETA),
         rope_layers=None if all(rotated) else rotated,
         sliding_window=take_windows(fields, window, [not rotates for rotates in rotated]),
-        qkv_bias=bias,
-        attention_out_bias=bias,
-        mlp_bias=fields.flag("mlp_bias", False),
+        **take_biases(fields, mlp=True),
     )
 
 
@@ -51,13 +48,11 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     windows = write_windows(config)
     return {
         **write_decoder(config),
-        **rope_fields(config),
         **windows,
         "use_sliding_window": windows["sliding_window"] is not None,
         "no_rope_layers": [int(rotates) for rotates in config.rope_layers or ()]
         or [1] * config.num_layers,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
+        **write_biases(config, mlp=True),
     }
 
 
