@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from convert.options import ConversionOptions
+from convert.options import ConversionOptions, VerificationOptions
 from s3d_jax import __version__
+from s3d_jax.commands.arguments import RAW, add_options, build
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.model import DTYPES
 
 if TYPE_CHECKING:
     from convert.plan import DryRun, TensorEntry
@@ -107,8 +107,7 @@ def _convert(argv: list[str]) -> int:
         "or a native checkpoint",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="the native checkpoint folder to write")
-    names = [field.name for field in dataclasses.fields(ConversionOptions)]
-    _add_options(parser, *names)
+    add_options(parser, ConversionOptions)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -116,7 +115,7 @@ def _convert(argv: list[str]) -> int:
         "nothing, and need no more than config.json and the index",
     )
     arguments = parser.parse_args(argv)
-    options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
+    options = build(ConversionOptions, arguments)
     if arguments.dry_run:
         from convert.plan import dry_run
 
@@ -178,12 +177,12 @@ def _inspect(argv: list[str]) -> int:
     parser.add_argument(
         "source", metavar="HF_DIR_OR_ID", help="a folder, an id on the hub, or a llama2.c .bin"
     )
-    _add_options(parser, "revision")
+    add_options(parser, ConversionOptions, ["revision"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     from convert.plan import inspect
 
-    target, entries = inspect(arguments.source, arguments.revision)
+    target, entries = inspect(arguments.source, build(ConversionOptions, arguments).revision)
     model_type, num_params = target.origin.model_type, target.num_params
     faults = sum(entry.is_fault for entry in entries)
     if arguments.json:
@@ -220,40 +219,13 @@ def _verify(argv: list[str]) -> int:
     parser.add_argument(
         "source", metavar="HF_DIR_OR_ID", help="what it was converted from: a folder, or a hub id"
     )
-    _add_options(parser, "revision")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of the computation; 16 bits need half the memory, and round (default: float32)",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        metavar="N",
-        default=640,
-        help="length of the sequence; short ones do not see a wrong rotary embedding "
-        "(default: 640)",
-    )
-    parser.add_argument(
-        "--max-kl",
-        type=float,
-        metavar="NATS",
-        help="KL divergence up to which the two count as the same (default: 1e-6, or 1e-2 where "
-        "16 bits round weights or computation)",
-    )
+    add_options(parser, VerificationOptions)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    from convert import verify
+    from convert.verification import verify_with
 
-    verification = verify(
-        arguments.native,
-        arguments.source,
-        dtype=arguments.dtype,
-        num_tokens=arguments.tokens,
-        max_kl=arguments.max_kl,
-        revision=arguments.revision,
-    )
+    options = build(VerificationOptions, arguments)
+    verification = verify_with(arguments.native, arguments.source, options)
     if arguments.json:
         facts = dataclasses.asdict(verification) | {"agrees": verification.agrees}
         print(json.dumps(facts, indent=1))
@@ -335,41 +307,27 @@ def _export(argv: list[str]) -> int:
         default="5GB",
         help="per safetensors file, like 500MB (default: 5GB)",
     )
-    _add_options(parser, "overwrite", "progress")
+    add_options(parser, ConversionOptions, ["overwrite", "progress"])
     arguments = parser.parse_args(argv)
+    options = build(ConversionOptions, arguments)
     from convert.to_hf import export
 
     out = export(
         arguments.native,
         arguments.out,
         max_shard_size=arguments.max_shard_size,
-        overwrite=arguments.overwrite,
-        progress=arguments.progress,
+        overwrite=options.overwrite,
+        progress=options.progress,
     )
-    if arguments.progress:
+    if options.progress:
         print(f"{out}: load it by transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return 0
 
 
 def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=name, description=description, epilog=epilog, formatter_class=RAW
     )
-
-
-def _add_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Adds options for these fields of ConversionOptions."""
-    for field in dataclasses.fields(ConversionOptions):
-        if field.name in names:
-            argument = {"flag": f"--{field.name}", **field.metadata}
-            if isinstance(field.default, bool):
-                argument["action"] = "store_false" if field.default else "store_true"
-            parser.add_argument(
-                argument.pop("flag"), dest=field.name, default=field.default, **argument
-            )
 
 
 if __name__ == "__main__":

@@ -1,73 +1,87 @@
-"""What can be asked of a conversion. Defaults and help texts of `s3d-convert` are those here."""
+"""What can be asked of a conversion: defaults, and the help texts of `s3d-convert`."""
 
 import dataclasses
 import os
-from typing import Any
+from typing import Literal
 
-from s3d_jax.settings.model import DTYPES, QUANTIZATIONS
+from s3d_jax.settings.options import Checked, option
 from s3d_jax.settings.records import check
 
-
-def _option(default: Any, **argument: Any) -> Any:
-    """A field, and the arguments of argparse's `add_argument` for it."""
-    return dataclasses.field(default=default, metadata=argument)
-
-
-def check_dtype(dtype: str | None) -> None:
-    """Raises ConfigError unless the dtype is known, or None."""
-    check(dtype in (None, *DTYPES), f"dtype {dtype!r} is unknown; known are {DTYPES}")
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ConversionOptions:
+class ConversionOptions(Checked):
     """Options of `convert.convert`, which explains them.
 
     Raises:
         ConfigError: an option is unknown, or contradicts another one.
     """
 
-    dtype: str | None = _option(
-        None, choices=DTYPES, help="cast the weights (default: keep the stored type)"
-    )
-    quantization: str | None = _option(
+    dtype: Dtype | None = option(None, "cast the weights", shown="keep the stored type")
+    quantization: Quantization | None = option(
         None,
-        flag="--quantize",
-        choices=QUANTIZATIONS,
-        help="store linear layers, embeddings and head in int8 with one scale per output; print "
+        "store linear layers, embeddings and head in int8 with one scale per output; print "
         "perplexity and KL divergence against the weights before",
+        flag="--quantize",
     )
-    text: str | os.PathLike[str] | None = _option(
+    text: str | os.PathLike[str] | None = option(
         None,
+        "measure these on a .txt or .jsonl file",
         metavar="FILE",
-        help="measure these on a .txt or .jsonl file (default: stories and dialogues of the "
-        "package)",
+        shown="stories and dialogues of the package",
     )
-    tokenizer: str | os.PathLike[str] | None = _option(
-        None, metavar="DIR", help="take the tokenizer from this folder (default: from the source)"
+    tokenizer: str | os.PathLike[str] | None = option(
+        None, "take the tokenizer from this folder", metavar="DIR", shown="from the source"
     )
-    revision: str | None = _option(
-        None, metavar="REV", help="take this branch, tag or commit on the hub"
+    revision: str | None = option(
+        None, "take this branch, tag or commit on the hub", metavar="REV", shown="the main branch"
     )
-    overwrite: bool = _option(
+    overwrite: bool = option(
         False,
-        help="replace an existing checkpoint: all that OUT_DIR holds is removed, files that you "
-        "put there too",
+        "replace an existing checkpoint: all that OUT_DIR holds is removed, files that you put "
+        "there too",
     )
-    parity: bool = _option(
+    parity: bool = option(
         True,
+        "do not compare at the end: with HF transformers (done where torch is installed), and int8 "
+        "with the weights it was made from",
         flag="--no-parity",
-        help="do not compare at the end: with HF transformers (done where torch is installed), and "
-        "int8 with the weights it was made from",
     )
-    progress: bool = _option(True, flag="--quiet", help="print errors only")
+    progress: bool = option(True, "print errors only", flag="--quiet")
 
     def __post_init__(self) -> None:
-        check_dtype(self.dtype)
-        check(
-            self.quantization in (None, *QUANTIZATIONS),
-            f"quantization {self.quantization!r} is unknown; known is {QUANTIZATIONS}",
-        )
+        super().__post_init__()
         check(
             self.text is None or self.quantization is not None,
             "a text is to measure on what quantization costs, and none is asked for",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationOptions(Checked):
+    """Options of `convert.verify`, which explains them.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+    """
+
+    dtype: Dtype = option(
+        "float32", "compute in this type; 16 bits need half the memory, and round"
+    )
+    num_tokens: int = option(
+        640,
+        "compare over this many tokens; short sequences do not show a wrong rotary embedding",
+        flag="--tokens",
+        least=1,
+    )
+    max_kl: float | None = option(
+        None,
+        "accept a KL divergence up to this",
+        metavar="NATS",
+        shown="1e-6, or 1e-2 where 16 bits round weights or computation",
+    )
+    revision: str | None = option(
+        None, "take this branch, tag or commit on the hub", metavar="REV", shown="the main branch"
+    )

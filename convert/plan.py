@@ -110,8 +110,8 @@ def _peak_memory(target: ConversionTarget) -> int:
         for table in target.groups.values()
     )
     arrays = 2 * FLOATS[target.config.dtype].itemsize * largest_group
-    if target.origin.format == NATIVE:  # of which a group is read as a whole
-        return _LIBRARIES + arrays + FLOATS[target.origin.config.dtype].itemsize * largest_group
+    if target.origin.format == NATIVE:  # whose arrays are read whole before they are cast
+        arrays += max(tensor.num_bytes for tensor in target.origin.source.tensors.values())
     is_cast = target.stored_dtypes != (target.config.dtype,)
     return _LIBRARIES + arrays + is_cast * _CAST * CHUNK
 

@@ -17,8 +17,8 @@ from convert.sources.open import NATIVE, Origin, open_origin
 from s3d_jax.errors import ConversionError
 from s3d_jax.nn.transformer import weight_bytes
 from s3d_jax.settings.model import DTYPES, ModelConfig
-from s3d_jax.storage.native import bullets, unflatten
 from s3d_jax.storage.staging import check_apart
+from s3d_jax.storage.trees import bullets, top_level_key, unflatten
 
 _MAX_LINES = 1000  # of a list of faulty tensors
 _CACHED = 1 << 18  # elements checked at a time, few enough to stay in the processor's cache
@@ -135,7 +135,7 @@ class ConversionTarget:
         """The table, divided by the top-level groups of the parameter tree."""
         groups: dict[str, Table] = {}
         for path, parts in self.origin.table.items():
-            groups.setdefault(path.partition("/")[0], {})[path] = parts
+            groups.setdefault(top_level_key(path), {})[path] = parts
         return groups
 
     def read_groups(self, bar: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from convert.options import ConversionOptions
+from convert.options import ConversionOptions, Dtype, Quantization
 from convert.parity import Parity, measure_parity
 from convert.progress import notice, progress_bar
 from convert.quantization import QuantizationLoss, measure_loss, read_calibration_text
@@ -66,8 +66,8 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
-    quantization: str | None = None,
+    dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
     text: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert.sources.base import first_line, read_json_object
+from convert.sources.base import first_line, read_hf_json
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.json_files import write_json
 from s3d_jax.storage.native import CheckpointWriter
@@ -124,7 +124,7 @@ def _load(folder: Path) -> Any:
     import transformers
 
     path = folder / "tokenizer_config.json"
-    settings = read_json_object(path) if path.is_file() else {}
+    settings = read_hf_json(path) if path.is_file() else {}
     name = settings.get("tokenizer_class") or "LlamaTokenizer"
     if is_sentencepiece and name in ("LlamaTokenizer", "LlamaTokenizerFast"):
         # Old folders do not name the class, or do not say that a text begins with <s>: both were

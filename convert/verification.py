@@ -4,11 +4,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from convert.options import check_dtype
-from convert.parity import LENGTH, Parity, compare, obstacle
+from convert.options import Dtype, VerificationOptions
+from convert.parity import Parity, compare, obstacle
 from convert.sources.open import HF, open_origin
 from convert.target import ConversionTarget, is_rounded
-from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.errors import ConversionError
 from s3d_jax.storage.native import read_header
 
 # KL divergences in nats. With the same weights, float32 leaves about 1e-9 and 16 bits leave more; a
@@ -42,8 +42,8 @@ def verify(
     native: str | os.PathLike[str],
     source: str | os.PathLike[str],
     *,
-    dtype: str = "float32",
-    num_tokens: int = LENGTH,
+    dtype: Dtype = "float32",
+    num_tokens: int = 640,
     max_kl: float | None = None,
     revision: str | None = None,
 ) -> Verification:
@@ -70,11 +70,17 @@ def verify(
         CheckpointError: `native` is damaged.
         ConfigError: an argument, or a setting of `source`, is wrong or not supported.
     """
-    check_dtype(dtype)
-    if num_tokens < 1:
-        raise ConfigError(f"the number of tokens must be at least 1, got {num_tokens}")
+    options = VerificationOptions(dtype, num_tokens, max_kl, revision)
+    return verify_with(native, source, options)
+
+
+def verify_with(
+    native: str | os.PathLike[str], source: str | os.PathLike[str], options: VerificationOptions
+) -> Verification:
+    """Does what `verify` does, and raises what it raises."""
+    dtype, num_tokens = options.dtype, options.num_tokens
     header = read_header(native)
-    origin = open_origin(source, revision=revision)
+    origin = open_origin(source, revision=options.revision)
     if origin.format != HF:
         raise ConversionError(f"{source} is no HF checkpoint, and nothing else can be compared")
     target = ConversionTarget.of(origin)
@@ -90,5 +96,6 @@ def verify(
     parity = compare(origin.path, Path(native), dtype=dtype, num_tokens=num_tokens)
     stored = target.stored_dtypes
     rounds = dtype != "float32" or is_rounded(stored, header.config)
-    limit = (_ROUNDED if rounds else _EXACT) if max_kl is None else max_kl
+    usual = _ROUNDED if rounds else _EXACT
+    limit = usual if options.max_kl is None else options.max_kl
     return Verification(parity, dtype, stored, header.config.precision, limit)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import bullets
+from s3d_jax.storage.arrays import cast
+from s3d_jax.storage.json_files import read_json_object
+from s3d_jax.storage.trees import bullets
 
 FLOATS: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -19,7 +20,6 @@ FLOATS: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 UNKNOWN = "?"  # type of a tensor that an index names, and the config does not ask for
-MAX_JSON = 100_000_000  # bytes; the safetensors library's limit for a header
 CHUNK = 1 << 22  # elements converted or compared at a time
 AGAIN = "get a good copy of it, and convert again"
 
@@ -85,46 +85,26 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_hf_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a HF folder.
 
     Raises:
         ConversionError: the file is missing, no JSON object, names a field twice, or is too large.
     """
-    with reading(path):
-        if not path.is_file():  # a pipe or a device could be read forever
-            raise ConversionError(f"{path.parent} has no {path.name}: is it a HF checkpoint?")
-        if (size := path.stat().st_size) > MAX_JSON:
-            raise ConversionError(f"{path} has {size:,} bytes, and is damaged: {AGAIN}")
-        encoded = path.read_bytes()
-    try:
-        return parse_json_object(encoded)
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}): {AGAIN}") from error
+    missing = f"{path.parent} has no {path.name}: is it a HF checkpoint?"
+    return read_json_object(path, ConversionError, advice=AGAIN, if_missing=missing)
 
 
-def parse_json_object(encoded: bytes) -> dict[str, Any]:
-    """The fields of a JSON object in UTF-8.
+def cast_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Fills the contiguous array `out`; casts a few of the values at a time.
 
     Raises:
-        ValueError: it is no JSON, no object, nested too deeply, or names a field twice.
+        CheckpointError: a value overflows in `out`'s dtype.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in fields:
-                raise ValueError(f"{name!r:.200} occurs twice")
-            fields[name] = value
-        return fields
-
-    try:
-        fields = json.loads(encoded.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(fields, dict):
-        raise ValueError("it must hold a JSON object")
-    return fields
+    flat, values = out.reshape(-1), values.reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        piece = slice(start, start + CHUNK)
+        flat[piece] = cast(values[piece], out.dtype, name)
 
 
 def first_line(error: Exception) -> str:

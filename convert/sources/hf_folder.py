@@ -3,11 +3,11 @@
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from convert.sources.base import AGAIN, Source, is_file, read_json_object, reading
+from convert.sources.base import AGAIN, Source, is_file, read_hf_json, reading
 from convert.sources.safetensors import SafetensorsSource
 from convert.sources.torch_bin import TorchSource
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import bullets
+from s3d_jax.storage.trees import bullets
 
 
 def open_weights(folder: Path) -> Source:
@@ -66,7 +66,7 @@ def weight_files(
 
 
 def _shards(index: Path, suffix: str, *, complete: bool) -> tuple[list[Path], dict[str, str]]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_hf_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index}: weight_map is missing or empty: {AGAIN}")
     weight_map = {str(tensor): str(file) for tensor, file in weight_map.items()}

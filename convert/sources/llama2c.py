@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.sources.base import FLOATS, StoredTensor, reading
+from convert.sources.base import FLOATS, StoredTensor, cast_into, reading
 from s3d_jax.errors import ConversionError
 from s3d_jax.settings.model import MAX_LAYERS, MAX_SIZE
-from s3d_jax.storage.arrays import cast
 
 # Ids of sentencepiece. llama2.c's run.c stops at the first, which separates its training texts.
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": [1, 2]}
@@ -62,7 +61,7 @@ class Llama2cSource:
             heads, columns = self._rotated[name], tensor.shape[1]
             pairs = values.reshape(heads, -1, 2, columns)
             values = pairs.swapaxes(1, 2).reshape(tensor.shape)
-        out[...] = cast(values[first_row : first_row + len(out)], out.dtype, name)
+        cast_into(out, values[first_row : first_row + len(out)], name)
 
 
 def open_file(path: Path) -> tuple[dict[str, Any], Llama2cSource]:

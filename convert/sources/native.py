@@ -7,43 +7,33 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.sources.base import StoredTensor
+from convert.sources.base import StoredTensor, cast_into
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import Header, array_dtypes, cast, flatten, read_group, read_header
+from s3d_jax.storage.arrays import read_array
+from s3d_jax.storage.native import Header, array_dtypes, read_header
 
 
 class NativeSource:
     """The arrays of a native checkpoint, under their native paths.
-
-    One group of arrays is in memory at a time, and each of its arrays until it has been read.
 
     Args:
         header: the checkpoint's.
     """
 
     def __init__(self, header: Header) -> None:
-        self._header = header
-        self._group: dict[str, np.ndarray] = {}
+        self._records = header.arrays
         weights, dtypes = header.path / "weights", array_dtypes(header.config)
-        self.tensors: Mapping[str, StoredTensor] = {
-            path: StoredTensor(
-                dtypes[path].name,
-                shape,
-                weights,
-                math.prod(shape) * dtypes[path].itemsize,
-                dtypes[path],
-            )
-            for path, shape in header.arrays.items()
-        }
+        self.tensors: dict[str, StoredTensor] = {}
+        for path, record in header.arrays.items():
+            dtype = dtypes[path]
+            size = math.prod(record.shape) * dtype.itemsize
+            self.tensors[path] = StoredTensor(dtype.name, record.shape, weights, size, dtype)
         self.faults: Mapping[str, str] = {}
 
     def read(self, name: str, out: np.ndarray, first_row: int = 0) -> None:
-        if name not in self._group:
-            self._group.clear()  # before the next one is read
-            group = name.partition("/")[0]
-            self._group = flatten(read_group(self._header, group), group)
-        array = self._group.pop(name)
-        out[...] = cast(array[first_row : first_row + len(out)], out.dtype, name)
+        tensor = self.tensors[name]
+        array = read_array(tensor.file, name, self._records[name], tensor.values)
+        cast_into(out, array[first_row : first_row + len(out)], name)
 
 
 def open_native(folder: str | os.PathLike[str]) -> tuple[Header, NativeSource]:

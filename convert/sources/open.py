@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.families import Family, Names, Part, Table, family_of
 from convert.sources import hub, llama2c
-from convert.sources.base import Source, read_json_object
+from convert.sources.base import Source, read_hf_json
 from convert.sources.hf_folder import is_safetensors, open_weights
 from convert.sources.native import open_native
 from convert.sources.outline import named_dtype, open_outline
@@ -101,7 +101,7 @@ def open_origin(
         folder, remote = hub.outline(name, revision)
     else:
         folder = hub.download(name, revision)
-    fields = read_json_object(folder / "config.json")
+    fields = read_hf_json(folder / "config.json")
     if fields.get("format") == FORMAT:
         return _open_native(folder, name, own)
     family = family_of(fields)
@@ -127,7 +127,7 @@ def _open_native(folder: Path, name: str, tokenizer: TokenizerSource | None) -> 
         name=name,
         format=NATIVE,
         config=header.config,
-        table={path: (Part(path, shape),) for path, shape in header.arrays.items()},
+        table={path: (Part(path, record.shape),) for path, record in header.arrays.items()},
         source=weights,
         path=folder,
         provenance=header.source,
@@ -177,7 +177,7 @@ def _stored_dtype(source: Source, fields: Mapping[str, Any]) -> str:
 def _generation_config(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json; special tokens that it does not name are those of config.json."""
     path = folder / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
+    generation = read_hf_json(path) if path.is_file() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if generation.get(name) is None and fields.get(name) is not None:
             generation[name] = fields[name]

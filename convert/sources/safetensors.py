@@ -15,16 +15,16 @@ import numpy as np
 from convert.sources.base import (
     CHUNK,
     FLOATS,
-    MAX_JSON,
     StoredTensor,
     collect,
-    parse_json_object,
     reading,
 )
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.native import cast
+from s3d_jax.storage.arrays import cast
+from s3d_jax.storage.json_files import unique_fields
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _MAX_DIMENSIONS, _MAX_SIZE = 64, 2**63  # numpy's limits, which keep products of sizes cheap
 
 
@@ -81,16 +81,18 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_JSON):
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ConversionError(
                     f"{path} is truncated or no safetensors file: its header would be {length} "
                     f"bytes long, in a file of {size}"
                 )
             encoded = file.read(length)
     try:
-        header = parse_json_object(encoded)
-    except ValueError as error:
+        header = json.loads(encoded, object_pairs_hook=unique_fields)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise ConversionError(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise ConversionError(f"{path} has a damaged header: no JSON object")
     header.pop("__metadata__", None)
 
     tensors, ranges = {}, []

@@ -9,9 +9,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.sources.base import CHUNK, FLOATS, StoredTensor, collect, first_line, reading
+from convert.sources.base import (
+    FLOATS,
+    StoredTensor,
+    cast_into,
+    collect,
+    first_line,
+    reading,
+)
 from s3d_jax.errors import ConversionError
-from s3d_jax.storage.arrays import cast
 
 _MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip, and the pickle of torch before 1.6
 
@@ -71,10 +77,7 @@ class TorchSource:
         is_bfloat16 = tensor.dtype == torch.bfloat16  # which numpy knows only by ml_dtypes
         values = tensor.view(torch.int16).numpy() if is_bfloat16 else tensor.numpy()
         values = values.view(ml_dtypes.bfloat16) if is_bfloat16 else values
-        flat = out.reshape(-1)
-        for start in range(0, flat.size, CHUNK):
-            piece = slice(start, start + CHUNK)
-            flat[piece] = cast(values[piece], out.dtype, name)
+        cast_into(out, values, name)
 
 
 def load(path: Path) -> dict[str, Any]:

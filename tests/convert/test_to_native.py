@@ -293,7 +293,7 @@ def test_sources_that_are_none(tmp_path):
     assert "no config.json: is it a HF checkpoint?" in failing(tmp_path / "empty", tmp_path)
     (tmp_path / "hf" / "config.json").write_text("{")
     assert "config.json is not valid JSON" in failing(tmp_path / "hf", tmp_path)
-    assert "dtype 'int8' is unknown" in failing(native, tmp_path, ConfigError, dtype="int8")
+    assert "dtype must be one of" in failing(native, tmp_path, ConfigError, dtype="int8")
 
 
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
