@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
 
-  s3d-convert HF_DIR_OR_ID OUT_DIR            from Hugging Face (or a llama2.c .bin file)
-  s3d-convert NATIVE_DIR OUT_DIR --quantize int8      what is native already, in int8
-  s3d-convert inspect HF_DIR_OR_ID            its tensors, and what each becomes
-  s3d-convert verify NATIVE_DIR HF_DIR_OR_ID  how far the two differ
-  s3d-convert export NATIVE_DIR OUT_DIR       back to a Hugging Face folder
+  s3d-convert HF_DIR_OR_ID OUT_DIR                from Hugging Face (or a llama2.c .bin file)
+  s3d-convert NATIVE_DIR OUT_DIR --quantize int8  from a native checkpoint, to int8
+  s3d-convert inspect HF_DIR_OR_ID                list the tensors, and what each becomes
+  s3d-convert verify NATIVE_DIR HF_DIR_OR_ID      measure how far the two differ
+  s3d-convert export NATIVE_DIR OUT_DIR           back to a Hugging Face folder
 
 Works tensor by tensor, so a model larger than the memory can be converted. OUT_DIR appears when it
 is complete, or not at all."""
@@ -41,8 +41,8 @@ examples:
 
 _EXPORT_DESCRIPTION = """\
 Writes a Hugging Face folder (config.json, safetensors, tokenizer) from a native checkpoint. Float
-weights are the same bit for bit; those of an int8 checkpoint are written in its dtype, int8 times
-scale, which 16 bits round once more."""
+weights are the same bit for bit. An int8 checkpoint is written in its dtype, as int8 times scale,
+which 16 bits round once more."""
 
 _EXPORT_EPILOG = """\
 examples:
@@ -50,12 +50,11 @@ examples:
   s3d-convert export models/llama2 llama2-hf --max-shard-size 2GB"""
 
 _INSPECT_DESCRIPTION = """\
-Lists the tensors of a model that could be converted: name, dtype, shape, file, and the native array
-that each goes into (with its place there), or why it is not needed. Reads config.json, the index
-and the headers of the files that are there, no weights; of a model on the hub it fetches no more
-than config and index.
+Lists the tensors of a model: name, dtype, shape, file, and the native array that each goes into
+(with its place there), or why it is not needed. Reads config.json, the index and the headers of the
+files that are there, but no weights. Fetches only config and index of a model on the hub.
 
-Exit code: 0, or 1 if tensors are missing, unknown or of the wrong shape or dtype."""
+Exit code: 0, or 1 if tensors are missing, unknown, or of a wrong shape or dtype."""
 
 _INSPECT_EPILOG = """\
 examples:
@@ -63,7 +62,7 @@ examples:
   s3d-convert inspect microsoft/Phi-3-mini-4k-instruct --json"""
 
 _VERIFY_DESCRIPTION = """\
-Runs a native checkpoint, and its original by HF transformers, over the same random tokens, and
+Runs a native checkpoint, and its original in HF transformers, over the same random tokens, and
 compares the logits. One model is in memory at a time. Needs torch: pip install 's3d-jax[torch]'.
 
 Exit code: 0 if the KL divergence is within --max-kl, else 1."""
@@ -161,7 +160,7 @@ def _print_dry_run(plan: "DryRun", out: str) -> None:
 
 
 def _counted(unneeded: Mapping[str, str]) -> list[str]:
-    """How many tensors there are of each reason."""
+    """Counts the tensors of each reason."""
     reasons = collections.Counter(unneeded.values())
     return [f"{n} tensor{'s'[: n > 1]}: {reason}" for reason, n in reasons.items()]
 
@@ -305,7 +304,7 @@ def _export(argv: list[str]) -> int:
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
-        help="per safetensors file, like 500MB (default: 5GB)",
+        help="limit each safetensors file to this, such as 500MB (default: 5GB)",
     )
     add_options(parser, ConversionOptions, ["overwrite", "progress"])
     arguments = parser.parse_args(argv)

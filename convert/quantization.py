@@ -122,7 +122,7 @@ def _tokens(native: Path, vocab_size: int, calibration_text: str) -> np.ndarray:
 def read_calibration_text(text: str | os.PathLike[str] | None) -> str:
     """The texts of a .txt or .jsonl file; without one, stories and dialogues of the package.
 
-    Stories and dialogues alternate, because only the first tokens are run.
+    Stories and dialogues alternate, because only the first tokens are used.
 
     Raises:
         InputError: it cannot be read.

@@ -94,7 +94,7 @@ class ConversionTarget:
         for name, tensor in tensors.items():
             if name in problems or ignored(name):
                 continue
-            # The head is known, although it is not needed if the embeddings are tied.
+            # Tied embeddings make the head unneeded, not unknown.
             if name not in wanted and not (names and name == names.head):
                 problems[name] = "unknown"
             elif name in wanted and tensor.shape != wanted[name]:
@@ -178,7 +178,7 @@ def open_target(
 
     Args:
         source, out, options: as for `convert.convert`.
-        outline: do without the weights where they are not here.
+        outline: do without weights that are not here.
 
     Raises:
         ConfigError, ConversionError, CheckpointError: as `convert.convert`.
@@ -226,7 +226,7 @@ def _equal(source: Source, a: str, b: str) -> bool:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """By the bits, which takes a fifth of the time of numpy's function for bfloat16."""
+    """Tests the bits, in a fifth of the time of numpy's function for bfloat16."""
     unsigned = f"u{array.dtype.itemsize}"
     infinity = np.array(np.inf, array.dtype).view(unsigned)
     bits = array.reshape(-1).view(unsigned)

@@ -104,7 +104,7 @@ def _hf_config(header: Header, config: ModelConfig) -> tuple[Family, dict[str, A
             spelling = "torch_dtype" if "torch_dtype" in original else "dtype"
             return family, family.renew(original, config) | {spelling: config.dtype}
     family = family_for_export(config)
-    # Null where there are none: HF's own defaults may lie outside this vocabulary.
+    # Null if there are none: HF's own defaults may lie outside this vocabulary.
     special: dict[str, Any] = {
         name: header.generation_config.get(name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -53,12 +53,12 @@ def _is_finite(value: Any) -> bool:
 class Fields:
     """The fields of a HF config.json, each to be taken by the family that understands it.
 
-    What nobody has taken, and is not known to be harmless, is an error in `finish`: it may change
-    what the model computes. A field that is null counts as absent, as in HF.
+    `finish` raises an error for fields that were not taken and are not known to be harmless: they
+    may change what the model computes. A field that is null counts as absent, as in HF.
 
     Args:
         fields: the JSON object.
-        defaults: values of fields that are left out. One that is null does not take its default.
+        defaults: values of fields that are left out. A field that is null has no default.
         where: the object's name for messages.
     """
 
@@ -84,7 +84,7 @@ class Fields:
         return self._fields.pop(name, default)
 
     def agreed(self, *places: "tuple[Fields, str]") -> Any:
-        """The value of a field that has several places; None if it is in none of them."""
+        """Takes a field that has several places; None if it is in none of them."""
         values = [value for owner, name in places if (value := owner.take(name)) is not None]
         if any(value != values[0] for value in values):
             names = " and ".join(dict.fromkeys(name for _, name in places))
@@ -104,7 +104,7 @@ class Fields:
         return value
 
     def optional_size(self, name: str) -> int | None:
-        """A positive integer, or None where there is none."""
+        """A positive integer, or None if there is none."""
         return self.size(name) if name in self._fields else None
 
     def layers(self, name: str) -> int:
@@ -120,7 +120,7 @@ class Fields:
         return value
 
     def optional_number(self, name: str) -> float | None:
-        """A finite number above 0, or None where there is none."""
+        """A finite number above 0, or None if there is none."""
         return self.number(name) if name in self._fields else None
 
     def numbers(self, name: str) -> tuple[float, ...]:
@@ -137,7 +137,7 @@ class Fields:
         return value
 
     def require(self, name: str, value: Any) -> None:
-        """A field that, if there, must have the one value that is implemented."""
+        """Takes a field that must have the one value that is implemented, or be absent."""
         found = self.take(name, value)
         if found != value or type(found) is not type(value):
             raise self.error(f"{name} is {found!r:.80}, and only {value!r} is supported")
@@ -156,7 +156,7 @@ class Fields:
         return value
 
     def finish(self, harmless: Iterable[str] = _HARMLESS_FIELDS) -> None:
-        """Raises ConfigError if fields are left that nobody understood."""
+        """Raises ConfigError if fields are left."""
         off = {name for name in _HARMLESS_IF_OFF & self._fields.keys() if not self._fields[name]}
         unknown = sorted(self._fields.keys() - set(harmless) - off)
         if unknown:

@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4-mini: fused projections; LongRoPE in those of 128k tokens."""
+"""Phi 3, 3.5 and 4-mini: fused projections; LongRoPE in models of 128k tokens."""
 
 from typing import Any
 

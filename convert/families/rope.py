@@ -21,7 +21,7 @@ def take_rope(
     aliases: Mapping[str, str] = {},
     partial: bool = False,
 ) -> RopeConfig:
-    """Rotary settings, in either spelling of HF.
+    """Takes rotary settings in either spelling of HF.
 
     transformers 4: `rope_theta`, and `rope_scaling` with "type" or "rope_type". transformers 5:
     all of it in `rope_parameters`.
@@ -29,8 +29,8 @@ def take_rope(
     Args:
         fields: the model's.
         max_position_embeddings: the model's.
-        theta: the base where none is given.
-        types: those that HF's code for the family computes.
+        theta: the base if none is given.
+        types: the types that HF's code for the family computes.
         aliases: other names of types.
         partial: whether a head may be rotated in part.
 
@@ -61,7 +61,7 @@ def read_rope(
     types: Sequence[str] = _USUAL_TYPES,
     aliases: Mapping[str, str] = {},
 ) -> RopeConfig:
-    """The settings of one JSON object, on top of those that are known already."""
+    """Reads the settings of one JSON object, in addition to those known already."""
     kind = rope.agreed((rope, "rope_type"), (rope, "type")) or "default"
     kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in types:
@@ -70,7 +70,7 @@ def read_rope(
     if kind in ("linear", "dynamic", "llama3", "yarn"):
         settings["factor"] = rope.number("factor")
     if kind == "dynamic":
-        # HF's formula grows from max_position_embeddings, and looks at no other original length.
+        # HF's formula grows from max_position_embeddings, and ignores any other original length.
         if original not in (None, max_position_embeddings):
             raise rope.error(
                 f"original_max_position_embeddings {original!r:.80} differs from "
@@ -102,7 +102,7 @@ def read_rope(
 
 
 def _yarn_attention_factor(rope: Fields, factor: float) -> float:
-    """The given one, or that of YaRN (arXiv 2309.00071, section 3.4), or a ratio of two of them."""
+    """The given factor, or YaRN's (arXiv 2309.00071, section 3.4), or a ratio of two of these."""
 
     def recommended(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
@@ -116,7 +116,7 @@ def _yarn_attention_factor(rope: Fields, factor: float) -> float:
 def _longrope_attention_factor(
     rope: Fields, config: RopeConfig, max_position_embeddings: int
 ) -> float:
-    """The given one, or that of LongRoPE (arXiv 2402.13753, section 3.3) for the stretch."""
+    """The given factor, or LongRoPE's for this stretch (arXiv 2402.13753, section 3.3)."""
     original = config.original_max_position_embeddings
     assert original is not None  # RopeConfig checks it
     stretch = rope.number("factor", max_position_embeddings / original)
@@ -139,7 +139,7 @@ def rope_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    """HF's object for what goes beyond the base; None for the default type."""
+    """HF's object for all settings but the base; None for the default type."""
     scaling: dict[str, Any] = {"rope_type": rope.type}
     if rope.type == "longrope":
         return scaling | {

@@ -47,7 +47,7 @@ def weight_files(
 
     Returns:
         The files in order; and the index, which has the file name of each tensor. The index is
-        empty where there is only one file.
+        empty if there is only one file.
 
     Raises:
         ConversionError: there are no weights, or the index names files that cannot be used.

@@ -56,7 +56,7 @@ class Origin:
 
     @property
     def model_type(self) -> str:
-        """HF's name of the family; the format where there is no family."""
+        """HF's name of the family; the format if there is no family."""
         return self.family.model_type if self.family else self.format
 
     @property
@@ -80,7 +80,7 @@ def open_origin(
 
     Args:
         source, revision, tokenizer: as for `convert.convert`.
-        outline: do without the weights where they are not here.
+        outline: do without weights that are not here.
 
     Raises:
         ConversionError: there is no such source, it has no such revision, or it is damaged.
@@ -175,7 +175,7 @@ def _stored_dtype(source: Source, fields: Mapping[str, Any]) -> str:
 
 
 def _generation_config(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json; special tokens that it does not name are those of config.json."""
+    """Reads generation_config.json; config.json names the special tokens that it does not."""
     path = folder / "generation_config.json"
     generation = read_hf_json(path) if path.is_file() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -39,7 +39,7 @@ def open_outline(
     """The weights of a HF folder, of which no more need be there than config.json and the index.
 
     The index says what the absent files hold. Without an index there is one file, which holds the
-    whole model. Types and shapes of its tensors are those of the config.
+    whole model. The config gives types and shapes of the tensors.
 
     Args:
         folder: the HF folder.

@@ -138,7 +138,7 @@ def test_ctrl_c_leaves_nothing_behind(large, tmp_path):
         process = start(large, folder / "out")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        if process.returncode == 0:  # on a busy machine the signal may come when all is written
+        if process.returncode == 0:  # on a busy machine the signal may come too late
             checkpoint.load(folder / "out")
             remove_files(folder)
             continue
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_nothing_behind(large, tmp_path):
         assert "interrupted; nothing was written" in err and "Traceback" not in err
         assert not list(folder.iterdir())
         return
-    pytest.fail("five interrupted conversions went on to the end")
+    pytest.fail("five interrupted conversions ran to the end")
 
 
 def test_a_kill_never_leaves_what_looks_complete(large, tmp_path):
@@ -157,7 +157,7 @@ def test_a_kill_never_leaves_what_looks_complete(large, tmp_path):
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
         process.communicate(timeout=60)
-        if out.exists():  # it was faster; then it must be whole
+        if out.exists():  # it was faster than the kill, so it must be whole
             checkpoint.load(out)
             out.rename(tmp_path / f"done-{len(os.listdir(tmp_path))}")
         for partial in tmp_path.glob("out.partial-*"):
@@ -170,7 +170,7 @@ def test_a_kill_never_leaves_what_looks_complete(large, tmp_path):
 
 # --- memory ---------------------------------------------------------------------------------------
 
-# The peak of this program alone: getrusage would count what its parent held when it was started.
+# The peak of this program alone: getrusage would include what its parent held at its start.
 MEASURE = """
 def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
@@ -202,7 +202,7 @@ def test_two_gigabytes_are_converted_in_less_than_one(tmp_path):
 
 
 def remove_files(folder: Path) -> None:
-    """pytest keeps the folders of its last runs; these are too large for that."""
+    """Removes files that are too large for pytest to keep, as it does for its last runs."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.unlink()

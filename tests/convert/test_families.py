@@ -63,7 +63,7 @@ def real(data_dir, name: str) -> tuple[Family, ModelConfig]:
 
 
 def test_real_configs(data_dir):
-    """Each is read as the model that it is known to be, down to the last parameter."""
+    """Each gives the published number of parameters."""
     files = sorted((data_dir / "configs").glob("*.config.json"))
     assert [file.name.removesuffix(".config.json") for file in files] == sorted(PARAMETERS)
     for name, count in PARAMETERS.items():
@@ -77,7 +77,7 @@ def test_real_configs(data_dir):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_hf_reads_what_is_exported_without_a_warning(data_dir, name, hf_silent):
-    """Some of the real files it reads with one, or no more at all."""
+    """transformers warns of some of the real files, or no longer reads them."""
     fields = json.loads((data_dir / "configs" / f"{name}.config.json").read_text())
     family, config = real(data_dir, name)
     renewed = family.renew(fields, config)
@@ -125,7 +125,7 @@ def test_real_tensor_names(data_dir, index, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_absent_fields_have_the_defaults_of_hf(name):
-    """The sizes alone must be there; transformers fills in the same as we do."""
+    """Only the sizes must be there; transformers fills in the same values as we do."""
     needed = {k: v for k, v in SIZES.items() if k not in ("max_position_embeddings", "head_dim")}
     del needed["num_key_value_heads"]
     needed |= dict(hidden_size=128, num_attention_heads=32)
@@ -191,7 +191,7 @@ def test_refused(model_type, fields, message):
 
 
 def test_null_is_not_the_default():
-    """As in Mistral from v0.2 on, which has no window, while a file without the field has one."""
+    """Mistral from v0.2 on says null and has no window; a file without the field has one."""
     assert read("mistral").sliding_window == (4096,) * 4
     assert read("mistral", sliding_window=None).sliding_window is None
     assert read("gemma2").logit_softcap == 30
@@ -205,7 +205,7 @@ def test_attention_factors_of_yarn():
         return read("qwen2", rope_scaling=yarn | given).rope.attention_factor
 
     assert factor() == pytest.approx(1.1386294)  # 1 + 0.1 ln 4
-    assert factor(mscale=2.0) == factor()  # counts together with the other one
+    assert factor(mscale=2.0) == factor()  # has an effect only together with mscale_all_dim
     assert factor(mscale=2.0, mscale_all_dim=0.5) == pytest.approx(1.2772589 / 1.0693147)
     assert factor(attention_factor=1.5) == 1.5
     assert "truncate is False" in refused("qwen2", rope_scaling=yarn | {"truncate": False})
@@ -214,9 +214,8 @@ def test_attention_factors_of_yarn():
 def test_layers_of_each_kind():
     window = {"sliding_window": 8}
     assert read("gemma2", **window).sliding_window == (8, None, 8, None)
-    assert read("gemma3_text", **window, sliding_window_pattern=2).sliding_window == (
-        *(8, None, 8, None),
-    )
+    gemma3 = read("gemma3_text", **window, sliding_window_pattern=2)
+    assert gemma3.sliding_window == (8, None, 8, None)
     qwen = dict(**window, use_sliding_window=True, max_window_layers=3)
     assert read("qwen2", **qwen).sliding_window == (None, None, None, 8)
     smollm = read("smollm3", **window, use_sliding_window=True)
@@ -227,7 +226,7 @@ def test_layers_of_each_kind():
 
 # --- Gemma 3 with images --------------------------------------------------------------------------
 
-# text_config of the published files, from which the sizes of 4B are left out as in HF's defaults.
+# text_config of the published files, which leave out 4B's sizes: these are HF's defaults.
 GEMMA3 = {
     3_880_263_168: dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
     11_766_034_176: dict(
@@ -269,7 +268,7 @@ def multimodal(text: dict, **fields) -> dict:
 
 @pytest.mark.parametrize("count", GEMMA3)
 def test_the_text_models_of_gemma3(count):
-    """4B has 4,300,079,472 parameters, of which 419,816,304 are for images; and so on."""
+    """4B, for example, has 4,300,079,472 parameters, of which 419,816,304 are for images."""
     fields = multimodal(GEMMA3[count])
     family = family_of(fields)
     config = family.config(fields)
@@ -278,7 +277,7 @@ def test_the_text_models_of_gemma3(count):
     assert (config.rope.type, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
     text = FAMILIES["gemma3_text"]
     assert config == text.config(text.write(config))
-    # Both spellings, and what there is when nothing else is known.
+    # Both spellings, and the one that is assumed when no tensors are known.
     published, modules = (
         f"{p}layers.0.mlp.up_proj.weight" for p in (n.model for n in family.names)
     )

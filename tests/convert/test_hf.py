@@ -1,4 +1,4 @@
-"""Safetensors: as the safetensors library reads and writes them, and damage is named."""
+"""Safetensors: read and written as the safetensors library does, and damage is named."""
 
 import json
 import math
@@ -46,7 +46,9 @@ def test_casting_never_overflows_in_silence(tmp_path):
     with pytest.raises(CheckpointError, match=r"big .*float16: use --dtype float32"):
         read(source, "big", np.float16)
     save_file({"inf": np.array([np.inf, np.nan], np.float32)}, tmp_path / "model.safetensors")
-    assert not np.isfinite(read(open_weights(tmp_path), "inf", np.float16)).any()  # were so before
+    assert not np.isfinite(
+        read(open_weights(tmp_path), "inf", np.float16)
+    ).any()  # not finite before either
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +160,7 @@ DAMAGED = {
     "fractional shape": file_of({"x": entry([1.5], 0, 6)}, bytes(6)),
     "shape no list": file_of({"x": entry("ab", 0, 8)}, bytes(8)),
     "offsets backwards": file_of({"x": entry([0], 4, 0)}, bytes(4)),
-    "offsets behind the end": file_of({"x": entry([6], 8, 32)}, bytes(24)),
+    "offsets after the end": file_of({"x": entry([6], 8, 32)}, bytes(24)),
     "offsets against the shape": file_of({"x": entry([5], 0, 24)}, bytes(24)),
     "overlap": file_of({"x": entry([2], 0, 8), "y": entry([2], 4, 12)}, bytes(12)),
     "hole": file_of({"x": entry([1], 0, 4), "y": entry([1], 8, 12)}, bytes(12)),
@@ -195,7 +197,7 @@ def test_a_file_cut_while_it_is_read(tmp_path):
 
 
 def test_sizes_are_exact(tmp_path):
-    """The smallest header padding and odd shapes do not shift the data."""
+    """Neither padding of the header nor odd shapes shift the data."""
     for shape in ((1,), (3, 5, 7), ()):
         array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
         writer = SafetensorsWriter(tmp_path / "x", {"x": ("float32", shape)})

@@ -1,4 +1,4 @@
-"""Broken and hostile sources: each is refused quickly, in words that help, and leaves nothing."""
+"""Broken and hostile sources: each is refused quickly, with advice, and nothing is written."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
-# What to do about it: every message must say it in one of these ways.
+# Every message must give advice in one of these ways.
 ADVICE = re.compile(
     r"get |set it|set the|save |correct|remove|choose|convert |free some|give |use |must be|"
     r"supported|known are|expected|needs|is it a|only split|no multiple"
@@ -41,7 +41,7 @@ ADVICE = re.compile(
 
 
 def refused(source: Path, tmp_path: Path, *words: str) -> str:
-    """Converts; the message of the refusal must hold the words, and say what to do."""
+    """Converts; the refusal must contain the words, and say what to do."""
     start = time.monotonic()
     with pytest.raises(S3DError) as caught:
         convert.convert(source, tmp_path / "out", parity=False, progress=False)
@@ -248,12 +248,12 @@ def test_a_hostile_index(tmp_path, case):
     damage, message = INDEXES[case]
     damage(folder)
     refused(folder, tmp_path, INDEX, message)
-    with contextlib.suppress(S3DError):  # and nothing else
-        inspect(folder)  # does without the shards
+    with contextlib.suppress(S3DError):  # it needs no shards, and may raise no other error
+        inspect(folder)
 
 
 def test_links_are_followed_as_the_hub_cache_has_them(tmp_path):
-    """Who makes links can write to the folder anyway; names in an index come from elsewhere."""
+    """A link is safe, an index is not: whoever makes links can write to the folder anyway."""
     blobs = write_folder(tmp_path / "blobs", shards=2)
     folder = tmp_path / "snapshots" / "1"
     folder.mkdir(parents=True)
@@ -269,7 +269,7 @@ def test_links_are_followed_as_the_hub_cache_has_them(tmp_path):
 
 
 def tensors(**changes: Any) -> Damage:
-    """Tensors are changed by a function of what they were, removed by None, or added."""
+    """Damages tensors: a function changes one, None removes one, an array adds one."""
     names = {"norm": NORM, "down": DOWN}
 
     def damage(folder: Path) -> None:
@@ -316,7 +316,7 @@ def entry(shape: Any, begin: int, end: int, dtype: Any = "F32") -> dict[str, Any
 
 
 def with_bit_flipped(value: float) -> Damage:
-    """The highest bit of the exponent of one scale between 1 and 2: an infinity, or NaN."""
+    """Flips the highest exponent bit of a scale between 1 and 2: an infinity, or NaN."""
 
     def flip(old: np.ndarray) -> np.ndarray:
         new = np.full_like(old, 1.5)
@@ -428,7 +428,7 @@ def test_hostile_shards(tmp_path, damage, message):
 
 
 def test_more_than_the_disk_holds(tmp_path):
-    """All fits together, and a sparse file takes no room; what is written would."""
+    """The sparse file is consistent and takes no room; the output would not fit."""
     fields = FIELDS | {"vocab_size": 2**31 - 1}
     rows, columns = fields["vocab_size"], fields["hidden_size"]
     entries, end = {}, 0
@@ -449,7 +449,7 @@ def test_more_than_the_disk_holds(tmp_path):
 
 @pytest.mark.parametrize("file", [ONE, "config.json"])
 def test_random_flips_are_refused_or_harmless(tmp_path, file):
-    """In the header of the weights, and in config.json; nothing else than our errors comes out."""
+    """Flips bits of the weights' header, or of config.json; only our own errors may be raised."""
     folder = write_folder(tmp_path / "hf")
     good = (folder / file).read_bytes()
     end = 8 + int.from_bytes(good[:8], "little") if file == ONE else len(good)
@@ -471,7 +471,7 @@ def test_random_flips_are_refused_or_harmless(tmp_path, file):
 
 
 class Attack:
-    """What unpickling would run."""
+    """A call that unpickling would run."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -481,12 +481,12 @@ class Attack:
 
 
 def global_call(victim: Path) -> bytes:
-    """A pickle by hand, protocol 0: os.mkdir(victim)."""
+    """A pickle written by hand, protocol 0: os.mkdir(victim)."""
     return b"cos\nmkdir\n(V" + str(victim).encode() + b"\ntR."
 
 
 def archive(path: Path, pickled: bytes) -> None:
-    """A file of torch's present format around a pickle."""
+    """Writes a file of torch's present format around a pickle."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("x/data.pkl", pickled)
         file.writestr("x/version", "3\n")
@@ -494,7 +494,7 @@ def archive(path: Path, pickled: bytes) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A megabyte that becomes 256."""
+    """Writes a megabyte that unpacks to 256."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
         file.open("x/data.pkl", "w") as record,
@@ -504,13 +504,13 @@ def bomb(path: Path) -> None:
 
 
 def tarball(path: Path) -> None:
-    """The format of torch's first years."""
+    """Writes the format of torch's first years."""
     with tarfile.open(path, "w") as file:
         file.add(__file__, "pickle")
 
 
 def script(path: Path) -> None:
-    """What torch takes for a TorchScript program."""
+    """Writes what torch takes for a TorchScript program."""
     archive(path, b"}.")
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("x/constants.pkl", b"}.")

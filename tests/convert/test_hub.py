@@ -1,4 +1,4 @@
-"""Models by their id on the hub, from a stand-in of the hub on this machine."""
+"""Models by their id on the hub; a server on this machine stands in for the hub."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ Files = dict[str, bytes]
 
 
 class Hub:
-    """Repositories, each a revision -> its files; and what was asked for.
+    """Repositories, each with the files of its revisions; and the requests so far.
 
     Attributes:
         gated: repositories whose files nobody may read.
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         data = files[file]
         facts = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": revision}
         if kind == "resolve" and file.endswith((".safetensors", ".bin")):
-            # Large files lie elsewhere, and the first answer says all that is to be known of them.
+            # Large files lie elsewhere; the first answer has all facts on them.
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": facts["ETag"]}
             place = {
                 "Location": f"{os.environ['HF_ENDPOINT']}/{owner}/{name}/cdn/{revision}/{file}"
@@ -155,7 +155,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
     """The one line that says why nothing was written."""
     done = run(*arguments, tmp_path / "out")
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    # Progress bars of the download end in \r, and come before.
+    # Progress bars of the download come first, and end in \r.
     message = done.stderr.rpartition("error: ")[2]
     assert "Traceback" not in done.stderr and "error: " in done.stderr
     assert not list(tmp_path.glob("out*"))
@@ -238,7 +238,7 @@ def test_outlines_download_no_weights(hub, tmp_path, kind):
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["tensors"]) == len(random_tensors())
         assert all(name.endswith(".json") for name in hub.downloaded)
-        converted("owner/tiny", tmp_path / "native")  # what is in the cache is no obstacle
+        converted("owner/tiny", tmp_path / "native")  # files in the cache are no obstacle
     assert not (tmp_path / "out").exists()
 
 
@@ -266,7 +266,7 @@ def test_models_that_cannot_be_had(hub, tmp_path, monkeypatch):
     assert "owner/unknown: no such folder here, nor such a model on the hub" in message
     for name in ("owner/double--dash", "../tiny"):
         assert "nor a valid id of the hub" in refused(tmp_path, name)
-    # Nothing that looks like a path is asked for.
+    # The hub is not asked for what looks like a path.
     before = hub.num_requests
     for name in ("./owner/tiny", "owner/tiny/", "a/b/c", "a b"):
         assert f"{name}: there is no such folder" in refused(tmp_path, name)
@@ -277,7 +277,7 @@ def test_models_that_cannot_be_had(hub, tmp_path, monkeypatch):
 
 def test_no_hub_there(hub, tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        port = server.server_port  # free again, and nobody listens
+        port = server.server_port  # free again: nobody listens there
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     assert "the hub cannot be reached" in refused(tmp_path, "owner/tiny")
 

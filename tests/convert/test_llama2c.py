@@ -1,4 +1,4 @@
-"""llama2.c files: the same model as its HF folder."""
+"""llama2.c files give the same model as their HF folders."""
 
 import shutil
 import struct
@@ -36,7 +36,7 @@ def test_the_same_as_the_hf_folder(tmp_path, data_dir):
 
 
 def test_interleaved_rotation_becomes_that_of_halves(tmp_path):
-    """A head of its own kind: D 8, 2 heads, 1 key head, output head not tied."""
+    """For a model with D 8, 2 heads, 1 key head, and an output head that is not tied."""
     dim, hidden, layers, heads, kv_heads, vocab, length = 8, 12, 2, 2, 1, 11, 16
     rng = np.random.default_rng(0)
     sizes = {

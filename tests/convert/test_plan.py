@@ -24,7 +24,7 @@ HEAD, ROTARY = "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def tied_folder(folder: Path, shards: int = 1) -> Path:
-    """With two tensors that a model with tied embeddings does not need."""
+    """Writes a folder with two tensors that a model with tied embeddings does not need."""
     tensors = random_tensors(TIED)
     tensors[HEAD] = tensors["model.embed_tokens.weight"].copy()
     tensors[ROTARY] = np.ones(5, np.float32)
@@ -132,7 +132,7 @@ def test_inspect_lists_a_llama2c_file(data_dir, capsys):
 
 
 def bare(data_dir: Path, folder: Path, config: str, index: str) -> Path:
-    """A folder as one has it before the weights are there."""
+    """Writes a folder without weights."""
     folder.mkdir()
     fields = (data_dir / "configs" / f"{config}.config.json").read_text()
     (folder / "config.json").write_text(fields)
@@ -146,12 +146,16 @@ def bare(data_dir: Path, folder: Path, config: str, index: str) -> Path:
     "config, index, num_params, num_files",
     [
         (
-            *("Phi-3-mini-4k-instruct", "Phi-3-mini-4k-derived-merge.model.safetensors.index"),
-            *(3_821_079_552, 2),
+            "Phi-3-mini-4k-instruct",
+            "Phi-3-mini-4k-derived-merge.model.safetensors.index",
+            3_821_079_552,
+            2,
         ),
         (
-            *("Llama-2-7b-chat-hf", "Llama-2-7b-chat-hf.pytorch_model.bin.index"),
-            *(6_738_415_616, 7),
+            "Llama-2-7b-chat-hf",
+            "Llama-2-7b-chat-hf.pytorch_model.bin.index",
+            6_738_415_616,
+            7,
         ),
     ],
 )
@@ -203,7 +207,7 @@ def test_some_shards_may_be_there(tmp_path):
     ],
 )
 def test_the_parts_of_a_multimodal_model(tmp_path, reads, model, head):
-    """The same of the files and of the index alone, in either spelling."""
+    """The files and the index alone tell the same, in either spelling."""
     folder = multimodal_folder(tmp_path / "hf", model, head)
     unneeded = {
         head: "the embeddings are tied: the head is the embedding table",
@@ -256,7 +260,7 @@ def test_a_dry_run_says_what_the_conversion_does(tmp_path, reads, capsys, dtype)
 
 
 def test_what_is_not_needed_is_not_read(tmp_path, reads):
-    """But for the head, which must be equal to the embeddings to be of no need."""
+    """Except for the head, which is compared with the embeddings that replace it."""
     target, _ = inspect(tied_folder(tmp_path / "hf"))
     convert.convert(tmp_path / "hf", tmp_path / "out", parity=False, progress=False)
     assert set(reads) == target.shapes.keys() | {HEAD}

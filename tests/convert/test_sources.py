@@ -1,4 +1,4 @@
-"""What is taken for which kind of source, and what a source may be."""
+"""Kinds of sources: how they are recognised, and what a source of a new kind may be."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def llama2c_file(path: Path) -> Path:
 
 
 def test_the_content_tells_the_kind(tmp_path):
-    """Whatever a file is called."""
+    """Names of files do not matter."""
     assert open_origin(write_folder(tmp_path / "hf")).format == HF
     native = checkpoint.save(tmp_path / "native", tiny_config(), tiny_params(tiny_config()))
     assert open_origin(native).format == NATIVE

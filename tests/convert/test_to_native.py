@@ -1,4 +1,4 @@
-"""HF -> native -> HF: every number arrives, and nothing unknown goes through."""
+"""HF -> native -> HF: every number arrives, and nothing unknown is accepted."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def convert_folder(folder, out, **options) -> dict[str, np.ndarray]:
 
 
 def failing(folder, tmp_path, error=ConversionError, **options) -> str:
-    """The message of a conversion that must fail and leave nothing behind."""
+    """Returns the message of a conversion that must fail and leave nothing behind."""
     with pytest.raises(error) as caught:
         convert.convert(folder, tmp_path / "out", **QUIET, **options)
     assert not list(tmp_path.glob("out*"))
@@ -82,8 +82,12 @@ def test_biases_and_tied_embeddings(tmp_path):
 @pytest.mark.parametrize(
     "stored, dtype",
     [
-        *((ml_dtypes.bfloat16, dtype) for dtype in (None, "float32", "bfloat16", "float16")),
-        *((np.float32, "bfloat16"), (np.float16, None)),
+        (ml_dtypes.bfloat16, None),
+        (ml_dtypes.bfloat16, "float32"),
+        (ml_dtypes.bfloat16, "bfloat16"),
+        (ml_dtypes.bfloat16, "float16"),
+        (np.float32, "bfloat16"),
+        (np.float16, None),
     ],
 )
 def test_dtype(tmp_path, stored, dtype):
@@ -138,7 +142,7 @@ def test_contradictions_of_shards_are_in_the_same_message(tmp_path):
     index = json.loads(path.read_text())
     del index["weight_map"][unnamed]
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = names[1]
-    index["weight_map"]["model.rotary_emb.inv_freq"] = names[1]  # is of no use, so not missed
+    index["weight_map"]["model.rotary_emb.inv_freq"] = names[1]  # useless, so not missed
     path.write_text(json.dumps(index))
     message = failing(folder, tmp_path)
     assert sorted(line.strip() for line in message.splitlines()[1:]) == sorted(
@@ -235,7 +239,7 @@ def test_settings_that_are_wrong_or_unknown(tmp_path, change, message):
 
 
 def test_full_dumps_of_a_config_are_read():
-    """Old checkpoints name every switch of HF's; those that are off change nothing."""
+    """Old checkpoints name every switch of HF's; switches that are off change nothing."""
     off = {"is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
     family = family_of(FIELDS)
     assert family.config(FIELDS | off) == family.config(FIELDS)
@@ -315,7 +319,7 @@ def test_the_source_is_never_written_to(tmp_path, out):
     with pytest.raises(CheckpointError, match="what is being read"):
         convert.convert(folder, tmp_path / out, overwrite=True, **QUIET)
     assert sorted(p.name for p in folder.iterdir()) == files
-    convert.convert(folder, folder / "native", **QUIET)  # beside the files does no harm
+    convert.convert(folder, folder / "native", **QUIET)  # next to the files it does no harm
     checkpoint.load(folder / "native")
     convert.convert(folder, tmp_path / "native", **QUIET)
     with pytest.raises(CheckpointError, match="what is being read"):
@@ -372,7 +376,7 @@ def test_round_trip_is_bit_identical(tmp_path, data_dir, max_shard_size, files):
 
 
 def test_a_model_of_our_own_can_be_exported(tmp_path):
-    """Without a source to remember, saved in another order than converters do."""
+    """It has no source to remember, and its groups are in another order than a converter's."""
     torch = need("torch")
     config = tiny_config(num_layers=11)
     params = tiny_params(config, scale=6.0)
@@ -423,14 +427,14 @@ def test_parity_report(tmp_path, data_dir, monkeypatch):
     assert report.num_params == 936_448 and report.num_bytes == 4 * 936_448 and report.tokenizer
     assert report.parity.num_tokens >= 600
     assert report.parity.max_difference <= 1e-4 and report.parity.greedy_agreement == 1.0
-    # It must see what a short prompt does not: a wrong base of the rotation.
+    # It must detect what a short prompt does not: a wrong base of the rotation.
     fields = json.loads((tmp_path / "good" / "config.json").read_text())
     fields["model"]["rope"]["theta"] = 11_000.0
     (tmp_path / "good" / "config.json").write_text(json.dumps(fields))
     wrong, _ = parity.measure_parity(source, tmp_path / "good", report.num_params, 105)
     assert wrong.max_difference > 0.1 and wrong.greedy_agreement < 0.99
 
-    with monkeypatch.context() as patch:  # the conversion is done, whatever ails the comparison
+    with monkeypatch.context() as patch:  # the conversion is done, whatever fails in the comparison
         for error, reason in ((RuntimeError("out of luck"), "luck"), (KeyboardInterrupt, "inter")):
             patch.setattr(parity, "_hf_logits", raising(error))
             report = convert.convert(source, tmp_path / "good", overwrite=True, progress=False)

@@ -1,4 +1,4 @@
-"""Tokenizers of any kind end as a tokenizer.json, and what cannot be read is said."""
+"""Tokenizers of any kind become a tokenizer.json; a report names those that cannot be read."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_a_sentencepiece_model_becomes_a_tokenizer_json(
     names = {file.name for file in tokenizer_files(tmp_path / "out")}
     assert names == {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # where it is used, it is not needed
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # loading does not need it
     ours = s3d_jax.load(tmp_path / "out").tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(data_dir / "checkpoints" / "stories260k")
     text = (data_dir / "text" / "tinystories_valid.txt").read_text()[:20_000]
@@ -79,7 +79,7 @@ def test_what_cannot_be_read_is_said_and_the_weights_are_converted(
 
     def problem(*expected: str) -> None:
         arguments = [str(sentencepiece_folder), str(tmp_path / "out"), "--no-parity", "--overwrite"]
-        assert main([*arguments, "--quiet"]) == 0  # a warning is no progress, it is always shown
+        assert main([*arguments, "--quiet"]) == 0  # quiet hides progress, not warnings
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("warning: the tokenizer in ") and err.count("\n") == 1
         assert "token ids only" in err
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_said_and_the_weights_are_converted(
         assert main(arguments) == 0
         assert "no tokenizer, so it works with token ids only" in capsys.readouterr().out
         assert checkpoint.load(tmp_path / "out").header.arrays
-        # An export gives back what was there.
+        # The files are kept for an export.
         assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
 
     with monkeypatch.context() as patch:
@@ -102,7 +102,7 @@ def test_what_cannot_be_read_is_said_and_the_weights_are_converted(
     (sentencepiece_folder / "tokenizer_config.json").write_text(
         json.dumps(json.loads(settings) | {"tokenizer_class": "GPT2Tokenizer"})
     )
-    problem("--tokenizer")  # of another class: it would split texts otherwise
+    problem("--tokenizer")  # another class would split texts differently
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     (sentencepiece_folder / "tokenizer.json").write_text("{")
     problem("tokenizer.json is damaged", "--tokenizer")

@@ -1,4 +1,4 @@
-"""Torch's .bin checkpoints give what safetensors give, and never execute anything."""
+"""Torch's .bin checkpoints give the same as safetensors, and never execute anything."""
 
 import json
 import os
@@ -75,7 +75,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("stored", DTYPES)
 def test_reads_and_casts(tmp_path, stored, target):
-    """With a parameter that wants gradients, as in dumps of a model in training."""
+    """The parameter requires gradients, as in dumps of a model in training."""
     values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
     tensor = torch.nn.Parameter(torch.tensor(values).to(getattr(torch, stored)))
     torch.save({"a": tensor}, tmp_path / "pytorch_model.bin")
@@ -108,7 +108,7 @@ def test_plans_are_those_of_safetensors(tmp_path):
 
 
 def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    """Files of the old format cannot be mapped, and lie in memory as a whole."""
+    """Files of the old format cannot be mapped: a whole one is in memory."""
     state = {name: torch.tensor(x) for name, x in random_tensors().items()}
     folder = write_bin(tmp_path / "bin", state, 3, _use_new_zipfile_serialization=False)
     alive: list[weakref.ref] = []
@@ -161,7 +161,7 @@ def test_a_file_alone_is_no_source(tmp_path, name, old_format):
 
 
 class Attack:
-    """What unpickling would run."""
+    """A call that unpickling would run."""
 
     def __init__(self, victim):
         self.victim = victim

@@ -1,4 +1,4 @@
-"""`verify`: a checkpoint against its original, by HF transformers."""
+"""`verify`: a checkpoint against its original, which HF transformers runs."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ def test_rounding_is_allowed_for(pair, tmp_path):
 
 
 def test_the_numbers_are_what_they_are_called():
-    """Against the definitions, more rows than are compared at a time."""
+    """Against the definitions, with more rows than are compared at a time."""
     rng = np.random.default_rng(0)
     q, p = rng.normal(size=(2, 70, 11)).astype(np.float32)
     measured = parity._parity(q, p)

@@ -62,7 +62,7 @@ LONGROPE = {  # of the 4 pairs of 8 rotated entries
 GEMMA = dict(num_attention_heads=4, head_dim=22, query_pre_attn_scalar=19, attention_bias=True)
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 700)
-STD = {"embed": 0.1, "lm_head": 0.15}  # of weights; larger inside, or they repeat one token
+STD = {"embed": 0.1, "lm_head": 0.15}  # of weights; smaller ones inside would repeat one token
 POST_NORMS = ("Gemma2", "Gemma3Text", "Olmo2")
 MODELS = {
     "llama": ("Llama", dict(head_dim=14, rope_parameters=LLAMA3, attention_bias=True)),
@@ -128,21 +128,21 @@ MODELS = {
 
 
 def hf_model(name: str, images: dict | None = None):
-    """One of `MODELS`, at random; with the settings of images it is the text model of another."""
+    """A random model of `MODELS`; with the settings of images, it is the text model inside."""
     kind, features = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**(SIZES | features))
     if images is not None:
         config = transformers.Gemma3Config(text_config=config.to_dict(), **images)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    offset = 1.0 if kind.startswith("Gemma") else 0.0  # what is added to the scales of norms
+    offset = 1.0 if kind.startswith("Gemma") else 0.0  # is added to the scales of norms
     for key, parameter in model.named_parameters():
         if key.endswith("bias") or parameter.ndim == 2:
             std = next((std for part, std in STD.items() if part in key), 0.22)
             parameter.data.normal_(0, std)
             continue
-        # A norm behind attention would make of the mean of a long context, which hardly changes,
-        # what counts most, and all models would repeat one token.
+        # The mean of a long context hardly changes. A norm after attention would amplify it, and
+        # all models would repeat one token.
         post = {"post_attention": 0.3, "post_feedforward": 2.0} if kind in POST_NORMS else {}
         scale = next((x for part, x in post.items() if part in key), 1.0)
         parameter.data.uniform_(0.5 * scale - offset, 1.5 * scale - offset)
@@ -162,7 +162,7 @@ def hf_greedy(model, prompt: np.ndarray, new_tokens: int) -> list[int]:
 
 
 def loaded_export(native: Path, out: Path, hf_silent):
-    """Our export as transformers loads it, which must have nothing to complain of."""
+    """Our export as transformers loads it, without any warning."""
     convert.export(native, out, progress=False)
     with hf_silent():
         model = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
@@ -178,7 +178,7 @@ def test_family(name, tmp_path, hf_silent, monkeypatch):
 
     theirs = assert_equal(name, model, lm)
 
-    # Back to HF: with the config that was there, and with one written anew.
+    # Back to HF: with the config of the original, and with one written from scratch.
     exported = loaded_export(tmp_path / "native", tmp_path / "back", hf_silent)
     source, back = (load_file(tmp_path / x / "model.safetensors") for x in ("hf", "back"))
     assert source.keys() == back.keys()
@@ -190,14 +190,14 @@ def test_family(name, tmp_path, hf_silent, monkeypatch):
     header["source"] = {}
     (tmp_path / "native" / "config.json").write_text(json.dumps(header))
     monkeypatch.setattr(to_hf, "family_for_export", lambda config: family)
-    anew = loaded_export(tmp_path / "native", tmp_path / "anew", hf_silent)
-    assert type(anew) is type(exported) is type(model)
-    for again in (exported, anew):
+    fresh = loaded_export(tmp_path / "native", tmp_path / "fresh", hf_silent)
+    assert type(fresh) is type(exported) is type(model)
+    for again in (exported, fresh):
         np.testing.assert_array_equal(hf_logits(again, TOKENS[None]), theirs)
 
 
 def assert_equal(name: str, model, lm: s3d_jax.LM) -> np.ndarray:
-    """Logits and greedy tokens, behind a short and a long prompt; returns HF's logits of it."""
+    """Compares logits and greedy tokens of a short and a long prompt; returns HF's long logits."""
     prompts = [TOKENS[:3], TOKENS]
     for prompt in prompts:
         theirs = hf_logits(model, prompt[None])
@@ -211,7 +211,7 @@ def assert_equal(name: str, model, lm: s3d_jax.LM) -> np.ndarray:
     assert all(len(set(row)) > 1 for row in expected)
     for options in (
         dict(method="ar"),
-        # The draft is the model itself, one token of it: some is accepted, some rolled back.
+        # The draft is the model itself for one token: some drafts are accepted, some rolled back.
         dict(method="s3d", gamma=2, skip=[False] * 4, adaptive=False),
     ):
         results = lm.generate(prompts, max_new_tokens=64, **options)
@@ -231,7 +231,7 @@ IMAGES = dict(
 
 @pytest.mark.parametrize("spelling", sampled(["published", "of the modules"], ["published"]))
 def test_the_text_model_of_a_multimodal_gemma3(spelling, tmp_path, hf_silent):
-    """As of 4B on: its settings and its weights are parts of the whole; exports are text only."""
+    """From 4B on, settings and weights have parts for text; exports hold only these."""
     model = hf_model("gemma3", IMAGES)
     model.save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"

@@ -68,14 +68,14 @@ def logit_difference(model, lm: s3d_jax.LM, tokens: np.ndarray) -> float:
 )
 def test_logits_of_random_models(tmp_path, shape, rope):
     tokens = np.random.default_rng(0).integers(0, 97, (1, 700))
-    for length in (3, 700):  # short first: HF's dynamic rope remembers the longest it has seen
+    for length in (3, 700):  # short first: HF's dynamic rope remembers the longest
         model = hf_model(ROPES[rope], **SHAPES[shape])
         lm = converted(model, tmp_path / str(length))
         assert logit_difference(model, lm, tokens[:, :length]) <= 2e-4
 
 
 def test_dynamic_rope_generates_as_hf_does(tmp_path):
-    """The base grows with every token past the original length; keys keep theirs."""
+    """The base grows with every token past the original length; old keys keep their base."""
     model = hf_model(ROPES["dynamic"], **SHAPES["gqa"])
     lm = converted(model, tmp_path, max_length=512)
     prompt = np.random.default_rng(1).integers(0, 97, 240)

@@ -21,12 +21,12 @@ POSITIONS = np.r_[:40, np.random.default_rng(0).integers(0, LONGEST, 400), 4096,
 ULP = 2.0**-23
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-CASES = {  # real configs, and what is put into their rope_scaling
+CASES = {  # real configs, and changes of their rope_scaling
     "default": ("Llama-2-7b-chat-hf", {}),
     "base 1e6": ("Qwen3-8B", {}),
     "heads of 256": ("mlc_gemma-2b", {}),
     "llama3": ("Llama-3.2-1B", {}),
-    # The type is called "su" there, which we read, and HF no longer does.
+    # The type is called "su" there: we read it, HF no longer does.
     "longrope": ("Phi-3-vision-128k_text_su_rope", {"type": "longrope"}),
     "longrope, partial": ("mlc_Phi-4-mini-instruct", {}),
     "yarn": ("Qwen2.5-7B-Instruct", YARN),
@@ -51,8 +51,10 @@ def tables(config: ModelConfig, rotary, positions: np.ndarray) -> tuple[np.ndarr
     """Our and HF's (cos, sin), [2, T, R/2] each."""
     theirs = torch.stack(rotary(torch.zeros(1), torch.tensor(positions)[None]))[:, 0].numpy()
     ours = jax.jit(rotary_table, static_argnums=(0, 1))(
-        *(config.rope, config.head_dim),
-        *(jnp.asarray(positions)[None], jnp.asarray([positions.max() + 1])),
+        config.rope,
+        config.head_dim,
+        jnp.asarray(positions)[None],
+        jnp.asarray([positions.max() + 1]),
     )
     return np.stack(ours)[:, 0], theirs[..., : theirs.shape[-1] // 2]
 
@@ -60,7 +62,7 @@ def tables(config: ModelConfig, rotary, positions: np.ndarray) -> tuple[np.ndarr
 @pytest.mark.parametrize("last", [4095, LONGEST - 1])  # LongRoPE: short factors, long factors
 @pytest.mark.parametrize("name", [name for name in CASES if name != "dynamic"])
 def test_tables(data_dir, name, last):
-    """Equal, but for a pair or two whose frequency torch's power rounds otherwise.
+    """Equal, except for a pair or two whose frequency torch's power rounds differently.
 
     That power depends on the machine; ours is rounded correctly.
     """
