@@ -2,13 +2,17 @@
 
 import dataclasses
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from s3d_jax.settings.model import DTYPES, QUANTIZATIONS
 from s3d_jax.settings.options import Checked, option
 from s3d_jax.settings.records import check
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-Quantization = Literal["int8"]
+if TYPE_CHECKING:
+    Dtype: TypeAlias = str
+    Quantization: TypeAlias = str
+else:
+    Dtype, Quantization = Literal[DTYPES], Literal[tuple(QUANTIZATIONS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +26,8 @@ class ConversionOptions(Checked):
     dtype: Dtype | None = option(None, "cast the weights", shown="keep the stored type")
     quantization: Quantization | None = option(
         None,
-        "store linear layers, embeddings and head in int8 with one scale per output; print "
-        "perplexity and KL divergence against the weights before",
+        "; ".join(f"{name}: {words}" for name, words in QUANTIZATIONS.items())
+        + "; also print perplexity and KL divergence against the weights before",
         flag="--quantize",
     )
     text: str | os.PathLike[str] | None = option(

@@ -22,7 +22,8 @@ from s3d_jax.storage.native import Header, read_group, read_header
 from s3d_jax.storage.staging import check_apart, staged_folder
 from s3d_jax.storage.tokenizer import tokenizer_files
 from s3d_jax.storage.trees import flatten
-from s3d_jax.weights.int8 import dequantize_tree
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import widen_tree
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -125,7 +126,8 @@ def _tensors(header: Header, table: Table) -> Iterator[tuple[Part, np.ndarray]]:
         if (here := path.partition("/")[0]) != group:
             group = here
             arrays.clear()  # before the next one is read
-            tree = dequantize_tree(read_group(header, group), FLOATS[header.config.dtype])
+            dtype = FLOATS[header.config.dtype]
+            tree = widen_tree(weight_format(header.config), read_group(header, group), dtype)
             arrays.update(flatten(tree, group))
         yield from pieces(parts, arrays[path])
 

@@ -16,7 +16,8 @@ from convert.target import is_rounded, open_target
 from s3d_jax.drafters.stored import read_draft, write_draft
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.native import CheckpointWriter, checkpoint_writer
-from s3d_jax.weights.int8 import quantize_tree
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import store_tree
 
 _NOT_ASKED = "not asked for"
 
@@ -187,12 +188,12 @@ def write_native(
 
 
 def _write_groups(writer: CheckpointWriter, groups: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Writes the groups of a float model, quantised if the writer's model is."""
+    """Writes the groups of a float model in the weight format of the writer's model."""
+    weights = weight_format(writer.config)
     with ThreadPoolExecutor(1) as background:  # writes a group while the next one is read
         written = background.submit(lambda: None)
         for name, tree in groups:
-            if writer.config.quantization:
-                tree = quantize_tree(tree)
+            tree = store_tree(weights, tree)
             written.result()
             written = background.submit(writer.write_group, name, tree)
         written.result()
