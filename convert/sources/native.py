@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.sources.base import StoredTensor, cast_into
+from convert.sources.base import FLOATS, StoredTensor, cast_into
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.arrays import read_array
-from s3d_jax.storage.native import Header, array_dtypes, read_header
+from s3d_jax.storage.native import Header, read_header
 
 
 class NativeSource:
-    """The arrays of a native checkpoint, under their native paths.
+    """The arrays of a native checkpoint in a float type, under their native paths.
 
     Args:
         header: the checkpoint's.
@@ -22,10 +22,9 @@ class NativeSource:
 
     def __init__(self, header: Header) -> None:
         self._records = header.arrays
-        weights, dtypes = header.path / "weights", array_dtypes(header.config)
+        weights, dtype = header.path / "weights", FLOATS[header.config.dtype]
         self.tensors: dict[str, StoredTensor] = {}
         for path, record in header.arrays.items():
-            dtype = dtypes[path]
             size = math.prod(record.shape) * dtype.itemsize
             self.tensors[path] = StoredTensor(dtype.name, record.shape, weights, size, dtype)
         self.faults: Mapping[str, str] = {}
