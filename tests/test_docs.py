@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, the README runs as it stands, the API page is full."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -71,11 +72,15 @@ def test_the_readme_is_short_and_what_it_shows_is_what_comes_out(capsys):
     assert f"{result.stats.tokens_per_iteration:.2f}" == tau
 
 
-def test_the_api_page_names_every_public_name():
+def test_the_api_page_names_every_public_name_with_its_parameters():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    names = [f"s3d_jax.{name}" for name in s3d_jax.__all__]
-    names += [f"convert.{name}" for name in convert.__all__]
-    assert [name for name in names if f"`{name}" not in page] == []
+    for package in (s3d_jax, convert):
+        for name in package.__all__:
+            shown = re.search(rf"`{package.__name__}\.{name}(?:\((.*?)\))?(?: ->.*?)?`", page)
+            assert shown, name
+            if shown[1] and "…" not in shown[1]:
+                parameters = re.findall(r"(?:^|, )(\w+)", shown[1])
+                assert parameters == [*inspect.signature(getattr(package, name)).parameters], name
 
 
 def test_the_pictures_of_the_floors_are_the_contract():
