@@ -83,7 +83,7 @@ def main() -> None:
     plan = program.memory_analysis()
     per_part = arguments.rows // parts
     tokens = per_part * arguments.anchors * arguments.gamma
-    # Those of the drafted tokens and their gradient; "kl" and "tv" also look at the target's.
+    # Logits of the drafted tokens and their gradients; "kl" and "tv" also use the target's.
     logits = 2 * tokens
     if arguments.objective != "ce":
         logits += per_part * arguments.length + tokens
@@ -91,8 +91,8 @@ def main() -> None:
     slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers  # keys, values; bytes
     expected = {
         "frozen target": gigabytes(params),
-        "draft, average, optimiser": gigabytes(state),
-        # The sum, and those of one part.
+        "draft, average, optimizer": gigabytes(state),
+        # The sum, and the gradients of one part.
         "gradients": (1 if parts == 1 else 2) * gigabytes(state.tree),
         "keys and values": slots * slot / 1e9,
         "logits": 4 * logits * config.vocab_size / 1e9,

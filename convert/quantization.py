@@ -13,7 +13,7 @@ from convert.parity import attempt, lacking_memory, logits_bytes
 from convert.sources.base import FLOATS
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.tokenizer import has_vocabulary, read_tokenizer
-from s3d_jax.texts.documents import read_words
+from s3d_jax.texts.documents import read_texts
 from s3d_jax.texts.files import read_jsonl
 from s3d_jax.texts.suites import HELD_OUT
 
@@ -128,7 +128,7 @@ def read_calibration_text(text: str | os.PathLike[str] | None) -> str:
         InputError: it cannot be read.
     """
     if text is not None:
-        return "\n".join(read_words([text]))
+        return "\n".join(read_texts([text]))
     stories = (fields["prompt"] for _, fields in read_jsonl(HELD_OUT / "stories.jsonl"))
     dialogues = (
         "\n".join(message["content"] for message in fields["messages"])

@@ -13,10 +13,8 @@ import convert
 import s3d_jax
 from s3d_jax.commands.main import main
 
-STATS = {
-    *("iterations", "drafted", "accepted", "tokens_per_iteration", "prefill_seconds"),
-    *("decode_seconds", "compile_seconds", "peak_memory_bytes"),
-}
+STATS = """iterations drafted accepted tokens_per_iteration prefill_seconds decode_seconds
+    compile_seconds peak_memory_bytes"""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def test_generate_json_one_object_per_prompt_and_methods_agree(native, capsys, m
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["prompt"] for row in rows] == ["Once", "The dog"]
         for row in rows:
-            assert set(row["stats"]) >= STATS
+            assert set(row["stats"]) >= set(STATS.split())
             assert len(row["tokens"]) == 25 and row["finish_reason"] == "length"
             assert row["stats"]["drafted"] == (
                 3 * row["stats"]["iterations"] if method == "s3d" else 0
@@ -66,6 +64,26 @@ def test_sampling_options_reach_the_model(native, capsys):
     assert main([*base, "--stop", "a"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["finish_reason"], row["stopped_by"]) == ("stop", "a") and "a" not in row["text"]
+
+
+def test_skip_names_the_layers_that_the_draft_skips(native, capsys):
+    """More layers skipped, fewer tokens accepted, the same text; one of none is always right."""
+    base = ["generate", "Once upon", "--model", native, "--max-new-tokens", "30", "--json"]
+    found = {}
+    for skip in ("", "1-4", "1, 3"):
+        assert main([*base, "--skip", skip, "--gamma", "1", "--no-adaptive"]) == 0
+        row = json.loads(capsys.readouterr().out)
+        found[skip] = row["text"], row["stats"]["tokens_per_iteration"]
+    assert len({text for text, _ in found.values()}) == 1
+    assert found[""][1] == 2.0 > found["1-4"][1] and found["1, 3"][1] < 2.0
+    for options, message in (
+        (["--skip", "9"], "--skip 9: the model has the layers 0 to 4"),
+        (["--skip", "two"], "--skip takes layers like"),
+        (["--skip", "0-4"], "keeps no layer"),
+        (["--skip", "1", "--method", "prompt-lookup"], "has no skip"),
+    ):
+        assert main([*base, *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_ids_in_and_out(native, capsys):
@@ -126,7 +144,7 @@ def test_chat_without_a_template_says_so_before_the_first_question(native, capsy
 
 @pytest.fixture(scope="module")
 def chatty(native, tmp_path_factory) -> str:
-    """With a template that writes the messages one behind the other."""
+    """With a template that writes the messages one after another."""
     folder = tmp_path_factory.mktemp("chat") / "chatty"
     shutil.copytree(native, folder)
     (folder / "chat_template.jinja").write_text(
@@ -180,7 +198,7 @@ def test_chat_remembers_the_conversation(chatty, capsys, monkeypatch):
     assert lm.generate(so_far, max_new_tokens=20)[0].text == second
 
 
-def test_chat_goes_on_when_the_context_is_full(chatty, capsys, monkeypatch):
+def test_chat_continues_when_the_context_is_full(chatty, capsys, monkeypatch):
     questions = ("Once upon", "x" * 80, "Tom", "The dog was", "One day")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions)))
     options = ["--max-new-tokens", "20", "--max-length", "60"]

@@ -45,7 +45,11 @@ def given(settings: type, arguments: argparse.Namespace) -> dict[str, Any]:
     found = {
         field.name: getattr(arguments, _destination(field), None) for field in _options(settings)
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def build(settings: type[T], arguments: argparse.Namespace, **others: Any) -> T:
@@ -74,7 +78,7 @@ def refuse(
 
 
 def _options(settings: type) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(settings) if field.metadata.get("command_line")]
+    return [field for field in dataclasses.fields(settings) if field.metadata.get("help")]
 
 
 def _destination(field: dataclasses.Field[Any]) -> str:

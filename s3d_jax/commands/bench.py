@@ -2,37 +2,59 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3d_jax.commands.arguments import RAW, add_options, build
+from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
+from s3d_jax.settings.options import Checked, option
 
 if TYPE_CHECKING:
     from s3d_jax.bench.contestants import Contestant
     from s3d_jax.lm import LM
 
-_DEFAULT_METHODS = "ar,s3d,prompt-lookup,self-spec,early-exit"
 _CALIBRATION_PROMPTS = 4
 
 _DESCRIPTION = """\
 Runs prompts through several methods in one process, in turns, greedily and one at a time, and
-prints what each is worth: speed with and without prefill, time to the first token, compile time, τ
-and acceptance, improvement over plain decoding, whether the output is the same, memory."""
+prints for each: speed with and without prefill, time to the first token, compile time, τ and
+acceptance, improvement over plain decoding, whether the output is the same, memory."""
 
 _EPILOG = """\
-methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); and on the
-same weights HF transformers, where torch is installed: hf, hf-prompt-lookup. A method runs with the
-settings that are fastest on a few of the prompts, or with those given: s3d:gamma=4, or
-self-spec:gamma=2:skip=3-6, or prompt-lookup:gamma=4:ngram=2; s3d:gamma=4:adaptive=no always drafts.
-Several settings are several rows.
+methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); and, where
+torch is installed, HF transformers on the same weights: hf, hf-prompt-lookup. A method runs with
+the settings that are fastest on a few of the prompts, or with given ones: s3d:gamma=4,
+self-spec:gamma=2:skip=3-6, prompt-lookup:gamma=4:ngram=2; s3d:gamma=4:adaptive=no always drafts.
+Each setting is a row of its own.
 
 examples:
   s3d bench --plot bench.png
   s3d bench --methods ar,s3d:gamma=2,s3d:gamma=6 --suite stories
   s3d bench --model models/smollm --suite mt_bench.jsonl --limit 4 --methods s3d,prompt-lookup,hf"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options(Checked):
+    suite: tuple[str, ...] = option(
+        ("stories", "dialogues"),
+        "stories, dialogues, code, or a .jsonl(.gz) file of MT-Bench, Spec-Bench, HumanEval, GSM8K "
+        "or your own; may be repeated",
+        metavar="NAME|FILE",
+        shown="stories and dialogues",
+    )
+    methods: str = option(
+        "ar,s3d,prompt-lookup,self-spec,early-exit", "what to measure, see below", metavar="LIST"
+    )
+    limit: int | None = option(None, "prompts of each category at most", shown="all", least=1)
+    max_new_tokens: int = option(128, "tokens to generate per prompt", least=1)
+    repeats: int = option(3, "turns that are measured", least=1)
+    json: bool = option(False, "print one JSON object and no table")
+    plot: Path | None = option(None, "draw a PNG (needs matplotlib)", metavar="FILE")
 
 
 def add_command(commands: Any) -> None:
@@ -42,33 +64,11 @@ def add_command(commands: Any) -> None:
         help="measure the methods against each other",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RAW,
     )
-    parser.add_argument(
-        "--model", metavar="DIR", help="native checkpoint folder (default: the embedded model)"
-    )
-    parser.add_argument(
-        "--draft-model", metavar="DIR", help="of two-model: a smaller one of the same vocabulary"
-    )
-    parser.add_argument("--draft", metavar="NAME", help="which of the trained drafts")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument(
-        "--suite",
-        action="append",
-        metavar="NAME|FILE",
-        help="stories, dialogues, code, or a .jsonl(.gz) file of MT-Bench, Spec-Bench, HumanEval, "
-        "GSM8K or your own; may be repeated (default: stories and dialogues)",
-    )
-    parser.add_argument(
-        "--methods", default=_DEFAULT_METHODS, metavar="LIST", help=f"default: {_DEFAULT_METHODS}"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts of each category at most")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="turns that count (default: 3)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a PNG (needs matplotlib)")
+    add_model(parser)
+    add_options(parser, ModelOptions, ["draft_model", "draft", "dtype"])
+    add_options(parser, _Options)
     parser.set_defaults(run=run)
 
 
@@ -91,7 +91,7 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
         pairs = [_parse_setting(setting, entry, own) for setting in settings]
         options = dict(pairs)
         if len(options) < len(pairs):
-            raise InputError(f"--methods: {entry!r} says the same setting twice: give several rows")
+            raise InputError(f"--methods: {entry!r} has the same setting twice: give several rows")
         if name in fixed and (foreign := sorted(set(options) - set(own))):
             raise InputError(f"--methods: {name} has no {', '.join(foreign)}, got {entry!r}")
         if (name, options) not in chosen:
@@ -122,71 +122,62 @@ def _parse_setting(text: str, entry: str, own: Sequence[str]) -> tuple[str, Any]
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Measures the methods, and prints the table."""
     import jax
     from tqdm import tqdm
 
     from s3d_jax.bench import measure, report
-    from s3d_jax.lm import EMBEDDED, load
+    from s3d_jax.lm import EMBEDDED
     from s3d_jax.machine import peak_memory_bytes, peak_memory_kind, reset_peak_memory
     from s3d_jax.texts.suites import read_suites
 
-    methods = parse_methods(arguments.methods)
-    for name in ("limit", "max_new_tokens", "repeats"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if arguments.plot:
-        report.check_plot(arguments.plot)
-    lm = load(
-        arguments.model,
-        dtype=arguments.dtype,
-        draft=arguments.draft,
-        draft_model=arguments.draft_model,
-        progress=True,
-    )
-    was_reset = reset_peak_memory()  # loading may have needed more than what is kept of it
+    options = build(_Options, arguments)
+    methods = parse_methods(options.methods)
+    if options.plot:
+        report.check_plot(options.plot)
+    lm = load_model(arguments)
+    was_reset = reset_peak_memory()  # loading may need more memory than what it keeps
     loaded = peak_memory_bytes()
-    suites = arguments.suite or ["stories", "dialogues"]
-    room = lm.max_length - arguments.max_new_tokens
-    prompts = read_suites(suites, lm, room, arguments.limit)
+    room = lm.max_length - options.max_new_tokens
+    prompts = read_suites(options.suite, lm, room, options.limit)
     with contextlib.ExitStack() as stack:
         candidates = _candidates(lm, Path(arguments.model or EMBEDDED), methods, stack)
         sample = prompts[:: -(-len(prompts) // _CALIBRATION_PROMPTS)]
         with tqdm(candidates, desc="calibrating", disable=None, leave=False) as bar:
-            chosen = [measure.fastest(group, sample, arguments.max_new_tokens) for group in bar]
-        # Else programs that several share would be in nobody's compile time, or in that of one who
-        # is not the first to need them, and those of the losers in the peak of memory.
+            chosen = [measure.fastest(group, sample, options.max_new_tokens) for group in bar]
+        # Otherwise the compile time of programs that several methods share counts for none of them
+        # or for the wrong one, and the programs of slower settings count in the peak of memory.
         lm.programs.clear()
         jax.clear_caches()
         contestants = _different(chosen)
-        runs = len(contestants) * len(prompts) * (1 + arguments.repeats)
+        runs = len(contestants) * len(prompts) * (1 + options.repeats)
         with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
             records = measure.take_turns(
                 contestants,
                 prompts,
-                arguments.max_new_tokens,
-                arguments.repeats,
+                options.max_new_tokens,
+                options.repeats,
                 lambda: bar.update() and None,
             )
     found = {
         "about": report.about(),
         "model": Path(arguments.model or EMBEDDED).name,
         "precision": lm.config.precision,
-        "suites": suites,
-        "max_new_tokens": arguments.max_new_tokens,
-        "repeats": arguments.repeats,
+        "suites": list(options.suite),
+        "max_new_tokens": options.max_new_tokens,
+        "repeats": options.repeats,
         "loaded_memory_bytes": loaded,
         "memory_is": peak_memory_kind(was_reset),
-        "rows": measure.summary(contestants, prompts, records, arguments.max_new_tokens),
+        "rows": measure.summary(contestants, prompts, records, options.max_new_tokens),
     }
-    print(json.dumps(found) if arguments.json else report.table(found))
-    if arguments.plot:
-        report.draw(found, arguments.plot)
+    print(json.dumps(found) if options.json else report.table(found))
+    if options.plot:
+        report.draw(found, options.plot)
     return 0
 
 
 def _different(contestants: list["Contestant"]) -> list["Contestant"]:
-    """Each once: what was chosen may be what was given in another entry."""
+    """Each contestant once: the fastest setting of one entry may be the given one of another."""
     found: list[Contestant] = []
     for one in contestants:
         if all((one.method, one.in_full()) != (c.method, c.in_full()) for c in found):
@@ -200,10 +191,10 @@ def _candidates(
     methods: list[tuple[str, dict[str, Any]]],
     stack: contextlib.ExitStack,
 ) -> list[list["Contestant"]]:
-    """For each entry of --methods those of whom the fastest will run.
+    """The contestants of each entry of --methods, of which the fastest will run.
 
     Raises:
-        InputError, ConfigError: settings that the method does not have, or that are wrong; torch or
+        InputError, ConfigError: wrong settings, or settings that the method does not have; torch or
             a second model is missing.
     """
     from s3d_jax.bench.contestants import EXTERNAL, HuggingFace, Ours, hf_model

@@ -24,6 +24,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Answers questions from standard input until it ends."""
     lm = load_model(arguments)
     conversation = lm.conversation(arguments.system or None, **decoding_options(arguments, lm))
     interactive = sys.stdin.isatty()
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             for piece in conversation.stream(question):
                 print(piece, end="", flush=True)
-        except InputError as error:  # the question is refused, and the conversation goes on
+        except InputError as error:  # the question is refused; the conversation continues
             print(f"error: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:

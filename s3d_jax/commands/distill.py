@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s3d_jax.commands.arguments import RAW, add_options, build, refuse
+from s3d_jax.commands.arguments import RAW, add_options, build, given, refuse
+from s3d_jax.commands.generation import ModelOptions
 from s3d_jax.settings.training import DistillConfig, PromptsConfig
 
 _EPILOG = """\
@@ -33,16 +34,9 @@ def add_command(commands: Any) -> None:
         "repeated",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file")
-    parser.add_argument(
-        "--draft",
-        metavar="NAME",
-        help="which of the trained drafts makes it faster (default: the model's default one)",
-    )
-    add_options(parser, PromptsConfig)
-    add_options(parser, DistillConfig)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights"
-    )
+    for settings in (PromptsConfig, DistillConfig):
+        add_options(parser, settings)
+    add_options(parser, ModelOptions, ["draft", "dtype"])
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -66,16 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     if selection.whole_prompts:
         reason = "--whole-prompts takes texts whole: leave out --prompt-tokens"
         refuse(arguments, reason, {PromptsConfig: ["prompt_tokens"]})
-    name, names = arguments.draft, draft_names(arguments.model)
+    options, names = given(ModelOptions, arguments), draft_names(arguments.model)
     # A draft changes the speed alone, so none of several has to be chosen.
-    use_draft = name is not None or len(names) < 2 or DEFAULT_NAME in names
-    lm = load(
-        arguments.model, dtype=arguments.dtype, draft=name, use_draft=use_draft, progress=True
-    )
+    use_draft = "draft" in options or len(names) < 2 or DEFAULT_NAME in names
+    lm = load(arguments.model, **options, use_draft=use_draft, progress=True)
     documents = read_documents(arguments.prompts, lm.tokenizer, None, prompts=True)
     order = np.random.default_rng(config.seed).permutation(len(documents))
     prompts = prompts_of([documents[i] for i in order], selection)
-    used = choose_draft(arguments.model, name) if use_draft else None
+    used = choose_draft(arguments.model, options.get("draft")) if use_draft else None
     parts = ["config.json", "weights.json", *([f"drafts/{used}/config.json"] if used else [])]
     folder = Path(arguments.model)
     path = distill(

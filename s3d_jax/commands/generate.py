@@ -3,11 +3,15 @@
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.arguments import RAW
 from s3d_jax.commands.generation import add_decoding, add_model, decoding_options, load_model
 from s3d_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from s3d_jax.engine.batch import Stats
 
 _EPILOG = """\
 examples:
@@ -44,6 +48,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Prints the continuations, and on standard error what they cost."""
     from tqdm import tqdm
 
     if arguments.prompt.count("-") > 1:
@@ -57,40 +62,33 @@ def run(arguments: argparse.Namespace) -> int:
         results = lm.generate(prompts, progress=lambda n: bar.update(n - bar.n) and None, **options)
     for text, result in zip(texts, results, strict=True):
         if arguments.json:
-            print(
-                json.dumps(
-                    {
-                        "prompt": text,
-                        "text": result.text,
-                        "tokens": result.tokens,
-                        "finish_reason": result.finish_reason,
-                        "stopped_by": result.stopped_by,
-                        "stats": result.stats.to_dict(),
-                    }
-                )
-            )
+            names = ("text", "tokens", "finish_reason", "stopped_by")
+            fields = {name: getattr(result, name) for name in names}
+            print(json.dumps({"prompt": text, **fields, "stats": result.stats.to_dict()}))
         elif arguments.ids or result.text is None:
             print(*result.tokens)
         else:
             print(text + result.text)
     if not arguments.json:
-        stats = [result.stats for result in results]
-        new, iterations = sum(s.new_tokens for s in stats), sum(s.iterations for s in stats)
-        seconds = stats[0].decode_seconds
-        share = sum(s.plain_iterations for s in stats) / max(iterations, 1)
-        plain = f", {share:.0%} of them plain" if arguments.method != "ar" and share else ""
-        print(
-            f"[{arguments.method}: {new} tokens in {seconds:.2f} s ({new / seconds:.1f}/s), "
-            f"{new / max(iterations, 1):.2f} per iteration{plain}; "
-            f"prefill {stats[0].prefill_seconds:.2f} s, "
-            f"compilation {stats[0].compile_seconds:.1f} s]",
-            file=sys.stderr,
-        )
+        print(_costs(arguments.method, [result.stats for result in results]), file=sys.stderr)
     return 0
+
+
+def _costs(method: str, stats: Sequence["Stats"]) -> str:
+    new, iterations = sum(s.new_tokens for s in stats), sum(s.iterations for s in stats)
+    seconds = stats[0].decode_seconds
+    share = sum(s.plain_iterations for s in stats) / max(iterations, 1)
+    plain = f", {share:.0%} of them plain" if method != "ar" and share else ""
+    return (
+        f"[{method}: {new} tokens in {seconds:.2f} s ({new / seconds:.1f}/s), "
+        f"{new / max(iterations, 1):.2f} per iteration{plain}; "
+        f"prefill {stats[0].prefill_seconds:.2f} s, "
+        f"compilation {stats[0].compile_seconds:.1f} s]"
+    )
 
 
 def _parse_ids(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
+        return [int(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
         raise InputError(f"--ids takes numbers, got {text!r}") from error

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Model:
+class ModelOptions:
     """Arguments of `load`."""
 
     draft_model: str | None = option(
@@ -25,7 +25,10 @@ class _Model:
         metavar="DIR",
     )
     draft: str | None = option(
-        None, "which of the trained drafts", metavar="NAME", shown="s3d info lists them"
+        None,
+        "which of the trained drafts; s3d info lists them",
+        metavar="NAME",
+        shown='"default", or the only one',
     )
     max_length: int | None = option(None, "tokens per row at most", shown="the model's")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
@@ -35,7 +38,7 @@ class _Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Decoding:
-    """Arguments of `generate` beyond those of sampling."""
+    """Arguments of `generate` except the sampling settings."""
 
     gamma: int | None = option(
         None,
@@ -81,7 +84,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         help=f"what drafts (default: {registry.DEFAULT}). "
         + "; ".join(f"{name}: {what}" for name, what in registry.summaries().items()),
     )
-    for settings in (_Decoding, SamplingConfig, _Model):
+    for settings in (_Decoding, SamplingConfig, ModelOptions):
         add_options(group, settings)
 
 
@@ -93,8 +96,8 @@ def load_model(arguments: argparse.Namespace) -> "LM":
     """
     from s3d_jax.lm import load
 
-    options = given(_Model, arguments)
-    if "draft_model" in options and arguments.method != "two-model":
+    options = given(ModelOptions, arguments)
+    if "draft_model" in options and getattr(arguments, "method", "two-model") != "two-model":
         raise InputError("--draft-model is for --method two-model")
     return load(arguments.model, **options, progress=True)
 

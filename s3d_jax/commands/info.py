@@ -25,6 +25,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Prints the facts."""
     from s3d_jax.decoding.sizes import PREFILL_BUCKETS
     from s3d_jax.drafters.stored import draft_names
     from s3d_jax.lm import EMBEDDED, default_draft

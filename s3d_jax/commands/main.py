@@ -12,15 +12,15 @@ from s3d_jax.errors import S3DError
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
-skipped, then verifies them in one full pass. The text is that of plain decoding, in fewer
-passes."""
+skipped, then verifies them in one full pass. It generates the same text as plain decoding, in
+fewer passes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 2 wrong input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no lines of source
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without source lines
     try:
         return arguments.run(arguments)
     except S3DError as error:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         sys.stderr.close()
         return 141
     finally:

@@ -2,40 +2,67 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from s3d_jax.commands.arguments import RAW, add_options, build
+from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.errors import InputError
+from s3d_jax.settings.options import Checked, option
 
-_SEARCHES = ("symmetric", "band", "greedy", "dp")  # search.py says the same, and imports jax
-_GAMMAS = "1,2,3,4,5,6,8"
-_MOST = 64  # draft tokens; far more than ever pay
+_MOST = 64  # draft tokens; far more than ever pays off
 
 _DESCRIPTION = """\
 Chooses γ and the layers to skip for this device: measures what plain decoding, the verify pass and
 the draft pass cost, and how many draft tokens are accepted on calibration prompts; predicts the
 improvement factor (speed over plain decoding) of every setting; measures some of them to check the
-predictions; and keeps the fastest in the checkpoint's tuning.json, where loading finds it. For one
-greedy row; the output of S3D is that of plain decoding whatever is chosen."""
+predictions; and keeps the fastest for each dtype in the checkpoint's tuning.json, where loading
+finds it. It tunes for one greedy row. The choice never changes the output of S3D."""
 
 _EPILOG = """\
-Of each category every other prompt is predicted from; of the rest up to 8 are what predictions are
-checked on. Take prompts like those to come: acceptance depends on them.
+Predictions use every other prompt of each category; up to 8 of the others check them. Acceptance
+depends on the prompts: take prompts like the ones that the model will see.
 
---search says which sets of layers are looked at, one for each number of layers:
-  symmetric  the middle ones. Nothing needs to be searched (default)
-  band       the best contiguous ones. About L²/2 draft passes over the texts, of L layers
-  greedy     any: one layer more at a time, the one that is missed least. As many passes
-  dp         any: dynamic programming over (layer, layers skipped so far) by the likeness of hidden
-             states, as in CLaSp (arXiv 2505.24196). One pass, as large as L
-Where the draft is trained, the layers it was trained to skip are a candidate besides.
+--search chooses one set of layers for each number of skipped layers:
+  symmetric  the middle ones: no search (default)
+  band       the best contiguous ones: about L²/2 draft passes over the texts, for L layers
+  greedy     any: skips one more layer at a time, the one whose loss costs least; as many passes
+  dp         any: dynamic programming over (layer, layers skipped so far) by the similarity of
+             hidden states, as in CLaSp (arXiv 2505.24196); one pass as costly as L
+The layers that a trained draft was trained to skip are always a candidate.
 
 examples:
   s3d tune --plot tuning.png
   s3d tune --model models/smollm --suite mt_bench.jsonl --search greedy
   s3d tune --gammas 2,4,6 --limit 4 --check 2 --no-save        # a first look"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options(Checked):
+    suite: tuple[str, ...] = option(
+        ("stories", "dialogues"),
+        "prompts, as in s3d bench; may be repeated",
+        metavar="NAME|FILE",
+        shown="stories and dialogues",
+    )
+    limit: int = option(16, "prompts of each category at most", least=1)
+    max_new_tokens: int = option(128, "tokens to generate per prompt", least=1)
+    gammas: str = option("1,2,3,4,5,6,8", "draft tokens per iteration to consider", metavar="LIST")
+    search: Literal["symmetric", "band", "greedy", "dp"] = option(  # as in search.py, without jax
+        "symmetric", "sets of layers, see below"
+    )
+    check: int = option(
+        6,
+        "settings that are measured: half have the best predictions, the others cover all "
+        "settings; the fastest is chosen. 0 trusts the prediction",
+        least=0,
+    )
+    no_save: bool = option(False, "show the choice, and keep nothing")
+    json: bool = option(False, "print one JSON object and no tables")
+    plot: Path | None = option(None, "draw a PNG (needs matplotlib)", metavar="FILE")
 
 
 def add_command(commands: Any) -> None:
@@ -45,80 +72,36 @@ def add_command(commands: Any) -> None:
         help="choose γ and the layers to skip for this device",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RAW,
     )
-    parser.add_argument(
-        "--model", metavar="DIR", help="native checkpoint folder (default: the embedded model)"
-    )
-    parser.add_argument("--draft", metavar="NAME", help="which of the trained drafts")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="cast the weights while loading; settings are kept for each dtype",
-    )
-    parser.add_argument(
-        "--suite",
-        action="append",
-        metavar="NAME|FILE",
-        help="prompts, as in s3d bench; may be repeated (default: stories and dialogues)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=16,
-        metavar="N",
-        help="prompts of each category at most (default: 16)",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument(
-        "--gammas",
-        default=_GAMMAS,
-        metavar="LIST",
-        help=f"draft tokens per iteration to consider (default: {_GAMMAS})",
-    )
-    parser.add_argument(
-        "--search", choices=_SEARCHES, default="symmetric", help="sets of layers: see below"
-    )
-    parser.add_argument(
-        "--check",
-        type=int,
-        default=6,
-        metavar="N",
-        help="settings that are measured, half of them the best predictions and the others from "
-        "all over the surface; the fastest is chosen. 0 trusts the prediction (default: 6)",
-    )
-    parser.add_argument(
-        "--no-save", action="store_true", help="show what would be chosen, and keep nothing"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no tables")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a PNG (needs matplotlib)")
+    add_model(parser)
+    add_options(parser, ModelOptions, ["draft", "dtype"])
+    add_options(parser, _Options)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Tunes, and keeps the choice."""
     from tqdm import tqdm
 
     from s3d_jax.bench.report import about, check_plot
     from s3d_jax.drafters.stored import choose_draft
-    from s3d_jax.lm import EMBEDDED, load
+    from s3d_jax.lm import EMBEDDED
     from s3d_jax.storage.tuning import check_writable, save_tuning
     from s3d_jax.texts.suites import read_suites
     from s3d_jax.tune import report
     from s3d_jax.tune.plan import tune
 
-    gammas = parse_gammas(arguments.gammas)
-    for name, least in (("limit", 1), ("max_new_tokens", 1), ("check", 0)):
-        if (value := getattr(arguments, name)) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if arguments.plot:
-        check_plot(arguments.plot)
-    lm = load(arguments.model, dtype=arguments.dtype, draft=arguments.draft, progress=True)
+    options = build(_Options, arguments)
+    gammas = parse_gammas(options.gammas)
+    if options.plot:
+        check_plot(options.plot)
+    lm = load_model(arguments)
     folder = Path(arguments.model or EMBEDDED)
-    if not arguments.no_save:
+    if not options.no_save:
         check_writable(folder)
-    suites = arguments.suite or ["stories", "dialogues"]
-    room = lm.max_length - arguments.max_new_tokens
-    prompts = read_suites(suites, lm, room, arguments.limit)
+    room = lm.max_length - options.max_new_tokens
+    prompts = read_suites(options.suite, lm, room, options.limit)
     with contextlib.ExitStack() as stack:
 
         def progress(what: str, total: int) -> Callable[[], None]:
@@ -130,30 +113,30 @@ def run(arguments: argparse.Namespace) -> int:
             lm,
             prompts,
             gammas=gammas,
-            kind=arguments.search,
-            max_new_tokens=arguments.max_new_tokens,
-            check=arguments.check,
+            kind=options.search,
+            max_new_tokens=options.max_new_tokens,
+            check=options.check,
             progress=progress,
         )
-    draft = choose_draft(folder, arguments.draft)
+    draft = choose_draft(folder, getattr(arguments, "draft", None))
     found = {
         "about": about(),
         "model": folder.name,
         "precision": lm.config.precision,
         "draft": draft,
-        "suites": suites,
-        "search": arguments.search,
-        "max_new_tokens": arguments.max_new_tokens,
+        "suites": list(options.suite),
+        "search": options.search,
+        "max_new_tokens": options.max_new_tokens,
         **plan.to_dict(),
     }
-    print(json.dumps(found) if arguments.json else report.table(found))
-    if not arguments.no_save:
+    print(json.dumps(found) if options.json else report.table(found))
+    if not options.no_save:
         measured = {name: value for name, value in found.items() if name != "tuning"}
         path = save_tuning(folder, lm.config, draft, plan.tuning, measured)
-        if not arguments.json:
-            print(f"\nKept in {path}: loading the model on this device takes it from now on.")
-    if arguments.plot:  # last, since it is the least that can be lost
-        report.draw(found, arguments.plot)
+        if not options.json:
+            print(f"\nKept in {path}: loading the model on this device uses it from now on.")
+    if options.plot:  # last: a failure here loses least
+        report.draw(found, options.plot)
     return 0
 
 
@@ -161,7 +144,7 @@ def parse_gammas(text: str) -> list[int]:
     """ "2,4" -> [2, 4].
 
     Raises:
-        InputError: it is no list of numbers from 1 on.
+        InputError: it is not a list of numbers from 1 to 64.
     """
     try:
         gammas = [int(part) for part in text.split(",")]

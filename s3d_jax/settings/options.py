@@ -26,7 +26,6 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
     shown: str | None = None,
-    command_line: bool = True,
     **bounds: float,
 ) -> Any:
     """A dataclass field that is also an option of the command line.
@@ -35,16 +34,13 @@ def option(
 
     Args:
         default: without one the option is required.
-        help: what the value means.
+        help: what the value means; a field without help is not on the command line.
         flag: the option's name where it differs from the field's, such as "--valid-prompts".
         metavar: the placeholder of the value in the help.
-        shown: the default in words, where the value itself says too little.
-        command_line: False keeps the field off the command line.
-        **bounds: least, above, most, below; see `check_options`.
+        shown: the default as text, where the value itself says too little.
+        **bounds: least, above, most, below; see `Checked`.
     """
-    metadata = dict(
-        help=help, flag=flag, metavar=metavar, shown=shown, command_line=command_line, **bounds
-    )
+    metadata = dict(help=help, flag=flag, metavar=metavar, shown=shown, **bounds)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,28 +58,20 @@ def kind_of(field: dataclasses.Field[Any]) -> Any:
 
 
 class Checked:
-    """Base of settings whose fields are checked against their choices and bounds."""
+    """Base of settings whose fields are checked against their Literal choices and bounds."""
 
     def __post_init__(self) -> None:
-        check_options(self)
-
-
-def check_options(settings: Any) -> None:
-    """Checks every field of a dataclass against its Literal choices and its bounds.
-
-    Raises:
-        ConfigError: a value lies outside; the message names the field and its option.
-    """
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        flag = field.metadata.get("flag")
-        name = f"{field.name} ({flag})" if flag else field.name
-        if value is None:
-            continue
-        kind = kind_of(field)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ConfigError(f"{name} must be one of {get_args(kind)}, got {value!r}")
-        bounds = {k: field.metadata[k] for k in _BOUNDS if k in field.metadata}
-        if not all(_BOUNDS[k][0](value, bound) for k, bound in bounds.items()):
-            words = " and ".join(f"{_BOUNDS[k][1]} {bound}" for k, bound in bounds.items())
-            raise ConfigError(f"{name} must be {words}, got {value}")
+        """Raises ConfigError for a value outside; the message names the field and its option."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, kind = getattr(self, field.name), kind_of(field)
+            flag = field.metadata.get("flag")
+            name = f"{field.name} ({flag})" if flag else field.name
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            bounds = {k: field.metadata[k] for k in _BOUNDS if k in field.metadata}
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
+            if not all(_BOUNDS[k][0](value, bound) for k, bound in bounds.items()):
+                limits = " and ".join(f"{_BOUNDS[k][1]} {bound}" for k, bound in bounds.items())
+                raise ConfigError(f"{name} must be {limits}, got {value}")

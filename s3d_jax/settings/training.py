@@ -22,18 +22,10 @@ class OptimizerConfig(Checked):
     learning_rate: float = option(2e-3, "at its peak", metavar="R", above=0)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up")
     warmup_steps: int = option(50, "steps in which the learning rate grows from 0", least=0)
-    final_fraction: float = option(
-        0.05,
-        "share of the peak rate at the end; not of a constant schedule",
-        command_line=False,
-        least=0,
-        most=1,
-    )
+    final_fraction: float = option(0.05, least=0, most=1)  # of the peak rate, at the end
     weight_decay: float = option(0.0, "decoupled, on matrices only", least=0)
     clip_norm: float = option(1.0, "largest global norm of the gradient", above=0)
-    beta2: float = option(
-        0.99, "decay of AdamW's and Lion's second average", command_line=False, above=0, below=1
-    )
+    beta2: float = option(0.99, above=0, below=1)  # decay of the second average of AdamW and Lion
 
     @property
     def warmup(self) -> int:
@@ -47,21 +39,14 @@ class LoopConfig(Checked):
 
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = option(16, "rows per step", least=1)
-    accumulate: int = option(
-        1, "parts of a batch that are processed one after another, to save memory", least=1
-    )
+    accumulate: int = option(1, "parts that a batch is processed in, to save memory", least=1)
     ema_decay: float = option(
-        0.99,
-        "of the running average of the weights, which is validated and kept; 0: none",
-        least=0,
-        below=1,
+        0.99, "of the running average of the weights that is kept; 0: none", least=0, below=1
     )
     seed: int = option(0, "of everything random", least=0, below=2**32)
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)
     save_every: int = option(200, "steps between states; 0: one at the end", least=0)
-    validate_every: int = option(
-        200, "steps between validations; 0: at the beginning and the end", least=0
-    )
+    validate_every: int = option(200, "steps between validations; 0: at both ends", least=0)
     keep_states: int = option(2, "states that stay on disk", least=1)
 
     def __post_init__(self) -> None:
@@ -80,6 +65,7 @@ class ObjectiveConfig(Checked):
     the KL divergence of the draft from the target's distribution; "tv" total variation,
     1 - Σ min(p, q), which is one minus the acceptance rate of sampling.
 
+    `decay` is below 1 because the i-th token only counts if all tokens before it were accepted.
     `hop` trains where decoding would continue after a block at a random place, not at the random
     places themselves. Blocks of decoding begin after a token that was hard to guess, so random
     places are too easy; finding the others costs one more draft pass without gradients.
@@ -88,17 +74,11 @@ class ObjectiveConfig(Checked):
     objective: Literal["ce", "kl", "tv"] = option(
         "ce", "cross-entropy on the text, KL divergence from the target, or total variation"
     )
-    decay: float = option(
-        0.85,
-        "the i-th draft token (from 0) has the weight X^i: it only counts if all before it "
-        "were accepted",
-        above=0,
-        most=1,
-    )
+    decay: float = option(0.85, "the i-th draft token has the weight X^i", above=0, most=1)
     anchors: int = option(16, "draft blocks per row", least=1)
     hop: bool = option(
         True,
-        "train blocks at random places, not where decoding would begin them: one draft pass less",
+        "blocks at random places, not where decoding would begin them: one draft pass less",
         flag="--random-anchors",
     )
 
@@ -107,31 +87,19 @@ class ObjectiveConfig(Checked):
 class AdapterConfig(Checked):
     """The size of the draft's low-rank parts."""
 
-    rank: int = option(
-        16, "of the deltas on the linear layers of kept layers; 0: none", metavar="R", least=0
-    )
-    bridge_rank: int = option(
-        64, "of the bridge over each gap of skipped layers; 0: none", metavar="R", least=0
-    )
+    rank: int = option(16, "of the deltas on kept layers; 0: none", least=0)
+    bridge_rank: int = option(64, "of the bridges over skipped layers; 0: none", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig(Checked):
     """What held-out decoding looks at."""
 
-    prompts: int = option(
-        32,
-        "prompts decoded in a validation, evenly from all held-out documents",
-        flag="--valid-prompts",
-        least=1,
-    )
+    prompts: int = option(32, "prompts decoded in a validation", flag="--valid-prompts", least=1)
     prompt_tokens: int = option(16, "length of a prompt that is the beginning of a text", least=1)
     new_tokens: int = option(128, "tokens decoded per prompt", flag="--valid-tokens", least=1)
     held_out: float = option(
-        0.02,
-        "share of the documents that is held out where no --valid is given",
-        above=0,
-        below=1,
+        0.02, "share of the documents that is held out without --valid", above=0, below=1
     )
 
 
@@ -157,30 +125,24 @@ class TrainDraftConfig(RunConfig):
     Attributes:
         draft: skip, γ and block attention; None is the draft of `start`, else the middle half,
             γ = 4, causal.
-        adapter: ranks of mode "adapter"; None is `AdapterConfig()`, or the ranks of `start`. With
-            `start` ranks may be higher: what is added begins as in an untrained draft. A rank of 0
-            is then the rank of `start`.
+        adapter: ranks of mode "adapter"; None is `AdapterConfig()`. With `start`, None or a rank of
+            0 takes the ranks of that draft; higher ranks add to it.
     """
 
     mode: Literal["adapter", "mask", "full"] = option("adapter", "what is trained, see above")
     name: str = option("default", "of the draft in the checkpoint", metavar="NAME")
     start: str | None = option(
         None,
-        "continue from this draft of the model, with its skip and block attention; a higher "
-        "--rank or --bridge-rank adds to it, and --gamma may differ",
+        "continue from this draft of the model, with its skip and block attention; a higher --rank "
+        "or --bridge-rank adds to it, and --gamma may differ",
         metavar="NAME",
     )
     out: str | None = option(None, "mode full: folder of the new checkpoint", metavar="DIR")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None,
-        "of the frozen target in training; what is stored has the type of the checkpoint",
-        shown="as stored",
+        None, "of the frozen target in training", shown="as stored"
     )
     next_token_weight: float = option(
-        1.0,
-        "mode full: of the target's next-token loss, added to the draft's",
-        metavar="W",
-        least=0,
+        1.0, "mode full: of the target's own loss, added to the draft's", metavar="W", least=0
     )
     draft: DraftConfig | None = None
     adapter: AdapterConfig | None = None
@@ -191,19 +153,18 @@ class PretrainConfig(RunConfig):
     """How a small model is trained from scratch.
 
     Attributes:
-        draft: also teaches the model to draft, with this skip, γ and block attention, and stores
-            that draft; None does not.
+        draft: also teaches the model to draft, and stores that draft; None does not.
         adapter: ranks of that draft.
     """
 
     row_length: int = option(256, "tokens per row", least=2)
     compute_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "of matrix products and activations; bfloat16 is mixed precision, faster where "
-        "the device multiplies it faster",
+        "of matrix products and activations; bfloat16 is mixed precision, faster where the device "
+        "multiplies it faster",
     )
     tokenizer: str | None = option(
-        None, "folder of a tokenizer to use", metavar="DIR", shown="one is trained on the data"
+        None, "folder of a tokenizer", metavar="DIR", shown="one is trained on the data"
     )
     draft_weight: float = option(
         0.2, "of the draft's loss, added to the next-token loss", metavar="W", least=0
@@ -214,7 +175,7 @@ class PretrainConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DraftOptions(Checked):
-    """The shape of a draft in the words of the command line."""
+    """The shape of a draft as options of the command line."""
 
     gamma: int = option(DraftConfig.gamma, "draft tokens per iteration", metavar="G")
     skip: str | None = option(
@@ -225,11 +186,7 @@ class DraftOptions(Checked):
     )
 
     def config(self, num_layers: int) -> DraftConfig:
-        """The draft of a model of so many layers.
-
-        Raises:
-            InputError, ConfigError: layers that the model does not have, or a wrong γ.
-        """
+        """The draft of a model of so many layers; wrong ones raise InputError or ConfigError."""
         skip = symmetric_skip(num_layers, num_layers // 2)
         if self.skip is not None:
             skip = parse_skip(self.skip, num_layers)
@@ -245,19 +202,13 @@ class SizesConfig(Checked):
     width: int = option(256, "of the residual stream", least=1)
     heads: int = option(8, "attention heads", least=1)
     kv_heads: int = option(4, "heads of keys and values", least=1)
-    mlp_width: int | None = option(
-        None, "of the feed-forward layers", shown="3 times the width", least=1
-    )
+    mlp_width: int | None = option(None, "feed-forward", shown="3 times the width", least=1)
     dtype: Literal["float32", "bfloat16"] = option(
         "bfloat16", "of the checkpoint; the trained weights are float32"
     )
 
     def model_config(self, row_length: int) -> ModelConfig:
-        """The model, for texts of twice the row length.
-
-        Raises:
-            ConfigError: sizes that do not fit together.
-        """
+        """The model, for texts of twice the row length; wrong sizes raise ConfigError."""
         check(
             self.width % self.heads == 0,
             f"--width {self.width} must be a multiple of --heads {self.heads}",
@@ -282,12 +233,7 @@ class DistillConfig(Checked):
 
     max_new_tokens: int = option(256, "tokens per continuation", least=1)
     batch_size: int = option(32, "prompts at once", least=1)
-    sampled_fraction: float = option(
-        0.5,
-        "share of the prompts that is continued by sampling, the others greedily",
-        least=0,
-        most=1,
-    )
+    sampled_fraction: float = option(0.5, "share that is sampled, not greedy", least=0, most=1)
     temperature: float = option(1.0, "of the sampled ones")
     top_p: float = option(1.0, "of the sampled ones")
     seed: int = option(0, "of sampling, and of the choice of prompts", least=0)
@@ -306,7 +252,5 @@ class PromptsConfig(Checked):
     """Which parts of documents are prompts to be continued."""
 
     limit: int | None = option(None, "prompts at most", shown="all", least=1)
-    prompt_tokens: int = option(
-        16, "tokens of a text that are its prompt, where the document does not say", least=1
-    )
+    prompt_tokens: int = option(16, "tokens of a text that are its prompt", least=1)
     whole_prompts: bool = option(False, "take texts as prompts as a whole")

@@ -19,9 +19,8 @@ class Document:
 
     Attributes:
         tokens: int32 [n].
-        learn: bool [n], the tokens that are to be predicted; the others are context.
-        prompt_tokens: how many of the tokens a held-out document gives as its prompt; None where
-            it says nothing about that.
+        learn: bool [n], the tokens that are learnt; the others are context.
+        prompt_tokens: how many of the tokens are its prompt; None where the document does not say.
     """
 
     tokens: np.ndarray
@@ -49,11 +48,11 @@ def read_documents(
     Args:
         paths: the files.
         tokenizer: a transformers tokenizer; None is enough for ids.
-        eos_token_id: put behind each text, if there is one.
-        prompts: what is read is to be continued: a chat that ends with a turn of the user is a
+        eos_token_id: appended to each text, if there is one.
+        prompts: the documents are to be continued: a chat that ends with a turn of the user is a
             prompt as a whole.
-        texts: the tokenizer is not the one that ids in the files are of: of what `s3d distill`
-            wrote, the words are taken ("prompt" and "text"); ids alone are refused.
+        texts: ids in the files belong to another tokenizer. From lines of `s3d distill` this takes
+            the text ("prompt" and "text"); ids alone are refused.
 
     Raises:
         InputError: a file that cannot be read, or a line that is none of these (named by number).
@@ -70,8 +69,8 @@ def read_documents(
     return documents
 
 
-def read_words(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
-    """The words of files that `read_documents` takes with `texts`, for a tokenizer to learn from.
+def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """The text of files that `read_documents` takes with `texts`, for a tokenizer to learn from.
 
     Raises:
         InputError: as `read_documents`.
@@ -85,7 +84,7 @@ def read_words(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
                 contents = (m.get("content") for m in _turns(fields["messages"], where))
                 yield from (content for content in contents if isinstance(content, str))
             else:
-                yield _words(fields, where)
+                yield _text_of(fields, where)
 
 
 def _text_documents(
@@ -104,19 +103,19 @@ def _text_documents(
 def _jsonl_documents(
     path: Path, tokenizer: Any, eos_token_id: int | None, prompts: bool, texts: bool
 ) -> Iterator[Document]:
-    words: list[str] = []
+    plain_texts: list[str] = []
     for where, fields in read_jsonl(path):
         if "messages" in fields:
             yield _chat_document(fields["messages"], tokenizer, prompts, where)
         elif "tokens" in fields and not texts:
             yield _ids_document(fields, where)
         else:
-            words.append(_words(fields, where))
-    yield from _text_documents(words, tokenizer, eos_token_id)
+            plain_texts.append(_text_of(fields, where))
+    yield from _text_documents(plain_texts, tokenizer, eos_token_id)
 
 
-def _words(fields: dict[str, Any], where: str) -> str:
-    """The text of a line; of a continuation, the prompt's words too."""
+def _text_of(fields: dict[str, Any], where: str) -> str:
+    """The text of a line; the text of a continuation starts with its prompt."""
     text, prompt = fields.get("text"), fields.get("prompt")
     if isinstance(text, str):
         return prompt + text if "tokens" in fields and isinstance(prompt, str) else text
@@ -168,7 +167,7 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{where} is a chat, and the tokenizer is a slow one, which cannot say where the "
-            'assistant\'s words are: write the chat out as "prompt_tokens" and "tokens", or use a '
+            'assistant\'s turns are: write the chat out as "prompt_tokens" and "tokens", or use a '
             "checkpoint with a tokenizer.json"
         )
     text = render(turns, False)
@@ -181,19 +180,19 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
         if turn["role"] != "assistant":
             continue
         asked, answered = render(turns[:i], True), render(turns[: i + 1], False)
-        # Not all of `answered` comes again in `text`: some templates end each rendering with an
+        # `text` need not repeat all of `answered`: some templates end each rendering with an
         # end-of-text token.
         same = _common_length(text, answered)
         content = turn.get("content")
-        behind = len(asked)
-        if isinstance(content, str) and (found := text.find(content, behind, same)) >= 0:
-            behind = found + len(content)
-        # Decoding ends with the turn's end token; nothing behind it is ever drafted.
-        stops = ends[special & (starts >= behind) & (ends <= same)]
+        after = len(asked)
+        if isinstance(content, str) and (found := text.find(content, after, same)) >= 0:
+            after = found + len(content)
+        # Decoding ends with the turn's end token; nothing after it is ever drafted.
+        stops = ends[special & (starts >= after) & (ends <= same)]
         stop = stops[0] if len(stops) else same
         if not text.startswith(asked) or (not len(stops) and same < len(answered)):
             raise InputError(
-                f"{where}: the chat template changes earlier turns, so the assistant's words "
+                f"{where}: the chat template changes earlier turns, so the assistant's turns "
                 'cannot be found: write the chat out as "prompt_tokens" and "tokens"'
             )
         learn |= (starts >= len(asked)) & (starts < stop)

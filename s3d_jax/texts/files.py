@@ -1,4 +1,4 @@
-"""Text and jsonl files, plain or gzipped."""
+"""Reads text and jsonl files, plain or gzipped."""
 
 import gzip
 import json
@@ -19,8 +19,8 @@ def split_texts(path: Path) -> list[str]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a jsonl file, each with the words that say where it stands."""
-    # Not splitlines(): U+2028 and the like may stand inside of a JSON string.
+    """The objects of a jsonl file, each after its place as text: "FILE, line 3"."""
+    # Not splitlines(): a JSON string may contain U+2028 and other line separators.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -39,6 +39,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read, is damaged, or is not UTF-8.
+    """
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8")
@@ -51,4 +56,5 @@ def read_text(path: Path) -> str:
 
 
 def is_jsonl(path: Path) -> bool:
+    """Whether the name ends in .jsonl or .jsonl.gz."""
     return path.name.removesuffix(".gz").endswith(".jsonl")

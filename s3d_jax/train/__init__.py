@@ -1,1 +1,1 @@
-"""Training with optax: drafts for a model that exists, and small models from nothing."""
+"""Training with optax: drafts for existing models, and small models from scratch."""

@@ -1,4 +1,4 @@
-"""The picture of a run: loss and acceptance over the steps."""
+"""Draws a run: loss and acceptance over the steps."""
 
 from collections.abc import Sequence
 from pathlib import Path

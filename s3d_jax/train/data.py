@@ -1,7 +1,7 @@
 """Rows of token ids to train on, and batches by step number.
 
-A batch is a pure function of (seed, step), so a run that resumes after a kill sees the batches it
-would have seen.
+A batch is a pure function of (seed, step), so a run that resumes after a kill sees the same batches
+as one that was not killed.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Rows:
 
 
 def row_length_for(documents: Sequence[Document], limit: int) -> int:
-    """A row length that most documents fit into: a multiple of 32 that holds nine in ten of them.
+    """A row length that fits most documents: a multiple of 32 that holds nine in ten of them.
 
     Args:
         documents: to train on.
@@ -47,11 +47,14 @@ def row_length_for(documents: Sequence[Document], limit: int) -> int:
 
 
 def pack(documents: Sequence[Document], length: int) -> Rows:
-    """Whole documents go into the first row with room; what is longer is cut into pieces.
+    """Packs each document into the first row with room, and cuts longer ones into pieces.
 
     Documents of one row see each other. The rest of a row is padding. Only the last 64 rows with
-    room are looked at. The first token of a piece is not learnt: what stands before it is another
-    text, which ended, and no block is drafted over that end.
+    room are considered. The first token of a piece is not learnt: the text before it has ended, and
+    no block is drafted over that end.
+
+    Raises:
+        InputError: the length is below 2.
     """
     _check_length(length)
     tokens: list[np.ndarray] = []
@@ -83,9 +86,12 @@ def _check_length(length: int) -> None:
 
 
 def concatenate(documents: Sequence[Document], length: int, seed: int) -> Rows:
-    """All of all documents, shuffled and one behind the other, cut into rows: for pretraining.
+    """Shuffles documents, joins them, and cuts the result into rows: for pretraining.
 
-    There is no padding, and every token is learnt, the user's words of a chat as well.
+    There is no padding, and every token is learnt, the user's turns of a chat as well.
+
+    Raises:
+        InputError: the length is below 2, or the documents fill no row.
     """
     _check_length(length)
     order = np.random.default_rng(seed).permutation(len(documents))
@@ -98,7 +104,7 @@ def concatenate(documents: Sequence[Document], length: int, seed: int) -> Rows:
 
 
 class Batches:
-    """Batch `step` of endless epochs, each one a permutation of its own of the rows."""
+    """Batches by step of endless epochs; each epoch is another permutation of the rows."""
 
     def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
         self.rows = rows

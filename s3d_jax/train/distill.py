@@ -15,7 +15,7 @@ from s3d_jax.lm import LM
 from s3d_jax.settings.training import DistillConfig, PromptsConfig
 from s3d_jax.storage.staging import write_atomically
 from s3d_jax.texts.documents import Document
-from s3d_jax.train.options import differences, in_words
+from s3d_jax.train.folder import describe, differences
 
 
 def prompts_of(documents: Sequence[Document], config: PromptsConfig) -> list[np.ndarray]:
@@ -208,7 +208,7 @@ class _Partial:
             old = None
         if not isinstance(old, dict):
             return "its options are not known"
-        return in_words(differences(old, self._options))
+        return describe(differences(old, self._options))
 
     def finish(self) -> None:
         os.replace(self.path, self.out)

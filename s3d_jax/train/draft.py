@@ -100,7 +100,7 @@ class DraftTask:
         config, params: the target.
         draft_config: skip, γ, block attention.
         mode, objective, adapter, next_token_weight, remat: as in `TrainDraftConfig`.
-        start: a draft to start from, of any γ and of ranks up to those of `adapter`; None starts
+        start: a draft to start from, with any γ and at most the ranks of `adapter`; None starts
             from the untrained one.
 
     Raises:

@@ -17,23 +17,12 @@ import jax
 
 from s3d_jax.errors import TrainingError
 from s3d_jax.storage.staging import write_atomically
-from s3d_jax.train.options import differences, in_words
+from s3d_jax.storage.trees import flatten
 from s3d_jax.train.state import TrainState
 
 # A run may resume with other values of these; metrics.jsonl then notes where they changed.
-_MAY_CHANGE = (
-    "steps",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "final_fraction",
-    "clip_norm",
-    "log_every",
-    "save_every",
-    "validate_every",
-    "keep_states",
-    "remat",
-)
+_PLAN = ("steps", "learning_rate", "schedule", "warmup_steps", "final_fraction", "clip_norm")
+_MAY_CHANGE = (*_PLAN, "log_every", "save_every", "validate_every", "keep_states", "remat")
 
 
 class RunFolder:
@@ -192,7 +181,19 @@ def _changes(old: Any, new: Any, path: Path) -> dict[str, Any]:
     fixed = {k: v for k, v in changed.items() if k.rpartition("/")[2] not in _MAY_CHANGE}
     if fixed:
         raise TrainingError(
-            f"{path} holds a run with other options: {in_words(fixed)}. A run may only change: "
+            f"{path} holds a run with other options: {describe(fixed)}. A run may only change: "
             f"{', '.join(_MAY_CHANGE)}"
         )
     return changed
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """[old, new] of each option that differs, by its path, "loop/batch_size"; None is absent."""
+    before, after = flatten(old), flatten(new)
+    keys = {**before, **after}
+    return {k: [before.get(k), after.get(k)] for k in keys if before.get(k) != after.get(k)}
+
+
+def describe(changes: Mapping[str, list[Any]]) -> str:
+    """The differences as text for a message."""
+    return "; ".join(f"{k} was {a!r:.80}, is now {b!r:.80}" for k, (a, b) in changes.items())

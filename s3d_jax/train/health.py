@@ -12,11 +12,11 @@ from s3d_jax.train.folder import RunFolder
 from s3d_jax.train.state import TrainState
 
 # The running loss averages about 10 steps: states are saved meanwhile. The spread, the distance of
-# single losses from it, averages about 50. A run that lost the share _DOUBTFUL of its gain saves no
+# single losses from it, averages about 50. A run that lost the share DOUBTFUL of its gain saves no
 # state; one that lost _DIVERGED is stopped. A gain counts as _LEAST_GAIN spreads at least, so noise
 # is not mistaken for a gain: the running loss of a run without gain stays within about 2 spreads.
 _SMOOTHING, _SPREAD_SMOOTHING = 0.9, 0.98
-_DOUBTFUL, _DIVERGED = 0.3, 0.7
+DOUBTFUL, _DIVERGED = 0.3, 0.7
 _LEAST_GAIN = 7.0
 _YOUNG = 10  # steps whose mean is the first loss; the spread is unknown before
 
@@ -43,11 +43,6 @@ def lost_gain(running: Sequence[float]) -> float:
     """The share of its gain that a run has lost again, by `TrainState.running`."""
     now, _, lowest, calm, first = running
     return (now - lowest) / max(first - lowest, _LEAST_GAIN * calm, 1e-9)
-
-
-def is_doubtful(lost: float) -> bool:
-    """Whether older states are worth more than one of a run that lost this share of its gain."""
-    return lost > _DOUBTFUL
 
 
 def check_healthy(

@@ -15,7 +15,7 @@ import numpy as np
 
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
-from s3d_jax.train.health import check_healthy, is_doubtful, lost_gain, next_running
+from s3d_jax.train.health import DOUBTFUL, check_healthy, lost_gain, next_running
 from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import make_optimizer
 from s3d_jax.train.state import TrainState
@@ -192,7 +192,7 @@ def fit(
                     validated()
                 if _due(number, config.save_every) or number == last:
                     settle()
-                    if not is_doubtful(lost) or number == last:
+                    if lost <= DOUBTFUL or number == last:
                         folder.save(state)
                     else:
                         folder.write({"step": number, "not_saved": {"gain_lost": round(lost, 3)}})

@@ -1,6 +1,7 @@
 """Whole training runs: from a checkpoint and files to a trained draft, or to a trained model."""
 
 import dataclasses
+import functools
 import os
 import zlib
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from s3d_jax.drafters.stored import (
     write_draft,
 )
 from s3d_jax.errors import CheckpointError, ConfigError
-from s3d_jax.lm import default_draft, load
+from s3d_jax.lm import LM, default_draft, load
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -31,8 +32,9 @@ from s3d_jax.storage.tokenizer import tokenizer_files
 from s3d_jax.train.data import concatenate, pack, row_length_for
 from s3d_jax.train.draft import DraftTask
 from s3d_jax.train.folder import check_run
+from s3d_jax.train.loop import fit
 from s3d_jax.train.pretrain import PretrainTask
-from s3d_jax.train.session import Files, check_row_length, read_corpus, train
+from s3d_jax.train.session import Files, check_row_length, read_corpus
 from s3d_jax.train.tokenizer import end_token_ids, tokenizer_for, tokenizer_of_run
 from s3d_jax.train.validation import HeldOutDecoding, perplexity, warn_if_useless
 from s3d_jax.weights.trees import Params
@@ -96,9 +98,8 @@ def train_draft(
         config,
         lambda documents: pack(documents, config.row_length or row_length_for(documents, limit)),
     )
-    decoding = HeldOutDecoding(
-        lm.config, draft, lm.eos_token_ids, corpus.prompts, config.validation.new_tokens
-    )
+    make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=lm.eos_token_ids)
+    decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
 
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
         params, trained = task.merged(_cast(dict(tree), stored.config.dtype), lm.params)
@@ -107,20 +108,22 @@ def train_draft(
             report["perplexity"] = perplexity(lm.config, params, corpus.held_out)
         return report
 
-    tree, validations, options = train(
+    more = {
+        "mode": config.mode,
+        "draft": draft.to_dict(),
+        "adapter": dataclasses.asdict(task.adapter),
+        "start": config.start,
+        "loss_weights": task.loss_weights,
+        "dtype": lm.config.dtype,
+        "target_crc32": zlib.crc32((Path(model) / "weights.json").read_bytes()),
+    }
+    options = corpus.options(config, more)
+    tree, validations = fit(
         task,
-        corpus,
-        config,
+        corpus.batches(config),
+        config.loop,
         run,
-        options={
-            "mode": config.mode,
-            "draft": draft.to_dict(),
-            "adapter": dataclasses.asdict(task.adapter),
-            "start": config.start,
-            "loss_weights": task.loss_weights,
-            "dtype": lm.config.dtype,
-            "target_crc32": zlib.crc32((Path(model) / "weights.json").read_bytes()),
-        },
+        options=options,
         validate=validate,
         resume=resume,
         progress=progress,
@@ -197,7 +200,7 @@ def pretrain(
         config,
         # Unlike a draft, the model learns every token of a chat, the user's too.
         lambda documents: concatenate(documents, config.row_length, config.loop.seed),
-        texts=True,  # ids in the files are those of another tokenizer
+        texts=True,  # ids in the files belong to another tokenizer
     )
     draft, trained_model = config.draft, model.replace(dtype="float32")
     task = PretrainTask(
@@ -211,9 +214,8 @@ def pretrain(
     )
     decoding = None
     if draft is not None:
-        decoding = HeldOutDecoding(
-            trained_model, draft, ends, corpus.prompts, config.validation.new_tokens
-        )
+        make_lm = functools.partial(LM, trained_model, draft_config=draft, eos_token_ids=ends)
+        decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
 
     def as_stored(tree: Mapping[str, Any]) -> dict[str, Any]:
         return _cast(_cast(dict(tree), model.dtype), "float32")
@@ -224,18 +226,20 @@ def pretrain(
         acceptance = decoding.measure(tree["params"], tree["draft"]) if decoding else {}
         return {"next_token_loss": loss, **acceptance}
 
-    tree, validations, options = train(
+    more = {
+        "model": model.to_dict(),
+        "tokens": int(corpus.rows.tokens.size),
+        "draft": None if draft is None else draft.to_dict() | {"weight": config.draft_weight},
+        "adapter": dataclasses.asdict(config.adapter),
+        "compute_dtype": config.compute_dtype,
+    }
+    options = corpus.options(config, more)
+    tree, validations = fit(
         task,
-        corpus,
-        config,
+        corpus.batches(config),
+        config.loop,
         run,
-        options={
-            "model": model.to_dict(),
-            "tokens": int(corpus.rows.tokens.size),
-            "draft": None if draft is None else draft.to_dict() | {"weight": config.draft_weight},
-            "adapter": dataclasses.asdict(config.adapter),
-            "compute_dtype": config.compute_dtype,
-        },
+        options=options,
         validate=validate,
         resume=resume,
         progress=progress,

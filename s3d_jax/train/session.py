@@ -1,4 +1,4 @@
-"""What all training runs have in common: reading their data, and training on it in a folder."""
+"""What all training runs have in common: their data and their options."""
 
 import dataclasses
 import os
@@ -11,10 +11,9 @@ import numpy as np
 
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.settings.training import RunConfig, ValidationConfig
+from s3d_jax.settings.training import RunConfig
 from s3d_jax.texts.documents import Document, read_documents
 from s3d_jax.train.data import Batches, Rows, pack
-from s3d_jax.train.loop import Task, fit
 from s3d_jax.train.validation import held_out_prompts
 
 Files = Sequence[str | os.PathLike[str]]
@@ -25,17 +24,38 @@ class Corpus:
     """The data of a run.
 
     Attributes:
+        data, valid: names of the files.
         rows: to train on.
         held_out: rows of held-out documents.
         prompts: int32 [n] each, the beginnings of held-out documents.
-        data, valid: names of the files.
     """
 
+    data: list[str]
+    valid: list[str]
     rows: Rows
     held_out: Rows
     prompts: list[np.ndarray]
-    data: list[str]
-    valid: list[str]
+
+    def batches(self, config: RunConfig) -> Batches:
+        """The batches of the rows to train on."""
+        return Batches(self.rows, config.loop.batch_size, config.loop.seed)
+
+    def options(self, config: RunConfig, more: Mapping[str, Any]) -> dict[str, Any]:
+        """All that a run depends on, JSON: its settings, its data, and more."""
+        return {
+            **more,
+            "objective": dataclasses.asdict(config.objective),
+            "row_length": self.rows.tokens.shape[1],
+            "validation": dataclasses.asdict(config.validation),
+            "remat": config.remat,
+            "loop": dataclasses.asdict(config.loop),
+            "data": self.data,
+            "valid": self.valid,
+            # So that a run is not resumed on other data.
+            "rows_crc32": zlib.crc32(
+                self.rows.learn.tobytes(), zlib.crc32(self.rows.tokens.tobytes())
+            ),
+        }
 
 
 def check_row_length(row_length: int | None, model: ModelConfig) -> None:
@@ -89,61 +109,12 @@ def read_corpus(
             raise InputError(
                 f"the data holds token {largest}; the vocabulary has {model.vocab_size}"
             )
-    rows = arrange(documents)
-    validation: ValidationConfig = config.validation
+    rows, validation = arrange(documents), config.validation
     limit = model.max_position_embeddings
     return Corpus(
+        [Path(file).name for file in data],
+        [Path(file).name for file in valid],
         rows,
         pack(held_out, rows.tokens.shape[1]),
         held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit),
-        [Path(file).name for file in data],
-        [Path(file).name for file in valid],
     )
-
-
-def train(
-    task: Task,
-    corpus: Corpus,
-    config: RunConfig,
-    run: str | os.PathLike[str],
-    *,
-    options: Mapping[str, Any],
-    validate: Callable[[Any], dict[str, Any]],
-    resume: bool | int,
-    progress: bool,
-) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
-    """Trains on the corpus, in the run's folder.
-
-    Args:
-        task, run, validate, resume, progress: as in `fit`.
-        corpus: the data.
-        config: the settings that both kinds of training share.
-        options: JSON, all else that the run depends on.
-
-    Returns:
-        (tree, validations, options): as `fit`; and all options of the run, JSON.
-    """
-    rows = corpus.rows
-    options = {
-        **options,
-        "objective": dataclasses.asdict(config.objective),
-        "row_length": rows.tokens.shape[1],
-        "validation": dataclasses.asdict(config.validation),
-        "remat": config.remat,
-        "loop": dataclasses.asdict(config.loop),
-        "data": corpus.data,
-        "valid": corpus.valid,
-        # So that a run is not resumed on other data.
-        "rows_crc32": zlib.crc32(rows.learn.tobytes(), zlib.crc32(rows.tokens.tobytes())),
-    }
-    tree, validations = fit(
-        task,
-        Batches(rows, config.loop.batch_size, config.loop.seed),
-        config.loop,
-        run,
-        options=options,
-        validate=validate,
-        resume=resume,
-        progress=progress,
-    )
-    return tree, validations, options

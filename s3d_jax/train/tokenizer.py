@@ -1,4 +1,4 @@
-"""The tokenizer of a model that is trained from nothing: a new one, or one that is given."""
+"""The tokenizer of a model that is trained from scratch: a new one, or a given one."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from typing import Any
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.tokenizer import read_tokenizer
-from s3d_jax.texts.documents import read_words
+from s3d_jax.texts.documents import read_texts
 
 END = "<|endoftext|>"  # begins and ends every text
 USER, ASSISTANT, END_OF_TURN = "<|user|>", "<|assistant|>", "<|end|>"
 
-# In the manner of Phi-3's. "system" turns are the user's as far as this small template goes.
+# Like Phi-3's. This small template treats "system" turns as the user's.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
@@ -28,8 +28,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     """Trains a byte-level BPE tokenizer, and writes its files for transformers.
 
     Args:
-        texts: what it is trained on.
-        vocab_size: V, with 256 bytes and four special tokens.
+        texts: the texts to train on.
+        vocab_size: V, including 256 bytes and four special tokens.
         out: the folder.
 
     Raises:
@@ -73,10 +73,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
 def tokenizer_of_run(
     data: Iterable[str | os.PathLike[str]], vocab_size: int, run: str | os.PathLike[str]
 ) -> Path:
-    """The folder of a run's own tokenizer, trained on its data; a run that goes on finds it there.
+    """The folder of a run's own tokenizer, trained on its data; a resumed run finds it there.
 
     Args:
-        data: .txt and .jsonl files; see `read_words`.
+        data: .txt and .jsonl files; see `read_texts`.
         vocab_size: V.
         run: the run's folder.
 
@@ -91,7 +91,7 @@ def tokenizer_of_run(
     wanted = {"vocab_size": vocab_size, "data_sha256": [_hash(path) for path in files]}
     if not folder.exists() or not any(folder.iterdir()):
         with staged_folder(folder) as partial:
-            train_tokenizer(read_words(files), vocab_size, partial)
+            train_tokenizer(read_texts(files), vocab_size, partial)
             (partial / origin.name).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         return folder
     try:
@@ -127,27 +127,27 @@ def tokenizer_for(folder: str | os.PathLike[str], vocab_size: int) -> Any:
 
     Raises:
         InputError: there is none that can be read, or it has no token that ends a text.
-        ConfigError: it has ids that the model has not.
+        ConfigError: it has ids that the model does not have.
     """
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"no tokenizer at {path}: give a folder with tokenizer files")
-    words = read_tokenizer(path)
-    if words.eos_token_id is None:
+    tokenizer = read_tokenizer(path)
+    if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer in {path} has no end-of-text token, so the model could not learn to "
             "end: name one as eos_token in its tokenizer_config.json"
         )
-    size = max(words.get_vocab().values()) + 1
+    size = max(tokenizer.get_vocab().values()) + 1
     if size > vocab_size:
         raise ConfigError(
             f"the tokenizer in {path} has {size} tokens, the model's vocab_size is {vocab_size}"
         )
-    return words
+    return tokenizer
 
 
 def end_token_ids(tokenizer: Any) -> list[int]:
-    """Tokens that end a text: the end of text, and the end of a turn where there is that token."""
+    """Tokens that end a text: the end of text, and the end of a turn where the tokenizer has it."""
     end_of_turn = tokenizer.get_vocab().get(END_OF_TURN)
     ends = [tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
     return list(dict.fromkeys(ends))

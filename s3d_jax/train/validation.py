@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import target_stream
-from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.documents import Document
 from s3d_jax.train.data import Rows
@@ -24,7 +23,7 @@ from s3d_jax.weights.trees import Params
 def held_out_prompts(
     documents: Sequence[Document], count: int, length: int, max_length: int
 ) -> list[np.ndarray]:
-    """The beginnings of documents, as prompts.
+    """The prompts of held-out documents: their own, or the beginnings of texts.
 
     Args:
         documents: held-out ones.
@@ -56,30 +55,19 @@ def held_out_prompts(
 
 
 class HeldOutDecoding:
-    """Decodes held-out prompts by S3D, with the weights and the draft of each call.
+    """Decodes prompts by S3D, with the weights and the draft of each call, compiled once.
 
     Args:
-        config: the target.
-        draft: its draft.
-        eos_token_ids: tokens that end a text.
         prompts: ids.
-        new_tokens: tokens to decode per prompt.
+        new_tokens: to decode per prompt.
+        make_lm: makes the model from its weights.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        draft: DraftConfig,
-        eos_token_ids: Sequence[int],
-        prompts: Sequence[np.ndarray],
-        new_tokens: int,
+        self, prompts: Sequence[np.ndarray], new_tokens: int, make_lm: Callable[[Params], LM]
     ) -> None:
-        self._make_lm = functools.partial(
-            LM, config, draft_config=draft, eos_token_ids=eos_token_ids
-        )
+        self._prompts, self._new_tokens, self._make_lm = prompts, new_tokens, make_lm
         self._lm: LM | None = None  # one for all calls: it keeps the compiled programs
-        self._prompts = prompts
-        self._new_tokens = new_tokens
 
     def measure(self, params: Params, draft: DraftParams) -> dict[str, Any]:
         """The report of `measure_acceptance`."""

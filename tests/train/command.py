@@ -2,11 +2,8 @@
 
 from s3d_jax.commands import main as cli
 
-FAST = (
-    *("--steps", "120", "--batch-size", "8", "--row-length", "32", "--anchors", "4"),
-    *("--validate-every", "60", "--valid-prompts", "8", "--valid-tokens", "24"),
-    *("--gamma", "3", "--learning-rate", "1e-2"),
-)
+FAST = """--steps 120 --batch-size 8 --row-length 32 --anchors 4 --validate-every 60
+    --valid-prompts 8 --valid-tokens 24 --gamma 3 --learning-rate 1e-2"""
 RANKS = ("--rank", "4", "--bridge-rank", "8")
 
 
@@ -15,8 +12,7 @@ def run(*arguments) -> int:
 
 
 def train(model, name, *arguments) -> int:
-    return run(
-        *("train", "--model", model / "model", "--data", model / "own.jsonl"),
-        *("--run", model / f"run-{name}", "--name", name, *FAST, *arguments),
-        *(() if "full" in arguments or "--rank" in arguments or name == "masks" else RANKS),
-    )
+    files = ("--model", model / "model", "--data", model / "own.jsonl")
+    ranks = () if {"full", "mask", "--rank"} & set(map(str, arguments)) else RANKS
+    names = ("--run", model / f"run-{name}", "--name", name)
+    return run("train", *files, *names, *FAST.split(), *arguments, *ranks)

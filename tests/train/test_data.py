@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from s3d_jax.errors import InputError
-from s3d_jax.texts.documents import Document, read_documents, read_words
+from s3d_jax.texts.documents import Document, read_documents, read_texts
 from s3d_jax.train.data import Batches, Rows, concatenate, pack, row_length_for
 from s3d_jax.train.objective import block_targets, random_anchors
 from s3d_jax.train.tokenizer import train_tokenizer
@@ -45,16 +45,16 @@ def test_jsonl_with_text_and_ids_and_gzip(tokenizer, tmp_path):
     lines = [{"prompt_tokens": [5, 6], "tokens": [7, 8, 9], "text": "x"}, {"text": "the cat"}, None]
     text = "\n".join(json.dumps(line) if line else "" for line in lines)
     path.write_bytes(gzip.compress(text.encode()))
-    ids, words = read_documents([path], tokenizer, None)
+    ids, text = read_documents([path], tokenizer, None)
     assert ids.tokens.tolist() == [5, 6, 7, 8, 9] and ids.prompt_tokens == 2
     assert ids.learn.tolist() == [False, False, True, True, True]
-    assert tokenizer.decode(words.tokens, skip_special_tokens=True) == "the cat"
+    assert tokenizer.decode(text.tokens, skip_special_tokens=True) == "the cat"
 
 
-def test_only_the_assistants_words_are_learnt(tokenizer, tmp_path):
+def test_only_the_assistants_turns_are_learnt(tokenizer, tmp_path):
     path = tmp_path / "chat.jsonl"
-    said = [("user", "the dog"), ("assistant", "the cat"), ("user", "ran"), ("assistant", "sat")]
-    messages = [{"role": role, "content": content} for role, content in said]
+    turns = [("user", "the dog"), ("assistant", "the cat"), ("user", "ran"), ("assistant", "sat")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     path.write_text(json.dumps({"messages": messages}) + "\n")
     (chat,) = read_documents([path], tokenizer, None)
     assert tokenizer.decode(chat.tokens[chat.learn]) == "the cat<|end|>sat<|end|>"
@@ -97,8 +97,8 @@ def test_chats_that_cannot_be_told_apart_are_refused(tokenizer, tmp_path):
     import copy
 
     path = tmp_path / "chat.jsonl"
-    said = [("user", "the dog"), ("assistant", "the cat"), ("user", "ran"), ("assistant", "sat")]
-    messages = [{"role": role, "content": content} for role, content in said]
+    turns = [("user", "the dog"), ("assistant", "the cat"), ("user", "ran"), ("assistant", "sat")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     path.write_text(json.dumps({"messages": messages}))
     forgetful = copy.deepcopy(tokenizer)
     forgetful.chat_template = tokenizer.chat_template.replace(
@@ -164,10 +164,10 @@ def test_a_line_ends_at_a_newline_only(tokenizer, tmp_path):
     path.write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\r\n").encode())
     (document,) = read_documents([path], tokenizer, None)
     assert tokenizer.decode(document.tokens, skip_special_tokens=True) == text
-    assert list(read_words([path])) == [text]
+    assert list(read_texts([path])) == [text]
 
 
-def test_of_distilled_lines_another_tokenizer_takes_the_words(tokenizer, tmp_path):
+def test_another_tokenizer_takes_the_text_of_distilled_lines(tokenizer, tmp_path):
     path = tmp_path / "own.jsonl"
     line = {"prompt_tokens": [900], "tokens": [901], "prompt": "the cat", "text": " sat"}
     path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"prompt": None}))
@@ -175,12 +175,12 @@ def test_of_distilled_lines_another_tokenizer_takes_the_words(tokenizer, tmp_pat
     assert tokenizer.decode(both.tokens, skip_special_tokens=True) == "the cat sat"
     assert tokenizer.decode(alone.tokens, skip_special_tokens=True) == " sat"
     assert both.learn.all()
-    assert list(read_words([path])) == ["the cat sat", " sat"]
+    assert list(read_texts([path])) == ["the cat sat", " sat"]
     path.write_text(json.dumps({"tokens": [901], "text": None}))
     with pytest.raises(InputError, match=r"line 1 .* ids of another tokenizer"):
         read_documents([path], tokenizer, None, texts=True)
     with pytest.raises(InputError, match=r"line 1 .* ids of another tokenizer"):
-        list(read_words([path]))
+        list(read_texts([path]))
 
 
 def test_packing_loses_no_token_and_splits_no_document_that_fits():

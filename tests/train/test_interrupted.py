@@ -24,11 +24,10 @@ def test_an_interrupted_command_resumes_as_if_nothing_had_happened(
     command, model, texts, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
-    options = [
-        *("--steps", "7", "--save-every", "2", "--validate-every", "4", "--batch-size", "4"),
-        *("--log-every", "1", "--row-length", "32", "--anchors", "2", "--gamma", "2"),
-        *("--valid-prompts", "2", "--valid-tokens", "4", "--rank", "2", "--bridge-rank", "2"),
-    ]
+    settings = """--steps 7 --save-every 2 --validate-every 4 --batch-size 4 --log-every 1
+        --row-length 32 --anchors 2 --gamma 2 --valid-prompts 2 --valid-tokens 4 --rank 2
+        --bridge-rank 2"""
+    options = settings.split()
     if command == "train":
         options += ["--model", model / "model", "--data", model / "own.jsonl"]
     else:

@@ -1,4 +1,4 @@
-"""The loop: optimisers, accumulation, averages, states that survive a kill, runs that go wrong."""
+"""The loop: optimizers, accumulation, averages, states that survive a kill, runs that go wrong."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_the_average_is_what_is_kept(tmp_path):
         np.testing.assert_allclose(seen[age + 1], average, atol=1e-6)
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path):
+def test_a_run_resumes_bit_for_bit(tmp_path):
     loop = config(ema_decay=0.9)
     whole, _ = fit(Line(), batches, loop, tmp_path / "whole", options={"a": 1})
 
@@ -169,7 +169,7 @@ def test_another_run_is_not_touched(tmp_path):
         fit(Line(), batches, config(5), run, options=other, resume=True)
 
 
-def test_the_pace_may_change_on_the_way_and_that_is_written_down(tmp_path):
+def test_the_pace_may_change_at_a_resume_and_the_change_is_noted(tmp_path):
     run = tmp_path / "run"
     fit(Line(), batches, config(5), run, options={"loop": {"steps": 5}})
     fit(Line(), batches, config(8), run, options={"loop": {"steps": 8}}, resume=True)
@@ -207,7 +207,7 @@ class Overflowing(Line):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_gradients_that_overflow_are_not_called_a_loss(scale, tmp_path):
+def test_overflowing_gradients_are_not_reported_as_a_loss(scale, tmp_path):
     task = Overflowing()
     task.loss_scale = scale
     message = r"gradients are not finite at step 1, though the loss is, [\d.]+"
@@ -252,7 +252,9 @@ def test_other_optimizers_teach_a_real_draft(name, model):
     config_ = tiny_config()
     rows = pack(read_documents([model / "own.jsonl"], None, None), 32)
     task = DraftTask(
-        *(config_, tiny_params(config_), DraftConfig((False, True, True, False), gamma=3)),
+        config_,
+        tiny_params(config_),
+        DraftConfig((False, True, True, False), gamma=3),
         objective=ObjectiveConfig(anchors=4, hop=False),
         adapter=AdapterConfig(4, 8),
     )
@@ -266,7 +268,7 @@ def test_other_optimizers_teach_a_real_draft(name, model):
 
 
 class Scripted(Line):
-    """Its loss at each step is what the batch says."""
+    """Its loss at each step is given by the batch."""
 
     def losses(self, tree, frozen, batch, key):
         return {"squares": Mean(jnp.sum(batch["loss"]) + 0 * jnp.sum(tree["w"]), 8.0, 8.0)}
@@ -282,10 +284,10 @@ def states(run):
 
 
 @pytest.mark.parametrize("lowest", [0.5, 0.85])
-def test_a_bounded_loss_that_is_lost_again_is_noticed_before_its_states_replace_the_good_ones(
+def test_a_bounded_loss_that_rises_again_is_noticed_before_its_states_replace_the_good_ones(
     lowest, tmp_path
 ):
-    """Total variation is at most 1, so it never gets far above where it began."""
+    """Total variation is at most 1, so it never gets far above its first value."""
     curve = [*np.linspace(0.95, lowest, 100), *np.linspace(lowest, 0.97, 30), *[0.97] * 100]
     loop = config(230, save_every=5, warmup_steps=50)
     with pytest.raises(TrainingError, match=r"diverged: .* the steps (\d+), (\d+) are") as caught:
@@ -298,8 +300,8 @@ def test_a_bounded_loss_that_is_lost_again_is_noticed_before_its_states_replace_
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_noise_is_no_divergence(seed, tmp_path):
-    """A run that gains nothing keeps its states and goes through; so does a short one."""
+def test_noise_is_not_divergence(seed, tmp_path):
+    """A run that gains nothing keeps its states and finishes; so does a short one."""
     values = 0.9 + 0.1 * np.random.default_rng(seed).standard_t(4, 1000)
     steps = 1000 if seed else 8
     loop = config(steps, save_every=100, keep_states=20, log_every=100, warmup_steps=3)
@@ -329,7 +331,7 @@ def test_a_run_goes_back_to_a_named_state(tmp_path):
         return batches(step)
 
     again, _ = fit(Line(), watched, loop, run, options={}, resume=10)
-    assert seen[0] == (10, [10], 10)  # what is newer is gone
+    assert seen[0] == (10, [10], 10)  # newer states are gone
     assert losses(run) == curve and states(run) == [10, 20, 30]
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
@@ -379,7 +381,9 @@ def draft_run(run, resume):
     """Trains the adapter of a tiny model; a state every third step."""
     model = tiny_config()
     task = DraftTask(
-        *(model, tiny_params(model), DraftConfig((False, True, True, False), gamma=3)),
+        model,
+        tiny_params(model),
+        DraftConfig((False, True, True, False), gamma=3),
         objective=ObjectiveConfig(anchors=2),
         adapter=AdapterConfig(2, 2),
     )
@@ -425,10 +429,10 @@ def test_ten_kills_leave_the_curve_as_it_is(tmp_path):
             assert process.wait(120) == -signal.SIGKILL
             kills += 1
             continue
-        begun = losses(run)
+        before = losses(run)
         # Wait until it makes progress, then kill at a random moment shortly after.
         deadline = time.monotonic() + 120
-        while losses(run) == begun and process.poll() is None and time.monotonic() < deadline:
+        while losses(run) == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.25))
         if process.poll() is not None:
@@ -436,7 +440,7 @@ def test_ten_kills_leave_the_curve_as_it_is(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-    assert kills == 10, f"it was through after {kills} kills: more steps are needed"
+    assert kills == 10, f"it finished after {kills} kills: more steps are needed"
     assert 0 < max(losses(run)) < 400
     resumed = draft_run(run, resume=True)
     assert losses(run) == expected

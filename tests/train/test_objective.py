@@ -214,7 +214,9 @@ def test_gradients_reach_all_trained_arrays_and_are_finite(mode, objective):
     params = tiny_params(config)
     draft_config = DraftConfig(symmetric_skip(4, 2), 3)
     task = DraftTask(
-        *(config, params, draft_config),
+        config,
+        params,
+        draft_config,
         mode=mode,
         objective=ObjectiveConfig(objective, 0.8, 4),
         adapter=AdapterConfig(2, 2),
@@ -251,7 +253,9 @@ def test_gradients_survive_float16():
         config = tiny_config(dtype=dtype)
         params = jax.tree.map(lambda x, d=dtype: x.astype(d), tiny_params(tiny_config(), scale=0.3))
         task = DraftTask(
-            *(config, params, DraftConfig(symmetric_skip(4, 2), 3)),
+            config,
+            params,
+            DraftConfig(symmetric_skip(4, 2), 3),
             mode="mask",
             objective=ObjectiveConfig(hop=False),
         )
@@ -276,7 +280,9 @@ def test_recomputed_activations_give_the_same_gradients(mode):
     gradients = []
     for remat in (False, True):
         task = DraftTask(
-            *(config, params, DraftConfig(symmetric_skip(4, 2), 3)),
+            config,
+            params,
+            DraftConfig(symmetric_skip(4, 2), 3),
             mode=mode,
             adapter=AdapterConfig(3, 5),
             remat=remat,

@@ -59,18 +59,15 @@ def test_a_continued_draft_is_compared_with_the_untrained_one_and_is_stored_firs
     options = ("--steps", "1", "--learning-rate", "1e-9", "--batch-size", "8", "--start", "empty")
     decoding = ("--valid-prompts", "8", "--valid-tokens", "24", "--row-length", "32")
     with pytest.raises(UserWarning, match="learnt next to nothing"):  # tests make errors of them
-        run(
-            *("train", "--model", model / "model", "--data", model / "own.jsonl"),
-            *("--run", model / "run-onward", "--name", "onward", *options, *decoding),
-        )
+        files = ("--model", model / "model", "--data", model / "own.jsonl")
+        names = ("--run", model / "run-onward", "--name", "onward")
+        run("train", *files, *names, *options, *decoding)
     assert "onward" in draft_names(model / "model")
 
 
-PRETRAIN = (
-    *("--vocab-size", "280", "--layers", "4", "--width", "16", "--heads", "2", "--kv-heads", "1"),
-    *("--steps", "3", "--batch-size", "4", "--row-length", "32", "--anchors", "4"),
-    *("--valid-prompts", "2", "--valid-tokens", "8", "--prompt-tokens", "6", "--joint-draft"),
-)
+PRETRAIN = """--vocab-size 280 --layers 4 --width 16 --heads 2 --kv-heads 1 --steps 3
+    --batch-size 4 --row-length 32 --anchors 4 --valid-prompts 2 --valid-tokens 8 --prompt-tokens 6
+    --joint-draft"""
 
 
 def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
@@ -83,7 +80,7 @@ def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
 
     monkeypatch.setattr(runs, "warn_if_useless", compare)
     out = ("--out", tmp_path / "model", "--run", tmp_path / "run")
-    assert run("pretrain", "--data", texts, *out, *PRETRAIN) == 0
+    assert run("pretrain", "--data", texts, *out, *PRETRAIN.split()) == 0
     ((before, after, gamma, names),) = seen
     assert (gamma, names) == (4, ("default",)) and 1 <= before <= 5
     stored = read_draft(tmp_path / "model", "default", s3d_jax.load(tmp_path / "model").config)
@@ -115,7 +112,7 @@ def measured_again(folder, run_folder, dtype):
 
 
 def test_a_bfloat16_target_trains_and_the_report_is_of_the_stored_draft(bfloat16_model):
-    """Here the target computes in bfloat16; the trained weights and the optimiser are float32."""
+    """Here the target computes in bfloat16; the trained weights and the optimizer are float32."""
     assert train(bfloat16_model, "default") == 0
     run_folder = bfloat16_model / "run-default"
     found, reported = measured_again(bfloat16_model / "model", run_folder, None)
@@ -162,19 +159,19 @@ def test_full_mode_writes_the_type_of_the_checkpoint(bfloat16_model):
 
 
 def test_pretraining_decodes_the_prompts_once_for_its_last_validation(texts, tmp_path, monkeypatch):
-    """And that is of what is stored, in bfloat16; the untrained draft is measured once more."""
+    """And with the stored weights, in bfloat16; the untrained draft is measured once more."""
     seen = decoded_drafts(monkeypatch)
     monkeypatch.setattr(runs, "warn_if_useless", lambda *arguments: None)
     out = ("--out", tmp_path / "model", "--run", tmp_path / "run", "--compute-dtype", "bfloat16")
-    assert run("pretrain", "--data", texts, *out, *PRETRAIN) == 0
+    assert run("pretrain", "--data", texts, *out, *PRETRAIN.split()) == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    said = [line["validation"]["tokens_per_iteration"] for line in lines if "validation" in line]
-    assert len(said) == 2
+    taus = [line["validation"]["tokens_per_iteration"] for line in lines if "validation" in line]
+    assert len(taus) == 2
     # At the beginning, at the end, and the untrained one.
     assert [bool(draft.deltas) for draft in seen] == [True, True, False]
     lm = s3d_jax.load(tmp_path / "model", dtype="float32")
     draft = read_draft(tmp_path / "model", "default", lm.config)
     jax.tree.map(np.testing.assert_array_equal, seen[1], draft.params)
     stored = draft.training
-    assert stored["reached"]["tokens_per_iteration"] == said[-1]
+    assert stored["reached"]["tokens_per_iteration"] == taus[-1]
     assert stored["compute_dtype"] == "bfloat16" and stored["remat"] is False

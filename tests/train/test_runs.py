@@ -63,7 +63,7 @@ def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
     assert train(model, "again", "--steps", "20", "--overwrite", "--resume") == 0
 
 
-def test_a_draft_goes_on_from_another(model, capsys):
+def test_a_draft_starts_from_another(model, capsys):
     assert train(model, "first", "--steps", "40", "--rank", "3", "--bridge-rank", "5") == 0
     reached = read_draft(model / "model", "first", tiny_config(), weights=False)
     more = ("--steps", "20", "--learning-rate", "1e-3", "--batch-size", "8", "--row-length", "32")
@@ -74,14 +74,16 @@ def test_a_draft_goes_on_from_another(model, capsys):
     second = read_draft(model / "model", "second", tiny_config(), weights=False)
     assert second.config == reached.config and second.num_params == reached.num_params
     assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5}
-    assert second.training["before"] == reached.training["reached"]  # where it began
+    assert second.training["before"] == reached.training["reached"]  # its starting point
     run_folder = ("--run", model / "run-third", "--name", "third")
     assert run(*common, *validation, *run_folder, "--rank", "7") == 0
     third = read_draft(model / "model", "third", tiny_config())
     assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5}
-    assert third.training["before"] == reached.training["reached"]  # what is added begins at 0
+    assert third.training["before"] == reached.training["reached"]  # added ranks start at 0
     added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
-    assert added.shape == (4, 24) and np.all(np.any(np.asarray(added) != 0, axis=1))  # and learns
+    assert added.shape == (4, 24) and np.all(
+        np.any(np.asarray(added) != 0, axis=1)
+    )  # and they learn
     run_folder = ("--run", model / "x", "--name", "y")
     assert run(*common, *validation, *run_folder, "--rank", "2") == 2
     assert "can grow but not shrink: got 2 and 5" in capsys.readouterr().err
@@ -91,7 +93,7 @@ def test_a_draft_goes_on_from_another(model, capsys):
     two = read_draft(model / "model", "y", tiny_config())
     assert two.config == reached.config.replace(gamma=2)
     assert two.params.mask_embeddings.shape == (1, 24)
-    assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it begins with what is learnt
+    assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it starts from a trained one
     run_folder = ("--run", model / "z", "--name", "z")
     assert run(*common, "--start", "nobody", "--run", model / "x", "--name", "y") == 2
     assert "has no draft 'nobody'" in capsys.readouterr().err
@@ -158,13 +160,13 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
-def test_wrong_arguments_are_said_before_anything_is_written(model, arguments, message, capsys):
+def test_wrong_arguments_are_refused_before_anything_is_written(model, arguments, message, capsys):
     assert train(model, "wrong", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (model / "run-wrong").exists()
 
 
-def test_distilled_lines_are_the_targets_own_and_a_cut_off_file_goes_on(model, tmp_path):
+def test_distilled_lines_are_the_targets_output_and_a_cut_off_file_is_continued(model, tmp_path):
     lm = tiny_lm()
     prompts = [[i, i + 1] for i in range(10)]
     config = DistillConfig(max_new_tokens=8, batch_size=4, sampled_fraction=0.5, seed=3)
@@ -292,20 +294,18 @@ def test_skip_is_read_from_ranges_and_lists():
     assert parse_skip("", 2) == (False, False)
 
 
-def test_a_model_from_nothing(tmp_path, capsys):
-    """It learns its text by heart, with its own tokenizer, and drafts for itself."""
+def test_a_model_from_scratch(tmp_path, capsys):
+    """It memorizes its text, with its own tokenizer, and drafts for itself."""
     sentence = "the small cat sat on the warm mat and saw a bird in the tall tree. "
     texts = tmp_path / "texts.txt"
     texts.write_text("<|endoftext|>".join([sentence * 3] * 30))
     sizes = ("--vocab-size", "280", "--layers", "4", "--width", "32", "--heads", "4")
     more = ("--kv-heads", "2", "--joint-draft", "--draft-weight", "0.5", "--dtype", "float32")
-    training = (
-        *("--steps", "150", "--batch-size", "8", "--row-length", "48", "--anchors", "6"),
-        *("--valid-prompts", "4", "--valid-tokens", "24", "--prompt-tokens", "6"),
-        *("--validate-every", "0", "--learning-rate", "1e-2", "--ema-decay", "0.9"),
-    )
+    training = """--steps 150 --batch-size 8 --row-length 48 --anchors 6 --valid-prompts 4
+        --valid-tokens 24 --prompt-tokens 6 --validate-every 0 --learning-rate 1e-2
+        --ema-decay 0.9"""
     out = ("--out", tmp_path / "model", "--run", tmp_path / "run")
-    assert run("pretrain", "--data", texts, *out, *sizes, *more, *training) == 0
+    assert run("pretrain", "--data", texts, *out, *sizes, *more, *training.split()) == 0
     printed = capsys.readouterr().out
     assert float(printed.split("held-out loss: ")[1].split()[0]) < 0.5
     assert float(printed.split("tokens per iteration: ")[1].split()[0]) > 3.0
@@ -315,12 +315,12 @@ def test_a_model_from_nothing(tmp_path, capsys):
     assert result.stats.tokens_per_iteration > 3
     plain = lm.generate("the small cat", max_new_tokens=12, method="ar")[0]
     assert plain.tokens == result.tokens
-    assert run("pretrain", "--data", texts, *out, *sizes, *more, *training) == 2
+    assert run("pretrain", "--data", texts, *out, *sizes, *more, *training.split()) == 2
     assert "exists and is not empty: choose another folder" in capsys.readouterr().err
 
 
-def test_pretrain_says_what_is_wrong(tmp_path, capsys):
-    (tmp_path / "t.txt").write_text("too little to make words of")
+def test_pretrain_refuses_wrong_arguments(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("too little to merge")
     common = ("pretrain", "--data", tmp_path / "t.txt", "--out", tmp_path / "m", "--run")
     assert run(*common, tmp_path / "r", "--vocab-size", "100") == 2
     assert "at least 260" in capsys.readouterr().err
@@ -366,16 +366,16 @@ def test_the_commands_and_python_have_the_same_defaults(model, monkeypatch):
     for name in ("train_draft", "pretrain"):
         monkeypatch.setattr(runs, name, lambda *a, **k: given.update(k, config=a[-1]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(*("pretrain", "--data", "x", "--out", "y", "--run", "z"))
+        run("pretrain", "--data", "x", "--out", "y", "--run", "z")
     loop = LoopConfig(OptimizerConfig(learning_rate=3e-3))
     assert given["config"] == PretrainConfig(loop=loop)
     assert (given["valid"], given["resume"], given["overwrite"]) == ([], False, False)
     with pytest.raises(ZeroDivisionError):
-        run(*("train", "--model", model / "model", "--data", "x", "--run", "z"))
+        run("train", "--model", model / "model", "--data", "x", "--run", "z")
     draft = DraftConfig((False, True, True, False))
     assert given["config"] == TrainDraftConfig(draft=draft, adapter=AdapterConfig())
     with pytest.raises(ZeroDivisionError):
-        run(*("train", "--model", model / "model", "--data", "x", "--run", "z", "--mode", "full"))
+        run("train", "--model", model / "model", "--data", "x", "--run", "z", "--mode", "full")
     assert given["config"].loop.optimizer.learning_rate == 3e-4
 
 
@@ -392,7 +392,8 @@ def test_every_option_of_training_reaches_its_setting(model, monkeypatch):
         --block-attention bidirectional --rank 2 --bridge-rank 5 --objective kl --decay 0.75
         --anchors 8 --random-anchors --name other --dtype bfloat16 --resume 5 --overwrite"""
     with pytest.raises(ZeroDivisionError):
-        run(*("train", "--model", model / "model", "--data", "x", "--run", "z"), *options.split())
+        files = ("--model", model / "model", "--data", "x", "--run", "z")
+        run("train", *files, *options.split())
     optimizer = OptimizerConfig(7, "lion", 0.5, "linear", 3, weight_decay=0.25, clip_norm=2.0)
     assert given["config"] == TrainDraftConfig(
         loop=LoopConfig(optimizer, 6, 3, 0.5, 9, 2, 3, 4, 5),

@@ -1,4 +1,4 @@
-"""The tokenizer of a model from nothing: trained whole or not at all, never a stale one."""
+"""The tokenizer of a model from scratch: trained whole or not at all, never a stale one."""
 
 import json
 
@@ -14,9 +14,11 @@ def test_a_run_finds_its_tokenizer_again_and_no_other(tmp_path):
     texts, run = tmp_path / "texts.txt", tmp_path / "run"
     texts.write_text(TEXT)
     folder = tokenizer_of_run([texts], 270, run)
-    words = tokenizer_for(folder, 270)
-    assert len(words) == 270 and words.decode(words("the cat")["input_ids"][1:]) == "the cat"
-    assert len(end_token_ids(words)) == 2 and words.eos_token_id in end_token_ids(words)
+    tokenizer = tokenizer_for(folder, 270)
+    ids = tokenizer("the cat")["input_ids"]
+    assert len(tokenizer) == 270 and tokenizer.decode(ids[1:]) == "the cat"
+    assert len(end_token_ids(tokenizer)) == 2
+    assert tokenizer.eos_token_id in end_token_ids(tokenizer)
     before = (folder / "tokenizer.json").stat().st_mtime_ns
     assert tokenizer_of_run([texts], 270, run) == folder
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
@@ -69,9 +71,9 @@ def test_a_word_that_is_unknown_ends_no_text(tmp_path):
     import transformers
     from tokenizers import Tokenizer, models
 
-    words = {"<unk>": 0, "</s>": 1, "the": 2}
+    vocabulary = {"<unk>": 0, "</s>": 1, "the": 2}
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
         eos_token="</s>",
         unk_token="<unk>",
     ).save_pretrained(tmp_path)

@@ -80,10 +80,10 @@ def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     [
         (["--gammas", "0,2"], "--gammas takes numbers from 1 to 64"),
         (["--gammas", "two"], "--gammas takes numbers"),
-        (["--limit", "0"], "--limit must be at least 1"),
+        (["--limit", "0"], "limit must be at least 1"),
         (["--max-new-tokens", "9999"], "--max-new-tokens leaves none for a prompt"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--check", "-1"], "--check must be at least 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--check", "-1"], "check must be at least 0"),
         (["--plot", "nowhere/t.png"], "--plot takes the name of a .png"),
         (["--suite", "poems"], "'poems' is no suite"),
     ],
