@@ -60,7 +60,7 @@ class Pass(NamedTuple):
 
     Attributes:
         layouts: one for each layer.
-        rotary: each layer's cosines and sines; None where nothing is rotated.
+        rotary: each layer's cosines and sines; None if the layer has no rotation.
         draft: the draft's own parameters; None in a pass of the target.
     """
 
@@ -92,30 +92,10 @@ class Transformer(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg, cfg.vocab_size, out_dtype="float32")
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        cache: KVCache,
-        *,
-        skip: tuple[bool, ...] | None = None,
-        keep: jax.Array | None = None,
-        draft: DraftParams | None = None,
-        num_masks: int = 0,
-        bidirectional: bool = False,
-        visible: int | None = None,
-        layout: Layout | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """Logits and cache of a block of tokens: see `forward`."""
-        x, shared = self.begin(
-            tokens,
-            cache,
-            draft=draft,
-            num_masks=num_masks,
-            bidirectional=bidirectional,
-            visible=visible,
-            layout=layout,
-        )
-        x, cache = self.run_layers(x, cache, shared, skip=skip, keep=keep)
+    def __call__(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """A pass of the target, which `init` runs: see `forward`."""
+        x, shared = self.begin(tokens, cache)
+        x, cache = self.run_layers(x, cache, shared)
         return self.head(x), cache
 
     def begin(
@@ -279,17 +259,18 @@ def forward(
         (logits, cache): float32 [B, T, V]; and the cache with the block's keys and values written
         after `length`, which is unchanged: committing is the caller's decision.
     """
-    return bound(config, params, draft, remat=remat)(
+    model = bound(config, params, draft, remat=remat)
+    x, shared = model.begin(
         tokens,
         cache,
-        skip=skip,
-        keep=keep,
         draft=draft,
         num_masks=num_masks,
         bidirectional=bidirectional,
         visible=visible,
         layout=layout,
     )
+    x, cache = model.run_layers(x, cache, shared, skip=skip, keep=keep)
+    return model.head(x), cache
 
 
 def fill_cache(
