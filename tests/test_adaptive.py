@@ -1,4 +1,4 @@
-"""Dynamic draft length: rows draft where it pays, and what they write never depends on it."""
+"""Adaptive drafting: rows draft where it pays, and their output never depends on it."""
 
 import re
 
@@ -173,7 +173,7 @@ def test_neighbours_do_not_matter_and_streams_give_the_same(lm, temperature):
 
 @pytest.mark.parametrize("temperature", sampled([0.0, 1.0], [0.0]))
 def test_a_row_that_waits_at_its_turning_point_spends_nothing(temperature):
-    """Its neighbour goes on for 30 tokens before its keys are computed anew."""
+    """Its neighbour continues for 30 tokens before the row's keys are computed again."""
     factors = (1.0,) * (CONFIG.head_dim // 2)
     rope = RopeConfig(
         type="longrope", factor=4.0, original_max_position_embeddings=30,
@@ -222,7 +222,7 @@ def test_what_decides(lm):
 
 @pytest.mark.usefixtures("compiled_here")
 def test_programs_copy_no_cache():
-    """Neither in memory nor as an operation: three ways to go on, one cache."""
+    """Neither in memory nor as an operation: three kinds of iteration share one cache."""
     draft_params, sizes = untrained_draft(CONFIG, PARAMS), []
     settings, features = batch_sampling(
         [SamplingConfig()] * 2, jax.random.split(jax.random.key(0)), 31
@@ -241,7 +241,7 @@ def test_programs_copy_no_cache():
 
 
 def test_a_row_that_does_not_draft_samples_from_the_target():
-    """Nothing was rejected there: what is left of p beside q would be another distribution."""
+    """Nothing was rejected there, so the residual of p and q is the wrong distribution."""
     rng, n, vocab = np.random.default_rng(2), 100_000, 5
     p = rng.dirichlet(np.ones(vocab)).astype(np.float32)
     q = rng.dirichlet(np.ones(vocab) * 0.5).astype(np.float32)

@@ -1,4 +1,4 @@
-"""LongRoPE: a text that grows past the original length is rotated anew, all of it."""
+"""LongRoPE: the whole text is rotated again when it grows past the original length."""
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +74,14 @@ def test_past_the_turning_point(lm, expected, method, monkeypatch):
             size = DRAFTS[method].get("gamma", 0) + 1
             assert stats.iterations == -(-before // size) + -(-(NEW - before) // size)
 
-    # Row 2 has its last token by short factors at once; if that one ends it, it does not go on.
+    # Row 2 gets its only token by short factors at once, and stops if that token ends it.
     stopped = lm.generate(prompts, eos_token_ids=outputs[2][:1], **options)
     assert stopped[2].tokens == outputs[2][:1] and stopped[2].finish_reason == "stop"
     for result, output in zip(stopped, outputs, strict=True):
         assert result.tokens == output[: len(result.tokens)]
 
 
-def test_a_stream_goes_on_past_the_turning_point(lm, expected):
+def test_a_stream_continues_past_the_turning_point(lm, expected):
     prompts, outputs = expected
     streamed = lm.stream_tokens(prompts[1], max_new_tokens=NEW, **DRAFTS["s3d"])
     assert sum(streamed, []) == outputs[1]

@@ -1,4 +1,4 @@
-"""Turns that go on in the cache of the turn before give what a fresh generation gives."""
+"""A turn that continues in the cache of the turn before gives what a fresh generation gives."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def new(n: int) -> list[int]:
 def talk(request, monkeypatch):
     """A function of (prompt, new tokens): the tokens, and how many were cached and prefilled.
 
-    Each answer is compared with that of a fresh generation.
+    Compares each answer with a fresh generation.
     """
     monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))  # rings of 5 + 8 slots
     lm, kept = tiny_lm(**MODELS[request.param]), []
@@ -44,7 +44,7 @@ def talk(request, monkeypatch):
         return call(self, function, static, arrays)
 
     def talk(prompt, tokens):
-        # With a penalty, or some of these models would say one token again and again.
+        # Without a penalty some of these models repeat one token.
         options = dict(max_new_tokens=tokens, gamma=2, skip=[False] * 4, frequency_penalty=1.5)
         fresh = lm.generate([prompt], **options)[0].tokens
         assert len(set(fresh)) > 3
@@ -90,13 +90,13 @@ def test_turns_equal_fresh_generations(talk):
 
 
 def test_an_answer_that_begins_in_a_kept_cache_grows_past_the_turning_point(talk):
-    """20 tokens, in the middle of the second answer; the third turn goes on in what is there."""
+    """The second answer crosses the turning point of 20 tokens, and the third turn continues it."""
     first = new(9)
     answer, _, _ = talk(first, 4)
     second = first + answer + new(3)
     answer, cached, chunks = talk(second, 30)
     assert cached == 12 and chunks[0] == 4
-    assert len(chunks) == (4 if talk.turns else 1)  # 20 tokens anew: 8, 8 and 4
+    assert len(chunks) == (4 if talk.turns else 1)  # 20 tokens again: 8, 8 and 4
     third = second + answer + new(3)
     _, cached, _ = talk(third, 6)
     assert cached == (0 if talk.is_dynamic else len(second + answer) - 1)
@@ -143,8 +143,8 @@ def test_an_answer_left_in_the_middle_stays_as_far_as_it_was_read(lm):
     unread = conversation.stream(QUESTIONS[0])
     part = next(unread) + next(unread)
     assert conversation.messages[-1] == {"role": "assistant", "content": part}
-    # Not the second question: it is answered with a near tie, which int8 decides another way behind
-    # keys that were computed one by one.
+    # Not the second question: its answer has a near tie, which int8 breaks differently after keys
+    # that were computed one by one.
     asked = [*conversation.messages, {"role": "user", "content": QUESTIONS[2]}]
     result = conversation.send(QUESTIONS[2])
     assert result.tokens == lm.chat(asked, max_new_tokens=30).tokens
@@ -155,7 +155,7 @@ def test_an_answer_left_in_the_middle_stays_as_far_as_it_was_read(lm):
 
 
 def test_what_is_forgotten_leaves_no_trace_in_the_kept_cache(lm):
-    """Each answer is that of a fresh prefill of the turns that are left."""
+    """Each answer equals the one after a fresh prefill of the remaining turns."""
     short = s3d_jax.LM(
         lm.config,
         lm.params,

@@ -1,4 +1,4 @@
-"""Decoding is exact whatever the draft is; nothing is compiled or copied twice."""
+"""Decoding is exact for any draft, and neither compiles nor copies anything twice."""
 
 import re
 
@@ -117,7 +117,7 @@ def test_broken_draft_embeddings_change_nothing(truth):
 
 
 def test_dynamic_rope_does_not_depend_on_the_block():
-    """A key's rotation is that of token-by-token decoding, also where a block crosses the limit."""
+    """Keys are rotated as in token-by-token decoding, also where a block crosses the limit."""
     rope = RopeConfig("dynamic", factor=4.0, original_max_position_embeddings=16)
     config = tiny_config(rope=rope)
     params = tiny_params(config)
@@ -224,7 +224,7 @@ _commit = jax.jit(step.commit, static_argnums=0)
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_commit_against_plain_python(data):
-    gamma, rows = 3, 3  # fixed shapes: nothing is compiled anew per example
+    gamma, rows = 3, 3  # fixed shapes: one program for all examples
     token = st.integers(0, 6)
     prompts = [data.draw(st.lists(token, min_size=1, max_size=5)) for _ in range(rows)]
     limits = [len(p) + data.draw(st.integers(0, 8)) for p in prompts]
@@ -365,7 +365,7 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
 
 
 def test_statistics_of_a_part():
-    """Iterations of 3, 1 and 4 tokens (γ = 4) behind a prompt of two; EOS cut the last."""
+    """Iterations of 3, 1 and 4 tokens (γ = 4) after a prompt of two; EOS cuts the last."""
     passes = np.array([9, 9, 3, 0, 0, 1, 5, 0, 0, 0, 7, 7])
     assert statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1))
     assert statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0))

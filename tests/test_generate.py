@@ -105,7 +105,7 @@ def test_s3d_equals_ar_on_real_checkpoints(real, name, skip, gamma):
     combinations(REAL, [UNLIMITED, 1], quick=[("babyllama-1m", UNLIMITED), ("stories260k", 1)]),
 )
 def test_oracle_liar_and_noise_on_real_checkpoints(real, name, steps):
-    """All accepted: τ = γ+1. None accepted: τ = 1. The text is always that of AR."""
+    """All accepted: τ = γ+1. None accepted: τ = 1. The text is always AR's."""
     lm, gamma, new = real[name], 4, 100
     prompts = [np.asarray(p, np.int32) for p in ragged_prompts(lm)]
     options = dict(max_new_tokens=new, eos_token_ids=())
@@ -416,7 +416,7 @@ def test_programs_are_compiled_once():
     [
         (([64], [40], [34]), 200),  # grows past 256 slots
         (([257], [200], [255]), 20),  # starts on either side of 256
-        (([300, 17], [270, 2], [385, 9]), [5, 500]),  # the short row goes on alone
+        (([300, 17], [270, 2], [385, 9]), [5, 500]),  # the short row continues alone
     ],
 )
 @pytest.mark.parametrize("method", sampled(["ar", "s3d"], ["s3d"]))

@@ -1,4 +1,4 @@
-"""Products are those of numpy in every dtype and for every number of rows, on each code path."""
+"""Products equal numpy's in every dtype and for every number of rows, on each code path."""
 
 import jax
 import jax.numpy as jnp

@@ -115,7 +115,7 @@ def test_a_block_that_does_not_fit_a_ring_is_refused():
         forward(CONFIG, PARAMS, tokens, cache)
 
 
-def test_a_short_prompt_beside_a_long_one_is_not_overwritten(monkeypatch):
+def test_a_short_prompt_next_to_a_long_one_is_not_overwritten(monkeypatch):
     """Prefill of the long one continues for more slots than the short one's rings have."""
     monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The other methods: exact whatever they propose, and as right as they can be."""
+"""The other methods: exact for any proposal, and always right where the drafter is the target."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_penalised_rows_of_different_length_are_those_of_plain_decoding(lm, meth
 @pytest.mark.parametrize("temperature", sampled([0.0, 1.0], [1.0]))
 @pytest.mark.parametrize("method", ["self-spec", "two-model"])
 def test_a_draft_that_is_the_target_is_always_right(method, temperature):
-    """Also after blocks that were accepted whole, behind which a cache could lack a token.
+    """Also after blocks that were accepted whole, after which a cache could lack a token.
 
     Penalties and filters apply to the draft as well, and to its tokens among themselves.
     """
@@ -112,7 +112,7 @@ def test_prompt_lookup_against_plain_python():
     for ngram in (1, 3):
         spec = DecodeSpec(tiny_config(), PromptLookup(PromptLookupConfig(5, ngram)), features)
         state = begin(spec, arrays, lengths + 9, 64, sampling)
-        scratch = rng.integers(0, 4, state.tokens.shape)  # nothing behind x_n may count
+        scratch = rng.integers(0, 4, state.tokens.shape)  # what is after x_n must not count
         tokens = jnp.where(jnp.arange(64) < lengths[:, None], state.tokens, scratch)
         cache = state.cache.replace(length=jnp.asarray(lengths - 1))
         state = state.replace(cache=cache, tokens=tokens)
@@ -136,7 +136,7 @@ def test_prompt_lookup_finds_what_is_repeated():
 @pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("method", ["self-spec", "two-model"])
 def test_drafting_copies_no_cache(method):
-    """One token after the other, in a loop of its own inside the loop: in place all the same."""
+    """Drafting token by token is a loop inside the loop, and still writes in place."""
     config = tiny_config()
     params = tiny_params(config)
     rows = [SamplingConfig()] * 3

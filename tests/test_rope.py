@@ -1,4 +1,4 @@
-"""Rotations are those of complex numbers, of the part of a head that is rotated."""
+"""Rotary embeddings rotate the first part of a head as complex numbers rotate."""
 
 import jax.numpy as jnp
 import numpy as np

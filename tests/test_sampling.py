@@ -242,10 +242,10 @@ def sampled_tokens(rows: list[SamplingConfig], drafter=S3D, draft=None, **other)
 
 
 def check_distribution(tokens: np.ndarray, exact: np.ndarray) -> None:
-    """Total variation must fall like 1/√n, as that of an exact sampler does.
+    """Total variation must fall like 1/√n, as it does for an exact sampler.
 
-    What an exact sampler shows is simulated, since for some of these distributions, of a few likely
-    cells, it scatters widely. Five standard deviations: a right sampler fails once in 10⁵ checks.
+    The distance of an exact sampler is simulated: it scatters widely for distributions of a few
+    likely cells. The bound is five standard deviations; a correct sampler fails once in 10⁵ checks.
     """
     rng = np.random.default_rng(0)
     for first in (1, 2, 3):  # tokens looked at: few cells show a small error, many where it is

@@ -124,7 +124,7 @@ def counted(
 def greedy_reference(
     config: ModelConfig, params: Params, prompt: Sequence[int], new_tokens: int
 ) -> list[int]:
-    """Greedy decoding without cache, loop or batch: the whole sequence anew for each token."""
+    """Greedy decoding without cache, loop or batch: the whole sequence again for each token."""
     tokens = list(prompt)
     for _ in range(new_tokens):
         row = np.zeros((1, 64), np.int32)  # one length for all, causality makes the rest harmless

@@ -91,7 +91,7 @@ def test_who_is_charged_for_compiling(models, tmp_path, monkeypatch, capsys):
         assert main([*command, "--methods", methods]) == 0
         rows = json.loads(capsys.readouterr().out)["rows"]
         charged.append({row["method"]: row["compile_seconds"] for row in rows})
-    # A prefill and a loop; the loop; a loop and two prefills beside the second cache.
+    # A prefill and a loop; the loop; a loop and two prefills next to the second cache.
     assert charged[0] == charged[1] == {"ar": 2, "s3d": 1, "two-model": 3}
 
 
