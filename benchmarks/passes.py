@@ -28,7 +28,7 @@ import numpy as np
 
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.decoding.state import DecodeSpec, Inputs, init_state
 from s3d_jax.decoding.step import verify_pass
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.lm import LM
@@ -138,7 +138,7 @@ def pass_runs(
         return jnp.argmax(logits, axis=-1), state.replace(cache=cache)
 
     def draft(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
-        proposal = spec.drafter.propose(spec, params, draft_params, state, None)
+        proposal = spec.drafter.propose(Inputs(spec, params, draft_params, state))
         return proposal.tokens, state.replace(cache=proposal.cache)
 
     holder = [state]

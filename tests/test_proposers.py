@@ -12,7 +12,7 @@ import s3d_jax
 from s3d_jax.commands import main as cli
 from s3d_jax.decoding import sizes
 from s3d_jax.decoding.sampling import SamplingConfig, batch_sampling
-from s3d_jax.decoding.state import DecodeSpec
+from s3d_jax.decoding.state import DecodeSpec, Inputs
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.prompt_lookup import PromptLookup
@@ -116,7 +116,7 @@ def test_prompt_lookup_against_plain_python():
         tokens = jnp.where(jnp.arange(64) < lengths[:, None], state.tokens, scratch)
         cache = state.cache.replace(length=jnp.asarray(lengths - 1))
         state = state.replace(cache=cache, tokens=tokens)
-        proposal = spec.drafter.propose(spec, {}, None, state, 50)
+        proposal = spec.drafter.propose(Inputs(spec, {}, None, state, 50))
         expected = [lookup(p, 5, ngram) for p in prompts]
         assert np.asarray(proposal.tokens).tolist() == expected
         assert proposal.logits is None

@@ -138,7 +138,8 @@ def drafter_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> type[Drafter
     """A drafter from (position of the first draft token [B], γ) -> tokens [B, γ]."""
 
     class FromFunction(Drafter):
-        def propose(self, spec, params, drafter_params, state, visible) -> Proposal:
-            return Proposal(tokens_at(state.cache.length + 1, spec.gamma), None, state.cache)
+        def propose(self, inputs) -> Proposal:
+            cache = inputs.state.cache
+            return Proposal(tokens_at(cache.length + 1, self.gamma), None, cache)
 
     return FromFunction

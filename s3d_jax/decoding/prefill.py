@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, DrafterProtocol
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposer
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import fill_cache
 from s3d_jax.settings.model import ModelConfig
@@ -53,7 +53,7 @@ prefill_jit: Any = jax.jit(
 
 @functools.partial(jax.jit, static_argnames=("drafter", "visible"), donate_argnames="state")
 def _prefill_drafter(
-    drafter: DrafterProtocol,
+    drafter: Proposer,
     params: Any,
     tokens: jax.Array,
     state: Any,

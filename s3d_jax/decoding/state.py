@@ -5,7 +5,7 @@ Everything here is below `step` (which decodes) and below the drafters (which pr
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -76,40 +76,53 @@ class Proposal(NamedTuple):
     drafter: Any = None
 
 
-class DrafterProtocol(Protocol):
+class Proposer:
     """What decoding asks of a drafter: a static, hashable value with pure functions.
 
-    `s3d_jax.drafters.base.Drafter` is the base class that adds how users choose one.
+    Proposals need not be correct: verification guarantees the target's output. What a proposer
+    writes into caches after the committed tokens is scratch.
     """
 
     @property
     def gamma(self) -> int:
         """Draft tokens per iteration, γ."""
+        raise NotImplementedError
 
     @property
     def keeps_state(self) -> bool:
-        """Whether `init` gives a state."""
+        """Whether it has a state of its own, made by `init`."""
+        return type(self).init is not Proposer.init
 
     def init(self, plan: SlotPlan) -> Any:
-        """The drafter's own state before prefill, a PyTree of arrays, or None."""
+        """The proposer's own state before prefill, a PyTree of arrays; None keeps nothing."""
+        return None
 
     def prefill(
         self, params: Any, state: Any, tokens: jax.Array, offset: jax.Array, visible: int
     ) -> Any:
-        """The drafter's state after positions offset … offset+T-1 of tokens [B, T]."""
+        """The state after a chunk of the prompts; called only if there is a state.
 
-    def propose(
-        self,
-        spec: "DecodeSpec",
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
-        """γ draft tokens for each row."""
+        Args:
+            params: the proposer's own parameters.
+            state: before the chunk.
+            tokens: int32 [B, T], at positions offset … offset+T-1.
+            offset: int scalar.
+            visible: static, slots that are read.
+        """
+        return state
+
+    def propose(self, inputs: "Inputs") -> Proposal:
+        """γ draft tokens for each row, and the distributions they were drawn from."""
+        raise NotImplementedError
 
     def update(self, state: DecodeState, accepted: jax.Array) -> Any:
-        """The drafter's state after an iteration that accepted int32 [B] tokens was committed."""
+        """The proposer's state after an iteration was committed.
+
+        Args:
+            state: after the commit.
+            accepted: int32 [B], accepted draft tokens.
+        """
+        return state.drafter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +139,7 @@ class DecodeSpec:
     """
 
     config: ModelConfig
-    drafter: DrafterProtocol | None = None
+    drafter: Proposer | None = None
     features: SamplingFeatures = SamplingFeatures()
     stop_ids: tuple[int, ...] = ()
     costs: PassCosts | None = None
@@ -138,6 +151,24 @@ class DecodeSpec:
     def gamma(self) -> int:
         """Draft tokens per iteration; 0 for AR."""
         return 0 if self.drafter is None else self.drafter.gamma
+
+
+class Inputs(NamedTuple):
+    """Inputs of one iteration.
+
+    Attributes:
+        spec: the program (static).
+        params: the target's parameters.
+        drafter_params: the drafter's.
+        state: how far decoding is.
+        visible: static, slots of the cache that are read; None is all.
+    """
+
+    spec: DecodeSpec
+    params: Params
+    drafter_params: Any
+    state: DecodeState
+    visible: int | None = None
 
 
 def init_state(

@@ -18,6 +18,7 @@ from s3d_jax.decoding.state import (
     RNG_BONUS,
     DecodeSpec,
     DecodeState,
+    Inputs,
     Proposal,
     last_token,
     process,
@@ -128,7 +129,7 @@ def step(
     """
     if spec.drafter is None:
         return _plain_step(spec, params, state, visible)
-    proposal = spec.drafter.propose(spec, params, drafter_params, state, visible)
+    proposal = spec.drafter.propose(Inputs(spec, params, drafter_params, state, visible))
     state = state.replace(cache=proposal.cache, drafter=proposal.drafter)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
     return _verify_and_commit(spec, params, state, proposal, drafting_rows, visible)

@@ -13,7 +13,7 @@ from s3d_jax.decoding.state import (
     RNG_DRAFT,
     DecodeSpec,
     DecodeState,
-    Proposal,
+    Proposer,
     process,
     row_keys,
 )
@@ -67,13 +67,11 @@ class Choice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drafter:
-    """Proposes γ tokens per iteration. A static, hashable value: equal ones share programs.
+class Drafter(Proposer):
+    """A proposer with settings, as users choose it by the name of its method.
 
-    A subclass is one method of decoding: it names itself, lists its options, and implements
-    `propose`; `registry.register` makes it available everywhere. Proposals need not be correct:
-    verification guarantees the target's output. What a drafter writes into caches after the
-    committed tokens is scratch.
+    A subclass names itself, lists its options, and implements `propose`; `registry.register` makes
+    it available everywhere. Equal drafters share programs.
 
     Attributes:
         settings: a frozen record (`settings.records.Record`) with at least `gamma`.
@@ -85,8 +83,6 @@ class Drafter:
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ("gamma",)
-
-    # --- how users choose it ----------------------------------------------------------------------
 
     @classmethod
     def default_settings(cls, target: Target) -> Any:
@@ -132,63 +128,9 @@ class Drafter:
         weights = sum(size for key, size in own.items() if key not in shared)
         return weights + sum(x.size * x.dtype.itemsize for x in state)
 
-    # --- what decoding asks of it (`decoding.state.DrafterProtocol`) ------------------------------
-
     @property
     def gamma(self) -> int:
-        """Draft tokens per iteration, γ."""
         return self.settings.gamma
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether it has a state of its own."""
-        return type(self).init is not Drafter.init
-
-    def init(self, plan: SlotPlan) -> Any:
-        """The drafter's own state before prefill, a PyTree of arrays; None keeps nothing."""
-        return None
-
-    def prefill(
-        self, params: Any, state: Any, tokens: jax.Array, offset: jax.Array, visible: int
-    ) -> Any:
-        """The drafter's state after a chunk of the prompts; called only if there is a state.
-
-        Args:
-            params: its own parameters.
-            state: before the chunk.
-            tokens: int32 [B, T], at positions offset … offset+T-1.
-            offset: int scalar.
-            visible: static, slots that are read.
-        """
-        return state
-
-    def propose(
-        self,
-        spec: DecodeSpec,
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
-        """γ draft tokens for each row, and the distributions they were drawn from.
-
-        Args:
-            spec: the program; `spec.config` is the target.
-            params: the target's.
-            drafter_params: what `params` gave.
-            state: how far decoding is.
-            visible: static, slots of the cache that are read; None is all.
-        """
-        raise NotImplementedError
-
-    def update(self, state: DecodeState, accepted: jax.Array) -> Any:
-        """The drafter's state after an iteration was committed.
-
-        Args:
-            state: after the commit.
-            accepted: int32 [B], accepted draft tokens.
-        """
-        return state.drafter
 
 
 def pick_tokens(

@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal
+from s3d_jax.decoding.state import Inputs, Proposal
 from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.settings.drafting import PromptLookupConfig
-from s3d_jax.weights.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +32,8 @@ class PromptLookup(Drafter):
     def candidates(cls, target: Target) -> list[dict[str, Any]]:
         return [{"gamma": gamma} for gamma in (2, 4, 8)]
 
-    def propose(
-        self,
-        spec: DecodeSpec,
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
+    def propose(self, inputs: Inputs) -> Proposal:
+        state, visible = inputs.state, inputs.visible
         n = state.cache.length[:, None]
         tokens = state.tokens[:, :visible]
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -55,5 +48,5 @@ class PromptLookup(Drafter):
         found = (match == best) & (best > 0) & (slots < n)
         place = jnp.max(jnp.where(found, slots, -1), axis=1, keepdims=True)
         period = jnp.where(best > 0, n - place, 1)
-        at = n - period + 1 + jnp.arange(spec.gamma) % period
+        at = n - period + 1 + jnp.arange(self.gamma) % period
         return Proposal(jnp.take_along_axis(tokens, at, axis=1), None, state.cache)

@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 import jax
 
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, last_token
+from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.weights.formats import weight_format
-from s3d_jax.weights.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +68,16 @@ class S3D(Drafter):
             found["costs"] = "measured" if measured else "estimated"
         return found
 
-    def propose(
-        self,
-        spec: DecodeSpec,
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
+    def propose(self, inputs: Inputs) -> Proposal:
         logits, cache = forward(
-            spec.config,
-            params,
-            last_token(state),
-            state.cache,
+            inputs.spec.config,
+            inputs.params,
+            last_token(inputs.state),
+            inputs.state.cache,
             skip=self.settings.skip,
-            draft=drafter_params,
+            draft=inputs.drafter_params,
             num_masks=self.gamma - 1,
             bidirectional=self.settings.block_attention == "bidirectional",
-            visible=visible,
+            visible=inputs.visible,
         )
-        return Proposal(*pick_tokens(spec, logits, state), cache)
+        return Proposal(*pick_tokens(inputs.spec, logits, inputs.state), cache)

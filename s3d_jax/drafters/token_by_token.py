@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, last_token
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Drafter, Target, pick_tokens
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
-from s3d_jax.weights.trees import Params
 
 OnePass = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
 
@@ -48,14 +47,8 @@ class SelfSpeculative(Drafter):
     def described(self, target: Target, costs: Any) -> dict[str, Any]:
         return {"gamma": self.gamma, "skip": self.settings.skip}
 
-    def propose(
-        self,
-        spec: DecodeSpec,
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
+    def propose(self, inputs: Inputs) -> Proposal:
+        spec, params, _, state, visible = inputs
         skip = self.settings.skip
 
         def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -9,14 +9,13 @@ import numpy as np
 
 from s3d_jax.decoding.prefill import prefill_chunk
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal
+from s3d_jax.decoding.state import Inputs, Proposal
 from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.drafters.token_by_token import draft_token_by_token
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import TwoModelConfig
-from s3d_jax.weights.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +57,12 @@ class TwoModel(Drafter):
     ) -> KVCache:
         return prefill_chunk(self.settings.model, params, tokens, state, offset, visible)
 
-    def propose(
-        self,
-        spec: DecodeSpec,
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
+    def propose(self, inputs: Inputs) -> Proposal:
+        spec, _, params, state, visible = inputs
         model, n = self.settings.model, state.cache.length
 
         def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-            return forward(model, drafter_params, block, cache, visible=visible)
+            return forward(model, params, block, cache, visible=visible)
 
         # The first pass takes the last two tokens: if the last draft was accepted completely, this
         # model has not seen its last token yet. A prompt of one token has none before it: then the

@@ -21,7 +21,7 @@ import numpy as np
 
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposal, init_state, last_token
+from s3d_jax.decoding.state import DecodeSpec, Inputs, Proposal, init_state, last_token
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.s3d import S3D
@@ -29,7 +29,6 @@ from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.tune.acceptance import Skip, Texts
-from s3d_jax.weights.trees import Params
 
 _SECONDS = 0.05  # of one turn of one program, where the cache has room for so many iterations
 _STEP = 32  # slots; odd numbers of them are slower than what decoding uses
@@ -179,16 +178,10 @@ def num_programs(skips: Sequence[Skip], gammas: Sequence[int]) -> int:
 class _RepeatLast(Drafter):
     """Costs nothing: what remains of an iteration is the verify pass."""
 
-    def propose(
-        self,
-        spec: DecodeSpec,
-        params: Params,
-        drafter_params: Any,
-        state: DecodeState,
-        visible: int | None,
-    ) -> Proposal:
-        last = last_token(state)
-        return Proposal(jnp.broadcast_to(last, (last.shape[0], spec.gamma)), None, state.cache)
+    def propose(self, inputs: Inputs) -> Proposal:
+        last = last_token(inputs.state)
+        tokens = jnp.broadcast_to(last, (last.shape[0], self.gamma))
+        return Proposal(tokens, None, inputs.state.cache)
 
 
 def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:

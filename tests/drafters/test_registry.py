@@ -52,9 +52,10 @@ class Counting(Drafter):
     def prefill(self, params, state, tokens, offset, visible):
         return state | {"prefilled": state["prefilled"] + tokens.shape[1]}
 
-    def propose(self, spec, params, drafter_params, state, visible):
+    def propose(self, inputs):
+        state = inputs.state
         steps = jnp.arange(1, self.gamma + 1) * self.settings.step
-        tokens = (last_token(state) + steps) % drafter_params["vocab"]
+        tokens = (last_token(state) + steps) % inputs.drafter_params["vocab"]
         return Proposal(tokens, None, state.cache, state.drafter)
 
     def update(self, state, accepted):

@@ -10,7 +10,7 @@ import pytest
 from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.decoding.state import DecodeSpec, Inputs, init_state
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import draft_stream, target_stream
@@ -42,7 +42,7 @@ def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _propose(spec, params, draft, state):
-    return spec.drafter.propose(spec, params, draft, state, None)
+    return spec.drafter.propose(Inputs(spec, params, draft, state))
 
 
 def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
