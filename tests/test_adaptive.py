@@ -124,7 +124,7 @@ def test_no_more_is_lost_than_the_budget_and_the_attempts(accepted, draft):
     cost = PassCosts(draft, FAIR.verify).iteration(GAMMA)
     budget, gained, lowest, peak, attempts = adaptive.full_budget(1), 0.0, 0.0, 0.0, 0
     for a in accepted:
-        drafts = bool(budget.drafts[0])
+        drafts = bool(budget.drafting_rows[0])
         attempts += drafts and float(budget.steps[0]) == 0
         accepted_here = jnp.array([a if drafts else 0])
         budget = settle(cost, budget, jnp.array([drafts]), accepted_here, jnp.array([False]))
@@ -141,7 +141,7 @@ def test_no_more_is_lost_than_the_budget_and_the_attempts(accepted, draft):
 def test_a_losing_row_drafts_ever_more_rarely():
     budget, drafted = adaptive.full_budget(1), []
     for i in range(600):
-        drafts = bool(budget.drafts[0])
+        drafts = bool(budget.drafting_rows[0])
         drafted += [i] * drafts
         budget = settle(2.25, budget, jnp.array([drafts]), jnp.array([0]), jnp.array([False]))
     assert drafted == [*range(10), 16, 32, 64, 128, 256, 384, 512]

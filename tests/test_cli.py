@@ -12,6 +12,7 @@ import pytest
 import convert
 import s3d_jax
 from s3d_jax.commands.main import main
+from s3d_jax.engine.prompts import PromptEncoder
 
 STATS = """iterations drafted accepted tokens_per_iteration prefill_seconds decode_seconds
     compile_seconds peak_memory_bytes"""
@@ -172,15 +173,15 @@ def test_chat_refuses_wrong_options_before_the_first_question(
 
 def test_ctrl_c_before_an_answer_keeps_the_question(chatty, capsys, monkeypatch):
     """While a conversation is cut to the context, at the first question and at a later one."""
-    chat_prompt, seen = s3d_jax.LM.chat_prompt, []
+    encode_chat, seen = PromptEncoder.encode_chat, []
 
-    def interrupted(lm, messages):
+    def interrupted(encoder, messages):
         seen.append([m["content"] for m in messages])
         if len(seen) in (2, 4):  # the first one is before the first question
             raise KeyboardInterrupt
-        return chat_prompt(lm, messages)
+        return encode_chat(encoder, messages)
 
-    monkeypatch.setattr(s3d_jax.LM, "chat_prompt", interrupted)
+    monkeypatch.setattr(PromptEncoder, "encode_chat", interrupted)
     monkeypatch.setattr("sys.stdin", io.StringIO("Tom\nLily\nA cat\nA dog\n"))
     assert main(["chat", "--model", chatty, "--max-new-tokens", "5"]) == 0
     answer = capsys.readouterr().out.splitlines()[1]

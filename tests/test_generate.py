@@ -432,7 +432,7 @@ def test_prompt_lengths_within_a_bucket_share_all_programs(lengths, new_tokens, 
 def test_a_row_s_end_brings_no_smaller_program():
     lm = tiny_lm(max_position_embeddings=1024)
     lm.generate([[1] * 300, [1]], max_new_tokens=[5, 60], progress=lambda n: None)
-    assert len([key for key in lm.programs if key[0] is decode_jit]) == 1
+    assert len([function for function, _ in lm.programs if function is decode_jit]) == 1
 
 
 @pytest.mark.parametrize("method", ["ar", "s3d"])
@@ -442,7 +442,7 @@ def test_a_long_generation_reads_the_cache_in_stages(method):
     prompts = [[1, 2], [3] * 100]
     whole = lm.generate(prompts, max_new_tokens=[600, 30], method=method)
     assert [len(r.tokens) for r in whole] == [600, 30]
-    visible = [key[2] for key in lm.programs if key[0] is decode_jit]
+    visible = [static["visible"] for f, static in lm.programs if f is decode_jit]
     assert visible == [256, 512, 768]  # the last one is the whole cache
     # The cache of this run is small enough to be read whole; it must give the same tokens.
     short = lm.generate(prompts, max_new_tokens=30, method=method)

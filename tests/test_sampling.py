@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from s3d_jax.decoding import adaptive, sampling
 from s3d_jax.decoding.sampling import batch_sampling, warp
 from s3d_jax.decoding.step import Proposal
+from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.prompt_lookup import PromptLookup
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.drafters.token_by_token import SelfSpeculative
@@ -289,20 +290,22 @@ def test_hostile_drafts_do_not_bend_the_distribution():
     """A constant draft, and one that is sampled from a wrong distribution."""
     rows = [SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.6, top_k=3)]
 
-    def constant(spec, params, draft_params, state, visible):
-        tokens = jnp.full((state.tokens.shape[0], spec.gamma), 2, jnp.int32)
-        return Proposal(tokens, None, state.cache)
+    class Constant(Drafter):
+        def propose(self, inputs):
+            cache = inputs.state.cache
+            tokens = jnp.full((len(cache.length), self.gamma), 2, jnp.int32)
+            return Proposal(tokens, None, cache)
 
-    def skewed(spec, params, draft_params, state, visible):
-        batch = state.tokens.shape[0]
-        logits = jnp.broadcast_to(jnp.array([3.0, 0, -3, 2, 0, 1]), (batch, spec.gamma, VOCAB))
-        keys = jax.vmap(lambda k, n: jax.random.fold_in(k, n + 1000))(
-            state.sampling.keys, state.cache.length
-        )
-        return Proposal(sampling.categorical(keys, logits), logits, state.cache)
+    class Skewed(Drafter):
+        def propose(self, inputs):
+            cache, keys = inputs.state.cache, inputs.state.sampling.keys
+            shape = (len(cache.length), self.gamma, VOCAB)
+            logits = jnp.broadcast_to(jnp.array([3.0, 0, -3, 2, 0, 1]), shape)
+            keys = jax.vmap(lambda k, n: jax.random.fold_in(k, n + 1000))(keys, cache.length)
+            return Proposal(sampling.categorical(keys, logits), logits, cache)
 
-    for proposer in (constant, skewed):
-        for row, tokens in zip(rows, sampled_tokens(rows, proposer), strict=True):
+    for drafter in (Constant, Skewed):
+        for row, tokens in zip(rows, sampled_tokens(rows, drafter), strict=True):
             check_distribution(tokens, exact_distribution(row))
 
 

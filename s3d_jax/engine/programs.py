@@ -1,7 +1,7 @@
 """The compiled programs of a model."""
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,14 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self._programs: dict[Hashable, Any] = {}
+        self._programs: dict[tuple[Any, ...], Any] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """(function, static arguments) of each program, in the order of their compilation."""
+        return ((key[0], dict(key[1])) for key in self._programs)
 
     def clear(self) -> None:
         """Forgets all programs."""

@@ -127,7 +127,8 @@ def test_what_our_methods_need_is_computed():
     cache = 2 * 2 * 10 * slots * 4  # keys and values, 2 heads of 10, float32; of each layer
     assert needs["ar"] == needs["self-spec"] == size(lm.params) + 4 * cache
     assert needs["s3d"] == needs["ar"] + size(lm.draft_params)
-    assert needs["two-model"] == needs["ar"] + size(small.params) + cache
+    lengths = 2 * 4  # of the row and its prompt, in the second cache
+    assert needs["two-model"] == needs["ar"] + size(small.params) + cache + lengths
 
 
 def size(tree):

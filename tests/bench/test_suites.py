@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import s3d_jax
 from recipes.embedded_model.prepare import chats, split_stories
+from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.errors import InputError
 from s3d_jax.lm import EMBEDDED
 from s3d_jax.storage.tokenizer import read_tokenizer
@@ -24,7 +24,7 @@ def lm():
 def stub(tokenizer):
     model = SimpleNamespace(tokenizer=tokenizer, max_length=512, chat_eos_token_ids=(0, 3))
     model.config = SimpleNamespace(vocab_size=4096)
-    model.chat_prompt = lambda messages: s3d_jax.LM.chat_prompt(model, messages)
+    model.chat_prompt = PromptEncoder(None, tokenizer).encode_chat
     return model
 
 

@@ -50,8 +50,7 @@ def test_it_comes_back_and_loading_uses_it(model):
     assert len(result.stats.accepted_per_position) == 2
     (result,) = lm.generate([3, 1, 4], max_new_tokens=8, gamma=5, skip=OWN.skip)
     assert len(result.stats.accepted_per_position) == 5
-    statics = [dict(key[1]) for key in lm.programs._programs]
-    settings = {static["spec"].drafter.settings for static in statics if "spec" in static}
+    settings = {static["spec"].drafter.settings for _, static in lm.programs if "spec" in static}
     assert settings == {OWN.replace(gamma=2, skip=CHOICE.skip), OWN.replace(gamma=5)}
 
 
