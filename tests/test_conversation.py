@@ -9,8 +9,8 @@ from s3d_jax.engine.batch import UNLIMITED, Batch
 from s3d_jax.errors import InputError
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer
+from tests.engine.test_longrope import ROPE, TURN
 from tests.sampled import sampled
-from tests.test_batch import ROPE, TURN
 from tests.tiny import tiny_lm
 
 WINDOW = 5

@@ -23,7 +23,7 @@ from tests.tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config(num_layers=2)
 PARAMS = tiny_params(CONFIG)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
