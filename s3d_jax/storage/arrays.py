@@ -21,7 +21,7 @@ import numpy as np
 from s3d_jax.errors import CheckpointError
 from s3d_jax.storage.json_files import AGAIN
 
-# Arrays are written together until they have this many bytes: each batch makes one or two files.
+# Arrays are written together once they have this many bytes: each batch makes one file.
 _BATCH_BYTES = 2**25
 _MANIFEST = "manifest.ocdbt"
 
@@ -82,8 +82,8 @@ class ArrayWriter:
         import tensorstore as ts
 
         context = ts.Context({"file_io_sync": False})
-        # Without a transaction each array would be a commit, and each commit makes two files.
-        commit = ts.Transaction(atomic=False)
+        # Without a transaction each array is a commit, with files of its own.
+        commit = ts.Transaction(atomic=True)
         try:
             for path, array in self._batch.items():
                 # Values stay out of the tree's nodes: a damaged node would hide many arrays.

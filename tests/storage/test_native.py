@@ -148,20 +148,28 @@ def test_every_damaged_array_is_named(tmp_path):
     checkpoint.load(saved)
 
 
-def test_every_damaged_file_is_noticed(saved):
+def test_a_damaged_file_gives_an_error_or_the_right_values(saved):
     """Of every file of the store: some bits flipped, the end cut off, the file gone."""
     rng = np.random.default_rng(0)
+    noticed = []
     for file in stored_files(saved):
         good = file.read_bytes()
-        for damage in [*range(20), "end", "gone"]:
+        for damage in [*range(40), "end", "gone"]:
             flipped = bytearray(good)
             flipped[rng.integers(len(good))] ^= 1 << int(rng.integers(8))
             file.write_bytes(good[:-3] if damage == "end" else flipped)
             if damage == "gone":
                 file.unlink()
-            with pytest.raises(CheckpointError, match="weights"):
-                checkpoint.load(saved)
+            try:
+                loaded = checkpoint.load(saved)
+            except CheckpointError as error:
+                assert "weights" in str(error)
+                noticed.append(damage)
+            else:  # not every bit counts, such as the fill values in zarr's metadata
+                jax.tree.map(np.testing.assert_array_equal, loaded.params, PARAMS)
         file.write_bytes(good)
+    assert noticed.count("gone") == noticed.count("end") == len(stored_files(saved)) == 2
+    assert len(noticed) > 0.9 * 2 * 42
     checkpoint.load(saved)
 
 
@@ -181,9 +189,9 @@ def test_few_files_whatever_the_number_of_layers(tmp_path):
 
 
 def test_arrays_are_written_in_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(arrays, "_BATCH_BYTES", 1)
     checkpoint.save(tmp_path / "model", CONFIG, PARAMS)
-    assert len(stored_files(tmp_path / "model")) > 5
+    assert len(stored_files(tmp_path / "model")) == 6  # one per group, and the manifest
     loaded = checkpoint.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, PARAMS)
 
