@@ -136,26 +136,26 @@ def _convert(argv: list[str]) -> int:
     return 0
 
 
-def _print_dry_run(plan: "DryRun", out: str) -> None:
+def _print_dry_run(found: "DryRun", out: str) -> None:
     print(
-        f"{plan.name}: {plan.model_type}, {plan.num_params:,} parameters, to be written in "
-        f"{plan.config.precision}"
+        f"{found.name}: {found.model_type}, {found.num_params:,} parameters, to be written in "
+        f"{found.config.precision}"
     )
-    where = dict.fromkeys(plan.remote, ", to be downloaded") | dict.fromkeys(
-        plan.absent, ", not here: what it holds is taken from config.json and the index"
+    where = dict.fromkeys(found.remote, ", to be downloaded") | dict.fromkeys(
+        found.absent, ", not here: what it holds is taken from config.json and the index"
     )
-    for file, size in plan.files.items():
+    for file, size in found.files.items():
         print(f"  read       {file}: {_size(size)}{where.get(file, '')}")
-    print(f"  read       of these, {_size(plan.num_read)} of weights")
-    for line in _counted(plan.unneeded):
+    print(f"  read       of these, {_size(found.num_read)} of weights")
+    for line in _counted(found.unneeded):
         print(f"  skip       {line} (s3d-convert inspect lists them)")
-    if plan.drafts:
-        print(f"  drafts     {', '.join(plan.drafts)}")
-    print(f"  tokenizer  {', '.join(plan.tokenizer) or 'none: the model would take token ids'}")
+    if found.drafts:
+        print(f"  drafts     {', '.join(found.drafts)}")
+    print(f"  tokenizer  {', '.join(found.tokenizer) or 'none: the model would take token ids'}")
     print(
-        f"  write      {out}: {_size(plan.num_written)}; the disk has {_size(plan.num_free)} free"
+        f"  write      {out}: {_size(found.num_written)}; the disk has {_size(found.num_free)} free"
     )
-    print(f"  memory     about {_size(plan.memory)}")
+    print(f"  memory     about {_size(found.memory)}")
     print("a dry run: nothing was written")
 
 

@@ -10,7 +10,7 @@ from convert.families import Part, native_shape
 from convert.options import ConversionOptions
 from convert.sources.base import CHUNK, FLOATS, UNKNOWN, is_file
 from convert.sources.open import NATIVE, open_origin
-from convert.target import ConversionTarget, open_target, weight_files
+from convert.target import ConversionTarget, open_target
 from s3d_jax.drafters.stored import read_draft
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.staging import check_replaceable, check_space, free_space
@@ -75,8 +75,7 @@ def dry_run(
     for name in origin.drafts:
         read_draft(origin.path, name, target.config, weights=False)
     check_space(out, target.num_bytes)
-    files = weight_files(origin)
-    away = [file for file in files if origin.format != NATIVE and not is_file(file)]
+    away = [file for file in origin.files if origin.format != NATIVE and not is_file(file)]
     return DryRun(
         name=origin.name,
         model_type=origin.model_type,
@@ -84,7 +83,7 @@ def dry_run(
         num_params=target.num_params,
         files={
             file: origin.remote.get(file.name) if file in away else _size_on_disk(file)
-            for file in files
+            for file in origin.files
         },
         remote=tuple(file for file in away if file.name in origin.remote),
         absent=tuple(file for file in away if file.name not in origin.remote),

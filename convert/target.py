@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,7 +156,7 @@ class ConversionTarget:
             array = np.empty(native_shape(parts), FLOATS[self.config.dtype])
             for part, piece in pieces(parts, array):
                 source.read(part.name, piece)
-                if not is_finite(piece):
+                if not _is_finite(piece):
                     raise ConversionError(
                         f"{part.name} in {source.tensors[part.name].file} holds infinities or NaN: "
                         f"it is damaged; {base.AGAIN}"
@@ -193,13 +192,8 @@ def open_target(
         )
     tokenizer = origin.tokenizer.path if origin.tokenizer else None
     # Its files too: they may be links to another folder.
-    check_apart(out, origin.path, tokenizer, *weight_files(origin))
+    check_apart(out, origin.path, tokenizer, *origin.files)
     return ConversionTarget.of(origin, options.dtype, options.quantization)
-
-
-def weight_files(origin: Origin) -> list[Path]:
-    """The files that hold the tensors."""
-    return sorted({tensor.file for tensor in origin.source.tensors.values()})
 
 
 def is_rounded(stored: tuple[str, ...], config: ModelConfig) -> bool:
@@ -225,7 +219,7 @@ def _equal(source: Source, a: str, b: str) -> bool:
     return True
 
 
-def is_finite(array: np.ndarray) -> bool:
+def _is_finite(array: np.ndarray) -> bool:
     """Tests the bits, in a fifth of the time of numpy's function for bfloat16."""
     unsigned = f"u{array.dtype.itemsize}"
     infinity = np.array(np.inf, array.dtype).view(unsigned)

@@ -1,11 +1,11 @@
 """Strict reading of a HF config.json: what no family understands is an error."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from s3d_jax.errors import ConfigError
 from s3d_jax.settings.model import MAX_LAYERS, MAX_SIZE
+from s3d_jax.settings.records import is_integer, is_positive
 
 
 def _names(text: str) -> frozenset[str]:
@@ -41,13 +41,6 @@ _HARMLESS_IF_OFF = _names(
 )
 
 _MAX_LISTED = 20  # unknown fields
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer past the largest float
-        return False
 
 
 class Fields:
@@ -98,7 +91,7 @@ class Fields:
         value = self.take(name, default)
         if value is None:
             raise self.error(f"{name} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
+        if not is_integer(value) or not least <= value <= limit:
             message = f"{name} must be an integer from {least} to {limit}, got {value!r:.80}"
             raise self.error(message)
         return value
@@ -115,7 +108,7 @@ class Fields:
         value = self.take(name, default)
         if value is None:
             raise self.error(f"{name} is missing")
-        if not _is_finite(value) or value <= 0:
+        if not is_positive(value):
             raise self.error(f"{name} must be a number above 0, got {value!r:.80}")
         return value
 

@@ -17,6 +17,7 @@ from convert.tokenizer import TokenizerFolder, TokenizerSource, given_tokenizer
 from s3d_jax.drafters.stored import draft_names
 from s3d_jax.errors import ConfigError, ConversionError
 from s3d_jax.settings.model import DTYPES, ModelConfig
+from s3d_jax.settings.records import is_integer
 from s3d_jax.storage.native import FORMAT
 
 HF, LLAMA2C, NATIVE = "huggingface", "llama2.c", "native checkpoint"
@@ -53,6 +54,11 @@ class Origin:
     family: Family | None = None
     remote: Mapping[str, int] = dataclasses.field(default_factory=dict)
     drafts: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({tensor.file for tensor in self.source.tensors.values()})
 
     @property
     def model_type(self) -> str:
@@ -187,7 +193,7 @@ def _generation_config(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any
 def _check_eos(generation_config: Mapping[str, Any], config: ModelConfig) -> None:
     ids = generation_config.get("eos_token_id")
     for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < config.vocab_size:
+        if not is_integer(i) or not 0 <= i < config.vocab_size:
             raise ConfigError(
                 f"eos_token_id {i!r:.80} is no token of the vocabulary (0 to "
                 f"{config.vocab_size - 1}): correct it in a copy of the folder"
