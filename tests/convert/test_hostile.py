@@ -41,11 +41,11 @@ ADVICE = re.compile(
 
 
 def refused(source: Path, tmp_path: Path, *words: str) -> str:
-    """Converts; the refusal must contain the words, and say what to do."""
-    start = time.monotonic()
+    """Converts; the refusal must contain the words, say what to do, and take little CPU time."""
+    start = time.process_time()
     with pytest.raises(S3DError) as caught:
         convert.convert(source, tmp_path / "out", parity=False, progress=False)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert not list(tmp_path.glob("out*"))
     message = str(caught.value)
     for word in words:
@@ -697,8 +697,8 @@ def test_hostile_native_checkpoints(tmp_path, native, case):
     shutil.copytree(native, tmp_path / "native")
     damage, message = NATIVES[case]
     damage(tmp_path / "native")
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(S3DError, match=re.escape(message)) as caught:
         convert.export(tmp_path / "native", tmp_path / "out", progress=False)
-    assert time.monotonic() - start < 5 and len(str(caught.value)) < 10_000
+    assert time.process_time() - start < 5 and len(str(caught.value)) < 10_000
     assert not list(tmp_path.glob("out*"))
