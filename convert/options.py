@@ -5,8 +5,8 @@ import os
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from s3d_jax.settings.model import DTYPES, QUANTIZATIONS
-from s3d_jax.settings.options import Checked, option
-from s3d_jax.settings.records import check
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Checked, check
 
 if TYPE_CHECKING:
     Dtype: TypeAlias = str

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from s3d_jax.errors import InputError
-from s3d_jax.settings.options import flag_of, kind_of
+from s3d_jax.settings.options import flag_of
+from s3d_jax.settings.records import kind_of
 
 T = TypeVar("T")
 RAW = argparse.RawDescriptionHelpFormatter

@@ -12,7 +12,8 @@ from s3d_jax.commands.arguments import RAW, add_options, build
 from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
-from s3d_jax.settings.options import Checked, option
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Checked
 
 if TYPE_CHECKING:
     from s3d_jax.bench.contestants import Contestant

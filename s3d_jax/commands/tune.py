@@ -11,7 +11,8 @@ from typing import Any, Literal
 from s3d_jax.commands.arguments import RAW, add_options, build
 from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.errors import InputError
-from s3d_jax.settings.options import Checked, option
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Checked
 
 _MOST = 64  # draft tokens; far more than ever pays off
 

@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.settings.records import Record, check, is_integer, is_positive
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Record, check, is_positive
 
 MAX_NGRAM = 64
 
@@ -72,10 +73,6 @@ class DraftConfig(Record):
             f"skip must hold only True and False, got {self.skip}",
         )
         check(not all(self.skip), f"skip {self.skip} keeps no layer; the draft needs at least one")
-        check(
-            self.block_attention in ("causal", "bidirectional"),
-            f"block_attention must be 'causal' or 'bidirectional', got {self.block_attention!r}",
-        )
 
     def validate_for(self, config: ModelConfig) -> None:
         """Raises ConfigError unless `skip` has one entry per layer of the model."""
@@ -99,12 +96,11 @@ class PassCosts(Record):
         verify: the verify pass with w draft tokens, w = 0 … γ. With none it is a step: 1.
     """
 
-    draft: float
-    verify: tuple[float, ...]
+    draft: float = option(above=0)
+    verify: tuple[float, ...] = option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(is_positive(self.draft), f"the cost of a pass must be > 0, got {self.draft!r}")
         check(
             isinstance(self.verify, tuple)
             and len(self.verify) >= 2
@@ -178,15 +174,11 @@ class PromptLookupConfig(Record):
     """
 
     gamma: int = 4
-    ngram: int = 3
+    ngram: int = option(3, least=1, most=MAX_NGRAM)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_gamma(self.gamma)
-        check(
-            is_integer(self.ngram) and 1 <= self.ngram <= MAX_NGRAM,
-            f"ngram must be an integer from 1 to {MAX_NGRAM}, got {self.ngram!r}",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +203,6 @@ DrafterSettings = DraftConfig | PromptLookupConfig | TwoModelConfig
 
 def _check_gamma(gamma: Any) -> None:
     check(
-        is_integer(gamma) and gamma >= 1,
+        gamma >= 1,
         f"gamma must be an integer >= 1, got {gamma!r}; for no speculation use method='ar'",
     )

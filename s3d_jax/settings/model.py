@@ -7,7 +7,8 @@ feed-forward width, V vocabulary, N query heads, K key/value heads, H head size.
 import dataclasses
 from typing import Any, Self
 
-from s3d_jax.settings.records import Record, check, is_finite, is_integer, is_positive
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Record, check, is_integer, is_positive
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -40,51 +41,28 @@ class RopeConfig(Record):
             "longrope").
     """
 
-    type: str = "default"
-    theta: float = 10000.0
-    rotary_fraction: float = 1.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int | None = None
+    type: str = option("default", choices=ROPE_TYPES)
+    theta: float = option(10000.0, above=1)
+    rotary_fraction: float = option(1.0, above=0, most=1)
+    factor: float = option(1.0, above=0)
+    low_freq_factor: float = option(1.0, above=0)
+    high_freq_factor: float = option(4.0, above=0)
+    original_max_position_embeddings: int | None = option(None, above=1, most=MAX_SIZE)
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
+    beta_fast: float = option(32.0, above=0)
+    beta_slow: float = option(1.0, above=0)
+    attention_factor: float = option(1.0, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.type in ROPE_TYPES, f"rope type {self.type!r} is unknown; known are {ROPE_TYPES}"
-        )
-        for name in (
-            "theta",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-        ):
-            value = getattr(self, name)
-            check(is_positive(value), f"rope {name} must be > 0, got {value!r}")
-        check(self.theta > 1, f"rope theta must be > 1, got {self.theta!r}")
         for name in ("short_factors", "long_factors"):
             values = getattr(self, name)
             check(
                 isinstance(values, tuple) and all(is_positive(value) for value in values),
                 f"rope {name} must be a list of numbers > 0, got {values!r:.80}",
             )
-        check(
-            is_positive(self.rotary_fraction) and self.rotary_fraction <= 1,
-            f"rotary_fraction must be in (0, 1], got {self.rotary_fraction!r}",
-        )
         original = self.original_max_position_embeddings
-        check(
-            original is None or (is_integer(original) and 1 < original <= MAX_SIZE),
-            f"original_max_position_embeddings must be an integer > 1, got {original!r:.80}",
-        )
         if self.type in ("dynamic", "llama3", "yarn", "longrope"):
             check(
                 original is not None,
@@ -144,17 +122,17 @@ class ModelConfig(Record):
             that the weight format decides; int8 needs it.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
+    vocab_size: int = option(least=1, most=MAX_SIZE)
+    hidden_size: int = option(least=1, most=MAX_SIZE)
+    intermediate_size: int = option(least=1, most=MAX_SIZE)
+    num_layers: int = option(least=1, most=MAX_LAYERS)
+    num_heads: int = option(least=1, most=MAX_SIZE)
+    num_kv_heads: int = option(least=1, most=MAX_SIZE)
+    head_dim: int = option(least=1, most=MAX_HEAD_DIM)
+    max_position_embeddings: int = option(2048, least=1, most=MAX_SIZE)
     rope: RopeConfig = RopeConfig()
-    norm_eps: float = 1e-5
-    activation: str = "silu"
+    norm_eps: float = option(1e-5, above=0)
+    activation: str = option("silu", choices=ACTIVATIONS)
     tie_embeddings: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -165,99 +143,36 @@ class ModelConfig(Record):
     pre_norms: bool = True
     post_norms: bool = False
     embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_divisor: float = 1.0
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
+    residual_scale: float = option(1.0, above=0)
+    logit_divisor: float = option(1.0, above=0)
+    attention_scale: float | None = option(None, above=0)
+    attention_softcap: float | None = option(None, above=0)
+    logit_softcap: float | None = option(None, above=0)
     sliding_window: tuple[int | None, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
     local_rope: RopeConfig | None = None
-    dtype: str = "float32"
+    dtype: str = option("float32", choices=DTYPES)
     quantization: str | None = None
     exact_sums: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_sizes()
-        self._check_switches()
-        self._check_positions()
-
-    def _check_sizes(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            limit = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
-            check(
-                is_integer(value) and 0 < value <= limit,
-                f"{name} must be a positive integer up to {limit}, got {value!r:.80}",
-            )
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of "
             f"num_kv_heads ({self.num_kv_heads})",
-        )
-
-    def _check_switches(self) -> None:
-        check(
-            self.activation in ACTIVATIONS,
-            f"activation {self.activation!r} is unknown; known are {ACTIVATIONS}",
-        )
-        check(
-            isinstance(self.dtype, str) and self.dtype in DTYPES,
-            f"dtype {self.dtype!r} is unknown; known are {DTYPES}",
         )
         check(
             self.quantization in (None, *QUANTIZATIONS),
             f"quantization must be None or one of {tuple(QUANTIZATIONS)}, "
             f"got {self.quantization!r:.80}",
         )
-        check(
-            self.exact_sums in (None, True, False) and not is_integer(self.exact_sums),
-            f"exact_sums must be True, False or None, got {self.exact_sums!r:.80}",
-        )
-        for name in (
-            "tie_embeddings",
-            "qkv_bias",
-            "attention_out_bias",
-            "mlp_bias",
-            "qk_norm",
-            "qk_norm_joint",
-            "pre_norms",
-            "post_norms",
-        ):
-            value = getattr(self, name)
-            check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
         check(self.qk_norm or not self.qk_norm_joint, "qk_norm_joint is True, and qk_norm is False")
         check(
             self.pre_norms or self.post_norms,
             "pre_norms and post_norms are both False: nothing would be normalised",
         )
-        for name in ("norm_eps", "residual_scale", "logit_divisor"):
-            value = getattr(self, name)
-            check(is_positive(value), f"{name} must be > 0, got {value!r}")
-        for name in ("norm_offset", "embedding_scale"):
-            value = getattr(self, name)
-            check(is_finite(value), f"{name} must be a number, got {value!r}")
-        scale = self.attention_scale
-        check(
-            scale is None or is_positive(scale),
-            f"attention_scale must be a number > 0, or None for 1/sqrt(H), got {scale!r}",
-        )
-        for name in ("attention_softcap", "logit_softcap"):
-            value = getattr(self, name)
-            check(
-                value is None or is_positive(value),
-                f"{name} must be a number > 0, or None for no cap, got {value!r}",
-            )
+        self._check_positions()
 
     def _check_positions(self) -> None:
         for name in ("sliding_window", "rope_layers"):

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import numbers
+import operator
+import types
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 from s3d_jax.errors import ConfigError
 
@@ -48,14 +50,63 @@ def is_positive(value: Any) -> bool:
     return is_finite(value) and value > 0
 
 
-class Record:
+_KINDS = {
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    int: (is_integer, "an integer"),
+    float: (is_finite, "a number"),
+}
+_BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def kind_of(field: dataclasses.Field[Any]) -> Any:
+    """The type of a field; of `X | None` it is X."""
+    kind: Any = field.type
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+class Checked:
+    """Base of settings whose fields are checked by their types, choices and bounds.
+
+    Choices are those of a Literal type or of `settings.options.option`, which also sets bounds.
+    None passes where the type allows it.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a wrong value; the message names the field and its option."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, kind, facts = getattr(self, field.name), kind_of(field), field.metadata
+            if value is None and kind is not field.type:
+                continue
+            name = f"{field.name} ({facts['flag']})" if facts.get("flag") else field.name
+            literal = get_args(kind) if get_origin(kind) is Literal else ()
+            if choices := facts.get("choices") or literal:
+                known = any(type(value) is type(c) and value == c for c in choices)
+                check(known, f"{name} must be one of {tuple(choices)}, got {value!r:.80}")
+            elif kind in _KINDS:
+                fits, words = _KINDS[kind]
+                check(fits(value), f"{name} must be {words}, got {value!r:.80}")
+            bounds = {k: facts[k] for k in _BOUNDS if k in facts}
+            if not all(_BOUNDS[k][0](value, bound) for k, bound in bounds.items()):
+                limits = " and ".join(f"{_BOUNDS[k][1]} {bound}" for k, bound in bounds.items())
+                raise ConfigError(f"{name} must be {limits}, got {value!r:.80}")
+
+
+class Record(Checked):
     """Base of frozen dataclasses: converts to and from JSON and refuses unknown fields."""
 
     def __post_init__(self) -> None:
-        """Turns lists into tuples and numpy's numbers into Python's: hashable, valid JSON."""
+        """Turns lists into tuples and numpy's numbers into Python's, and checks the fields."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = _frozen(plain(getattr(self, field.name)))
             object.__setattr__(self, field.name, value)
+        super().__post_init__()
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:

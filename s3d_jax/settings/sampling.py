@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from s3d_jax.settings.options import option
-from s3d_jax.settings.records import Record, check, is_finite, is_integer, is_positive
+from s3d_jax.settings.records import Record, check, is_finite, is_integer
 
 _LARGEST = 1e30  # of a temperature, bias or penalty: what they are multiplied to fits float32
+_PENALTY: Any = dict(least=-_LARGEST, most=_LARGEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,44 +33,17 @@ class SamplingConfig(Record):
     Temperature, biases and penalties are bounded, so that no step of it leaves float32.
     """
 
-    temperature: float = option(0.0, "0 is greedy", metavar="T")
-    top_k: int = option(0, "0 is off", metavar="K")
-    top_p: float = option(1.0, "1 is off", metavar="P")
-    min_p: float = option(0.0, "0 is off", metavar="P")
-    repetition_penalty: float = option(1.0, "1 is off", metavar="R")
-    presence_penalty: float = option(0.0, "0 is off", metavar="P")
-    frequency_penalty: float = option(0.0, "0 is off", metavar="P")
+    temperature: float = option(0.0, "0 is greedy", metavar="T", least=0, most=_LARGEST)
+    top_k: int = option(0, "0 is off", metavar="K", least=0, below=2**31)
+    top_p: float = option(1.0, "1 is off", metavar="P", above=0, most=1)
+    min_p: float = option(0.0, "0 is off", metavar="P", least=0, most=1)
+    repetition_penalty: float = option(1.0, "1 is off", metavar="R", least=1e-6, most=1e6)
+    presence_penalty: float = option(0.0, "0 is off", metavar="P", **_PENALTY)
+    frequency_penalty: float = option(0.0, "0 is off", metavar="P", **_PENALTY)
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            is_finite(self.temperature) and 0 <= self.temperature <= _LARGEST,
-            f"temperature must be a number >= 0, up to 1e30, got {self.temperature!r}",
-        )
-        check(
-            is_integer(self.top_k) and 0 <= self.top_k < 2**31,
-            f"top_k must be an integer >= 0 (0 is off), got {self.top_k!r}",
-        )
-        check(
-            is_positive(self.top_p) and self.top_p <= 1,
-            f"top_p must be in (0, 1], got {self.top_p!r}",
-        )
-        check(
-            is_finite(self.min_p) and 0 <= self.min_p <= 1,
-            f"min_p must be in [0, 1], got {self.min_p!r}",
-        )
-        check(
-            is_finite(self.repetition_penalty) and 1e-6 <= self.repetition_penalty <= 1e6,
-            "repetition_penalty must be a number > 0, from 1e-6 to 1e6, "
-            f"got {self.repetition_penalty!r}",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            check(
-                is_finite(value) and abs(value) <= _LARGEST,
-                f"{name} must be a number within ±1e30, got {value!r}",
-            )
         self._check_bias()
 
     def _check_bias(self) -> None:

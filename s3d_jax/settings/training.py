@@ -5,8 +5,8 @@ from typing import Literal
 
 from s3d_jax.settings.drafting import DraftConfig, parse_skip, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.settings.options import Checked, option
-from s3d_jax.settings.records import check
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Checked, check
 
 
 @dataclasses.dataclass(frozen=True)

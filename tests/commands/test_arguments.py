@@ -10,7 +10,8 @@ import pytest
 
 from s3d_jax.commands.arguments import add_options, build, given, refuse
 from s3d_jax.errors import ConfigError, InputError
-from s3d_jax.settings.options import Checked, option
+from s3d_jax.settings.options import option
+from s3d_jax.settings.records import Checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def test_options_without_effect_are_refused():
         (dict(count=0), r"^count must be at least 1 and below 10, got 0$"),
         (dict(count=10), "below 10"),
         (dict(share=0.0), "share must be above 0, got 0.0"),
-        (dict(share=float("nan")), "share must be above 0, got nan"),
+        (dict(share=float("nan")), "share must be a number, got nan"),
         (dict(kind="c"), r"kind must be one of \('a', 'b'\), got 'c'"),
         (dict(hidden=4), "hidden must be at least 5"),
     ],

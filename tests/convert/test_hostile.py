@@ -678,9 +678,9 @@ def setting(**changes: Any) -> Damage:
 
 
 NATIVES: dict[str, tuple[Damage, str]] = {
-    "vocab_size": (setting(vocab_size=10**30), "vocab_size must be a positive integer"),
-    "num_layers": (setting(num_layers=10**6), "num_layers must be a positive integer up to 4096"),
-    "head_dim": (setting(head_dim=2**31 - 2), "head_dim must be a positive integer up to 65536"),
+    "vocab_size": (setting(vocab_size=10**30), "vocab_size must be at least 1 and at most"),
+    "num_layers": (setting(num_layers=10**6), "num_layers must be at least 1 and at most 4096"),
+    "head_dim": (setting(head_dim=2**31 - 2), "head_dim must be at least 1 and at most 65536"),
     "sliding_window": (setting(sliding_window=[HUGE] * 3), "sliding_window entries"),
     "another width": (setting(hidden_size=2**31 - 1), "does not fit its own config"),
     "nested config": (lambda folder: text(folder / "config.json"), "config.json is not valid JSON"),

@@ -162,7 +162,7 @@ def test_drafting_copies_no_cache(method):
         (dict(method="lookahead"), "method must be one of"),
         (dict(method="prompt-lookup", gamma=0), "gamma must be an integer >= 1"),
         (dict(method="two-model", gamma=0), "gamma must be an integer >= 1"),
-        (dict(method="prompt-lookup", ngram=0), "ngram must be an integer from 1 to 64, got 0"),
+        (dict(method="prompt-lookup", ngram=0), "ngram must be at least 1 and at most 64, got 0"),
         (dict(method="ar", ngram=0), "ngram must be"),
         (dict(method="self-spec", ngram=2), "'self-spec' has no ngram; it has gamma, skip"),
         (dict(method="prompt-lookup", skip=WHOLE), "has no skip; it has gamma, ngram"),

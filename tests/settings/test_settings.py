@@ -65,7 +65,7 @@ def test_model_config_refuses(change, message):
     [
         ({"type": "ntk"}, "'ntk'"),
         ({"theta": 0}, "theta"),
-        ({"theta": 1}, "theta must be > 1"),
+        ({"theta": 1}, "theta must be above 1"),
         ({"type": "linear", "factor": -1}, "factor"),
         ({"rotary_fraction": 1.5}, "rotary_fraction"),
         ({"rotary_fraction": "x"}, "rotary_fraction"),

@@ -155,7 +155,10 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--held-out", "1"), "held_out must be above 0 and below 1"),
         (("--held-out", "0.1", "--valid", "x"), "give one of them"),
         (("--next-token-weight", "1"), "--next-token-weight: belongs to --mode full, not adapter"),
-        (("--mode", "mask"), "--rank, --bridge-rank: belong to --mode adapter, not mask"),
+        (
+            ("--mode", "mask", "--rank", "4", "--bridge-rank", "8"),
+            "--rank, --bridge-rank: belong to --mode adapter, not mask",
+        ),
         (("--resume",), "holds no run to resume: start without --resume"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",

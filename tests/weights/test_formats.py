@@ -131,5 +131,5 @@ def test_what_exact_sums_may_be():
     del older["exact_sums"]
     assert ModelConfig.from_dict(older).exact_sums is None
     for value in (1, "yes"):
-        with pytest.raises(ConfigError, match="exact_sums must be True, False or None"):
+        with pytest.raises(ConfigError, match="exact_sums must be True or False"):
             tiny_config(exact_sums=value)
