@@ -8,6 +8,7 @@ until a drafter is chosen, so that the command line can list the methods at once
 import functools
 import importlib
 import importlib.metadata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax.errors import ConfigError
@@ -92,13 +93,23 @@ def option_names(method: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for m in _BUILT_IN for name in drafter_class(m).options))
 
 
-def choose(target: "Target", method: str, **options: Any) -> "Choice":
+def choose(
+    target: "Target",
+    method: str,
+    *,
+    gamma: int | None = None,
+    skip: Sequence[bool] | None = None,
+    adaptive: bool | None = None,
+    ngram: int | None = None,
+    **own: Any,
+) -> "Choice":
     """The drafter of a method with its settings.
 
     Args:
         target: the model.
         method: one of `method_names()`.
-        **options: gamma, skip, ngram, adaptive, …; None where they are not given.
+        gamma, skip, adaptive, ngram: options of the built-in drafters; None where not given.
+        **own: options of a drafter from outside.
 
     Raises:
         ConfigError: an unknown method, an option that it does not take, or a wrong value (of "ar"
@@ -108,6 +119,7 @@ def choose(target: "Target", method: str, **options: Any) -> "Choice":
 
     if method not in method_names():
         raise ConfigError(f"method must be one of {method_names()}, got {method!r}")
+    options = dict(gamma=gamma, skip=skip, adaptive=adaptive, ngram=ngram) | own
     given = {name: value for name, value in options.items() if value is not None}
     if foreign := sorted(set(given) - set(option_names(method))):
         raise ConfigError(

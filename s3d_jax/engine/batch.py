@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import init_state, restart
 from s3d_jax.decoding.step import decode_jit, statistics
 from s3d_jax.drafters.base import Target
-from s3d_jax.engine.options import check_options
+from s3d_jax.engine.options import GenerateOptions, check_options
 from s3d_jax.engine.programs import Programs, signature
 from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
@@ -53,7 +53,11 @@ class Batch:
     """
 
     def __init__(
-        self, engine: Engine, prompts: list[np.ndarray], kept: Kept | None = None, **options: Any
+        self,
+        engine: Engine,
+        prompts: list[np.ndarray],
+        kept: Kept | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> None:
         """Checks the options and allocates the caches.
 

@@ -64,7 +64,6 @@ class GenerateOptions(TypedDict, total=False):
 
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-_OTHERS = ("max_new_tokens", "method", "stop", "eos_token_ids", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +93,10 @@ def check_options(
     *,
     max_new_tokens: int | Sequence[int] = 128,
     method: str = registry.DEFAULT,
+    gamma: int | None = None,
+    skip: Sequence[bool] | None = None,
+    adaptive: bool | None = None,
+    ngram: int | None = None,
     stop: str | Sequence[str] = (),
     eos_token_ids: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
@@ -104,20 +107,21 @@ def check_options(
     Args:
         target: the model.
         rows: B.
-        max_new_tokens, method, stop, eos_token_ids, seed: see GenerateOptions.
-        **others: options of sampling and of the method.
+        max_new_tokens, method, gamma, skip, adaptive, ngram, stop, eos_token_ids, seed: see
+            GenerateOptions.
+        **others: sampling settings, and options that only a drafter from outside takes.
 
     Raises:
         InputError, ConfigError: an option that is unknown or out of range.
     """
     sampling = {name: others.pop(name) for name in _SAMPLING if name in others}
-    drafting = GenerateOptions.__annotations__.keys() - {*_SAMPLING, *_OTHERS}
-    if method in registry.method_names():
-        drafting |= {*registry.option_names(method)}
-    if unknown := sorted(set(others) - drafting):
-        known = sorted({*drafting, *_SAMPLING, *_OTHERS})
+    own = registry.option_names(method) if method in registry.method_names() else ()
+    if unknown := sorted(set(others) - set(own)):
+        known = sorted({*GenerateOptions.__annotations__, *own})
         raise ConfigError(f"unknown generation options {unknown}; known are {known}")
-    choice = registry.choose(target, method, **others)
+    choice = registry.choose(
+        target, method, gamma=gamma, skip=skip, adaptive=adaptive, ngram=ngram, **others
+    )
     new_tokens = _per_row("max_new_tokens", max_new_tokens, rows)
     if not all(is_integer(n) and n >= 1 for n in new_tokens):
         raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")

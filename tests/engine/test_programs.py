@@ -1,0 +1,35 @@
+"""A compiled program is kept under everything that it depends on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.engine.programs import Programs, signature
+
+
+def test_the_key_holds_structure_shapes_dtypes_and_shardings():
+    x = jnp.zeros((2, 3))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    trees = [x, {"a": x}, x.T, x.astype(jnp.int32), sharded]
+    assert len({signature(tree) for tree in trees}) == len(trees)
+    assert signature(x) == signature(jnp.ones((2, 3)))
+
+
+def test_equal_calls_share_a_program():
+    doubled = jax.jit(lambda x, times: x * times, static_argnames="times")
+    programs, x = Programs(), jnp.ones(3)
+    first, seconds = programs.get(doubled, {"times": 2}, {"x": x}, {})
+    again, nothing = programs.get(doubled, {"times": 2}, {"x": x + 1}, {})
+    assert again is first and seconds > 0 and nothing == 0
+    assert again(x=x).tolist() == [2, 2, 2]
+    for times, y in ((3, x), (2, jnp.ones(4))):
+        other, _ = programs.get(doubled, {"times": times}, {"x": y}, {})
+        assert other is not first and other(x=y).tolist() == [times] * len(y)
+    # A known signature is trusted and not computed again.
+    known, _ = programs.get(doubled, {"times": 2}, {"x": x}, {"x": signature(x)})
+    assert known is first
+    assert [static for _, static in programs] == [{"times": 2}, {"times": 3}, {"times": 2}]
+    programs.clear()
+    assert len(programs) == 0
