@@ -5,17 +5,17 @@ VENV   ?= .venv
 # of the demo: a HF folder or hub id; empty is the small model of the package
 MODEL  ?=
 BIN    := $(VENV)/bin
-# pytest's processes; the tests of a file run in one of them, one after the other
+# pytest's processes: a file's tests run in one of them, the cases of a sweep in all
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 .PHONY: test test-all lint demo bench format clean
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/dev
-	$(PYTEST) -m exhaustive
+	$(PYTEST) --dist worksteal -m exhaustive
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -28,6 +28,18 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+# Files of more than a minute. They begin first, or one of two workers would end with them alone.
+LONG = (
+    "test_lm.py", "test_step.py", "test_methods.py", "test_runs.py", "test_conversation.py",
+    "test_objective.py", "test_families.py", "test_int8.py", "test_notebooks.py", "test_loop.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the long files to the front."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One line for each reason to skip."""
     reports = terminalreporter.stats.get("skipped", [])

@@ -137,12 +137,12 @@ def test_prompt_lookup_finds_what_is_repeated():
 @pytest.mark.parametrize("method", ["self-spec", "two-model"])
 def test_drafting_copies_no_cache(method):
     """Drafting token by token is a loop inside the loop, and still writes in place."""
-    config = tiny_config()
+    config = tiny_config(num_layers=2, head_dim=20)
     params = tiny_params(config)
     rows = [SamplingConfig()] * 3
     sampling, features = batch_sampling(rows, jax.random.split(jax.random.key(0), 3), 31)
     if method == "self-spec":
-        drafter: Drafter = SelfSpeculative(DraftConfig((False, True, False, False), 4))
+        drafter: Drafter = SelfSpeculative(DraftConfig((False, True), 4))
     else:
         drafter = TwoModel(TwoModelConfig(config, 4))
     spec = DecodeSpec(config, drafter, features)

@@ -410,10 +410,10 @@ draft_run({run!r}, resume=pathlib.Path({run!r}, "options.json").exists())
 """
 
 
-KILLS = {"two": (16, 0), "ten": (0, 5, 0, 12, 0, 16, 0, 17, 0, 35)}
+KILLS = {"two": (0, 16), "ten": (0, 5, 0, 12, 0, 16, 0, 17, 0, 35)}
 
 
-@pytest.mark.parametrize("count", sampled(list(KILLS), ["two"]))
+@pytest.mark.parametrize("count", sampled(list(KILLS), []))
 def test_kills_leave_the_curve_as_it_is(count, tmp_path):
     """SIGKILL at random moments (0), and between two files of a save or of a removal.
 
@@ -431,12 +431,12 @@ def test_kills_leave_the_curve_as_it_is(count, tmp_path):
         code = KILLED.format(root=str(ROOT), run=str(run), kill_at=kill_at)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
         if kill_at:
-            assert process.wait(120) == -signal.SIGKILL
+            assert process.wait(600) == -signal.SIGKILL
             kills += 1
             continue
         before = losses(run)
         # Wait until it makes progress, then kill at a random moment shortly after.
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while losses(run) == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.25))
