@@ -123,7 +123,7 @@ def test_entries_of_methods():
         (["--methods", "s3d:gamma=0"], "'s3d:gamma=0' is not understood"),
         (["--methods", "hf:gamma=2"], "hf has no gamma"),
         (["--methods", "s3d:skip=6-3"], "'s3d:skip=6-3' is not understood"),
-        (["--methods", "s3d:gamma=4:gamma=6"], "says the same setting twice"),
+        (["--methods", "s3d:gamma=4:gamma=6"], "has the same setting twice"),
         (["--methods", "self-spec:skip=50-60"], "skip layer 60; the model has layers 0 to 9"),
         (["--methods", "s3d:skip=3-100"], "skip layer 100; the model has layers 0 to 9"),
         (["--max-new-tokens", "100000"], "--max-new-tokens leaves none for a prompt"),
