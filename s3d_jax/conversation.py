@@ -1,6 +1,6 @@
 """A conversation: its messages, and a cache that is kept from turn to turn."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Unpack
 
 from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
@@ -30,10 +30,14 @@ class Conversation:
     """
 
     def __init__(
-        self, engine: Engine, system: str | None = None, **options: Unpack[GenerateOptions]
+        self,
+        get_engine: Callable[[], Engine],
+        system: str | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> None:
+        """Begins a conversation; `get_engine` is asked at each turn, since a model may change."""
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._engine = engine
+        self._get_engine, engine = get_engine, get_engine()
         self._options = options
         if options.get("eos_token_ids") is None:
             options["eos_token_ids"] = engine.encoder.chat_eos_token_ids
@@ -90,10 +94,11 @@ class Conversation:
         before = self.messages
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         self.messages = [*before, question, answer]
+        engine = self._get_engine()
         try:
-            turns, ids = self._fitting([*before, question])
+            turns, ids = self._fitting(engine, [*before, question])
             kept = None if self._batch is None else self._batch.kept()
-            batch = Batch(self._engine, self._engine.encoder.encode(ids), kept, **self._options)
+            batch = Batch(engine, engine.encoder.encode(ids), kept, **self._options)
         except Exception:
             self.messages = before
             raise
@@ -101,13 +106,15 @@ class Conversation:
         self._batch = batch
         return batch
 
-    def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+    def _fitting(
+        self, engine: Engine, messages: list[dict[str, str]]
+    ) -> tuple[list[dict[str, str]], list[int]]:
         """The messages without the oldest turns that leave no room for an answer, and their ids."""
-        max_length = self._engine.target.max_length
+        max_length = engine.target.max_length
         room = max(1, min(self._wanted, max_length // 2))
         first = 1 if messages[0]["role"] == "system" else 0
-        ids = self._engine.encoder.encode_chat(messages)
+        ids = engine.encoder.encode_chat(messages)
         while len(ids) + room > max_length and len(messages) > first + 1:
             messages = messages[:first] + messages[first + 2 :]  # without a question and its answer
-            ids = self._engine.encoder.encode_chat(messages)
+            ids = engine.encoder.encode_chat(messages)
         return messages, ids

@@ -24,6 +24,12 @@ MODELS = {
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_tokens_in_any_order():
+    """Each test draws its tokens from the beginning, whatever ran before it."""
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def new(n: int) -> list[int]:
     return RNG.integers(0, 31, n).tolist()
 

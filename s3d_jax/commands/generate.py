@@ -11,7 +11,7 @@ from s3d_jax.commands.generation import add_decoding, add_model, decoding_option
 from s3d_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from s3d_jax.engine.batch import Stats
+    from s3d_jax.engine.results import Stats
 
 _EPILOG = """\
 examples:

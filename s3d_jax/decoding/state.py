@@ -67,7 +67,7 @@ class Proposal(NamedTuple):
         logits: float32 [B, γ, V], warped; their softmax is what the tokens were drawn from. None
             where the tokens were chosen without chance.
         cache: the target's cache, whose scratch slots may have been written.
-        drafter: the drafter's own state.
+        drafter: the drafter's own state; None keeps it as it was.
     """
 
     tokens: jax.Array

@@ -130,7 +130,9 @@ def step(
     if spec.drafter is None:
         return _plain_step(spec, params, state, visible)
     proposal = spec.drafter.propose(Inputs(spec, params, drafter_params, state, visible))
-    state = state.replace(cache=proposal.cache, drafter=proposal.drafter)
+    state = state.replace(cache=proposal.cache)
+    if proposal.drafter is not None:
+        state = state.replace(drafter=proposal.drafter)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
     return _verify_and_commit(spec, params, state, proposal, drafting_rows, visible)
 

@@ -109,12 +109,13 @@ class Batch:
             self._written = kept.written if known else 0
         self._known = known
         self._state = init_state(self._spec, prompts, self._plan, request.sampling, cache)
-        # These do not change while the batch runs.
+        # A lookup takes as long as an AR step of a small model. So the parameters' signatures are
+        # computed once, and the compiled loops are kept by the number of slots that they read.
         self._signatures = {
             "params": signature(target.params),
             "drafter_params": signature(self._drafter_params),
-            "state": signature(self._state),
         }
+        self._loops: dict[int, Any] = {}
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
@@ -147,6 +148,7 @@ class Batch:
             call=self._prefill_call,
         )
         self._written = max(self._written, plan.known + sum(plan.chunks(running)))
+        self._loops.clear()  # the state's arrays are new
         used = max(n for n, runs in zip(plan.padded, running, strict=True) if runs) - 1
         finished = False
         while not finished:
@@ -240,16 +242,18 @@ class Batch:
         Returns:
             (tokens, lengths, done) of the rows.
         """
-        static = dict(spec=self._spec, visible=self._plan.visible_to_step(used))
+        visible = self._plan.visible_to_step(used)
         arrays = dict(
             params=self._target.params,
             drafter_params=self._drafter_params,
             state=self._state,
             max_iterations=np.int32(iterations),
         )
-        program = self._program(decode_jit, static, arrays, self._signatures)
+        if visible not in self._loops:
+            static = dict(spec=self._spec, visible=visible)
+            self._loops[visible] = self._program(decode_jit, static, arrays, self._signatures)
         start = time.perf_counter()
-        state = self._state = program(**arrays)
+        state = self._state = self._loops[visible](**arrays)
         rows = jax.device_get((state.tokens, state.cache.length, state.done))
         self._decode_seconds += time.perf_counter() - start
         return rows

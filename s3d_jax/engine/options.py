@@ -115,7 +115,7 @@ def check_options(
         InputError, ConfigError: an option that is unknown or out of range.
     """
     sampling = {name: others.pop(name) for name in _SAMPLING if name in others}
-    own = registry.option_names(method) if method in registry.method_names() else ()
+    own = registry.option_names(method)
     if unknown := sorted(set(others) - set(own)):
         known = sorted({*GenerateOptions.__annotations__, *own})
         raise ConfigError(f"unknown generation options {unknown}; known are {known}")

@@ -1,6 +1,7 @@
 """The compiled programs of a model."""
 
 import time
+import types
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class Programs:
         function: Any,
         static: Mapping[str, Any],
         arrays: Mapping[str, Any],
-        known: Mapping[str, Hashable],
+        known: Mapping[str, Hashable] = types.MappingProxyType({}),
     ) -> tuple[Any, float]:
         """The program to be called with `arrays` as keywords, and the seconds to compile it.
 
@@ -41,15 +42,14 @@ class Programs:
             function: a jitted function.
             static: its static arguments.
             arrays: its other arguments, PyTrees of arrays.
-            known: signatures (`signature`) of arrays that are large trees and do not change.
+            known: signatures (`signature`) of arguments that the caller has computed already.
         """
         described = ((k, known[k] if k in known else signature(x)) for k, x in arrays.items())
         key = (function, tuple(static.items()), tuple(described))
         start = time.perf_counter()
-        if key in self._programs:
-            return self._programs[key], 0.0
-        program = function.lower(**static, **arrays).compile()
-        self._programs[key] = program
+        if (program := self._programs.get(key)) is not None:
+            return program, 0.0
+        self._programs[key] = program = function.lower(**static, **arrays).compile()
         return program, time.perf_counter() - start
 
 

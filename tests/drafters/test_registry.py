@@ -56,7 +56,7 @@ class Counting(Drafter):
         state = inputs.state
         steps = jnp.arange(1, self.gamma + 1) * self.settings.step
         tokens = (last_token(state) + steps) % inputs.drafter_params["vocab"]
-        return Proposal(tokens, None, state.cache, state.drafter)
+        return Proposal(tokens, None, state.cache)
 
     def update(self, state, accepted):
         return state.drafter | {"iterations": state.drafter["iterations"] + 1}
