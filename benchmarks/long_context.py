@@ -64,7 +64,7 @@ def cache_sizes() -> None:
 
 
 def step_times(layers: int, turns: int) -> None:
-    """Steps behind 8,000 tokens, with both kinds of cache in turns; medians."""
+    """Steps after 8,000 tokens, with both kinds of cache in turns; medians."""
     print(f"\n| ms per step of {layers} layers at 8k, float32 | all slots | rings | ratio |")
     print("|---|---|---|---|")
     slots, length = 8192, 8000
@@ -105,7 +105,7 @@ def step_times(layers: int, turns: int) -> None:
 
 
 def prefill_once(length: int, at_once: bool) -> dict[str, float]:
-    """In this process: peak memory of a prefill beside weights and cache, and its time."""
+    """Peak memory of a prefill in addition to weights and cache, and its time, in this process."""
     if at_once:
         attention._WHOLE_BYTES = 1 << 62
     config = ModelConfig(**(SIZES | PROMPT), max_position_embeddings=length)

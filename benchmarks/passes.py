@@ -91,7 +91,7 @@ def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) ->
 
 
 def random_model(shape: dict[str, Any], precision: str) -> LM:
-    """A Llama of that shape whose weights are one random block, over and over."""
+    """A Llama of that shape whose weights repeat one random block."""
     int8 = precision == "int8"
     config = ModelConfig(
         **shape,
@@ -116,7 +116,7 @@ def random_model(shape: dict[str, Any], precision: str) -> LM:
 def pass_runs(
     lm: LM, rows: tuple[int, ...], batch: int = 1, context: int = 128
 ) -> dict[str, Callable[[], float]]:
-    """Single passes behind `context` tokens, head and argmax included, as contestants.
+    """Single passes after `context` tokens, head and argmax included, as contestants.
 
     "1 row", "4 rows", … are passes of the whole model over so many tokens, "draft" is one of four
     with half of the layers.
@@ -182,7 +182,7 @@ def read_run(num_bytes: int) -> tuple[Callable[[], float], int]:
 
 
 def hf_run(shape: dict[str, Any], precision: str, new_tokens: int) -> Callable[[], float]:
-    """Seconds per new token of HF's greedy `generate` behind 128 tokens, as a contestant."""
+    """Seconds per new token of HF's greedy `generate` after 128 tokens, as a contestant."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -168,7 +168,7 @@ class HuggingFace(Contestant):
         return output, time.perf_counter() - clock.start, clock
 
     def in_full(self) -> dict[str, Any]:
-        """Also the type of its weights, which are our float weights."""
+        """The settings, and the dtype of the weights, which are our float weights."""
         return {**self.settings, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
@@ -227,6 +227,6 @@ def hf_model(folder: Path, dtype: str) -> Iterator[Any]:
         model = AutoModelForCausalLM.from_pretrained(exported, dtype=getattr(torch, dtype)).eval()
     if jax.default_backend() == "gpu" and torch.cuda.is_available():
         model = model.cuda()
-    # Else a model's own generation_config.json would have a say.
+    # Else the model's own generation_config.json would change the settings.
     model.generation_config = type(model.generation_config)()
     yield model

@@ -65,7 +65,7 @@ def take_turns(
 
 
 def orders(count: int, turns: int) -> Iterator[list[int]]:
-    """For each turn an order of 0 … count-1, in which each follows each about equally often.
+    """An order of 0 … count-1 per turn; each number follows each other about equally often.
 
     The last of a turn is followed by the first of the next. The next one is always the one that has
     followed the current one least often.

@@ -1,4 +1,4 @@
-"""Prompt lookup decoding (Saxena 2023): what followed the last tokens where they stood before."""
+"""Prompt lookup decoding (Saxena 2023): copies what followed the last tokens earlier."""
 
 import dataclasses
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""What drafts get right of texts that are known: acceptance without decoding once per setting.
+"""Acceptance of drafts on known texts, without decoding them once per setting.
 
 Greedy decoding writes the same text whoever drafts. So the text is written once, and one draft pass
 at each of its places tells how many tokens would have been accepted had an iteration begun there.
@@ -29,8 +29,8 @@ from s3d_jax.weights.trees import Params, float_dtype
 Skip = tuple[bool, ...]
 
 _MEASURED_DEPTHS = 12
-_ROWS = 16  # that are written in one batch, at most
-MOST_BYTES = 4 * 2**30  # of keys and values that are held at a time
+_ROWS = 16  # decoded in one batch, at most
+MOST_BYTES = 4 * 2**30  # of keys and values held at a time
 _BLOCK_TOKENS = 256  # of one draft pass, all its blocks together
 
 
@@ -89,7 +89,7 @@ def write_texts(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int) -> Texts
 
 
 def num_fitting(lm: LM, slots: int, copies: int = 1) -> int:
-    """How many texts' keys and values are at most MOST_BYTES: 0 where a single one's are not.
+    """Number of texts whose keys and values fit in MOST_BYTES together; 0 if not even one does.
 
     Args:
         lm: whose.
@@ -100,7 +100,7 @@ def num_fitting(lm: LM, slots: int, copies: int = 1) -> int:
 
 
 def context_bytes(lm: LM, slots: int) -> int:
-    """Of one text's keys and values."""
+    """Bytes of one text's keys and values."""
     config, each = lm.config, float_dtype(lm.params).itemsize
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * each
 
@@ -248,7 +248,7 @@ class Judge:
             skip: one entry per layer, True where the draft jumps over it.
             gamma: γ, up to that of the constructor.
         """
-        # A token of a causal block does not know how many follow it, so one γ tells of all below.
+        # A token of a causal block does not know how many follow it, so one γ measures all below.
         causal = self.lm.draft_config.block_attention == "causal"
         wide = self.gamma if causal else gamma
         if (skip, wide) not in self._all_right:

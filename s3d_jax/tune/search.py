@@ -39,8 +39,8 @@ from s3d_jax.weights.trees import Params
 Search = Literal["symmetric", "band", "greedy", "dp"]
 SEARCHES: tuple[Search, ...] = get_args(Search)
 
-_STRIDE = 4  # of the places of a text, every fourth is judged
-_DP_TEXTS, _DP_BLOCKS = 8, 8  # what the states of "dp" are compared on
+_STRIDE = 4  # judges every fourth place of a text
+_DP_TEXTS, _DP_BLOCKS = 8, 8  # the sample on which "dp" compares states
 _NOWHERE = -2.0  # less than any cosine
 
 
@@ -132,7 +132,7 @@ def _skipped_states(
     tokens: jax.Array,
     anchors: jax.Array,
 ) -> jax.Array:
-    """Whether the best state behind layer i with j layers skipped skips layer i: bool [L, L].
+    """Whether the best state after layer i with j layers skipped skips layer i: bool [L, L].
 
     The states of all j are rows of one batch. tokens: int [R, T]; anchors: int [R, A].
     """

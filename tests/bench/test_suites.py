@@ -17,7 +17,7 @@ from s3d_jax.texts.suites import BUILT_IN, read_suites
 
 @pytest.fixture(scope="module")
 def lm():
-    """A model as far as prompts need one; its vocabulary is that of the embedded one."""
+    """The parts of a model that prompts need, with the embedded model's vocabulary."""
     return stub(read_tokenizer(EMBEDDED))
 
 

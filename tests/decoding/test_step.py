@@ -307,7 +307,7 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     ),
 )
 def test_programs_copy_no_cache_inside(program, name):
-    """What they need besides their arguments does not grow with the cache."""
+    """The memory needed in addition to the arguments does not grow with the cache."""
     prompts, sizes = BATCHES[name], []
     for slots in (512, 4096):
         spec, state = make_state(prompts, 3, limit=90, slots=slots)

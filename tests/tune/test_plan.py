@@ -179,7 +179,7 @@ def test_each_category_is_split():
 
 
 def test_predictions_are_what_is_measured_where_time_follows_a_law(monkeypatch):
-    """Decoding is real, its seconds are not; and the clock's loop is faster than decoding."""
+    """Decodes for real with simulated seconds; the clock's loop is faster than decoding."""
     layers, gammas, new = 6, (1, 3), 24
     config = tiny_config(num_layers=layers, vocab_size=13)
     params = tiny_params(config, 3)

@@ -1,4 +1,4 @@
-"""What is kept of a choice: by device, dtype and draft; found by loading, and by nobody else."""
+"""Stored tunings: kept by device, dtype and draft, and found only by loading."""
 
 import json
 import os
