@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from convert.options import ConversionOptions, VerificationOptions
 from s3d_jax import __version__
-from s3d_jax.commands.arguments import RAW, add_options, build
 from s3d_jax.errors import S3DError
+from s3d_jax.settings.arguments import RAW, add_options, build
 
 if TYPE_CHECKING:
     from convert.plan import DryRun, TensorEntry

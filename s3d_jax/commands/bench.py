@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s3d_jax.commands.arguments import RAW, add_options, build
 from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
+from s3d_jax.settings.arguments import RAW, add_options, build
 from s3d_jax.settings.options import option
 from s3d_jax.settings.records import Checked
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s3d_jax.commands.arguments import RAW, add_options, build, given, refuse
 from s3d_jax.commands.generation import ModelOptions
+from s3d_jax.settings.arguments import RAW, add_options, build, given, refuse
 from s3d_jax.settings.training import DistillConfig, PromptsConfig
 
 _EPILOG = """\

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from s3d_jax.commands.arguments import RAW
 from s3d_jax.commands.generation import add_decoding, add_model, decoding_options, load_model
 from s3d_jax.errors import InputError
+from s3d_jax.settings.arguments import RAW
 
 if TYPE_CHECKING:
     from s3d_jax.engine.results import Stats

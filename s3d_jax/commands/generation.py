@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from s3d_jax.commands.arguments import add_options, build, given
 from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
+from s3d_jax.settings.arguments import add_options, build, given
 from s3d_jax.settings.drafting import parse_skip
 from s3d_jax.settings.options import option
 from s3d_jax.settings.sampling import SamplingConfig

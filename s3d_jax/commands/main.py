@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from s3d_jax import __version__
 from s3d_jax.commands import bench, chat, distill, generate, info, pretrain, train, tune
-from s3d_jax.commands.arguments import RAW
 from s3d_jax.errors import S3DError
+from s3d_jax.settings.arguments import RAW
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers

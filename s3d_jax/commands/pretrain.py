@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from s3d_jax.commands.arguments import RAW, add_options, build, refuse
 from s3d_jax.commands.training import add_files, add_training, run_settings
 from s3d_jax.errors import InputError
+from s3d_jax.settings.arguments import RAW, add_options, build, refuse
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import (
     AdapterConfig,

@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from s3d_jax.commands.arguments import RAW, add_options, build, given, refuse
 from s3d_jax.commands.training import add_files, add_training, run_settings
+from s3d_jax.settings.arguments import RAW, add_options, build, given, refuse
 from s3d_jax.settings.training import AdapterConfig, DraftOptions, TrainDraftConfig
 
 _DESCRIPTION = """\

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from s3d_jax.commands.arguments import add_options, build, refuse
+from s3d_jax.settings.arguments import add_options, build, refuse
 from s3d_jax.settings.training import (
     AdapterConfig,
     DraftOptions,

@@ -1,7 +1,7 @@
 """Fields of settings that say what they mean and which values they take.
 
 The help of such a field is its documentation, in the source and on the command line: see
-`commands.arguments`, which makes options of them.
+`settings.arguments`, which makes options of them.
 """
 
 import dataclasses

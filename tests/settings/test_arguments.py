@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from s3d_jax.commands.arguments import add_options, build, given, refuse
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.settings.arguments import add_options, build, given, refuse
 from s3d_jax.settings.options import option
 from s3d_jax.settings.records import Checked
 
