@@ -278,7 +278,7 @@ def test_chats_end_with_the_turn_though_nothing_else_says_so(lm):
     question = [{"role": "user", "content": QUESTIONS[0]}]
     expected = lm.chat(question, max_new_tokens=60)
     draft = dict(draft_config=lm.draft_config, draft_params=lm.draft_params)
-    bare = s3d_jax.LM(lm.config, lm.params, tokenizer=lm.tokenizer, max_length=200, **draft)
+    bare = s3d_jax.LM(lm.config, lm.params, tokenizer=lm.tokenizer, **draft)
     assert bare.eos_token_ids == () and len(expected.tokens) < 60
     assert bare.chat_eos_token_ids == (expected.stopped_by,)
     for result in (

@@ -201,7 +201,7 @@ def test_the_smallest_temperature_and_top_p_are_greedy(tiny, options, method):
     assert sampled == greedy and set(greedy) != {0}
 
 
-@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("method", sampled(["ar", "s3d"], ["s3d"]))
 def test_logit_bias_forbids_and_forces(tiny, method):
     plain = tiny.generate([1, 2], max_new_tokens=12, method=method)[0].tokens
     biased = tiny.generate(
@@ -241,7 +241,7 @@ def test_eos_ends_a_row_inside_the_block(tiny):
             assert result.stopped_by == (result.tokens[-1] if ends else None)
 
 
-@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("method", sampled(["ar", "s3d"], ["s3d"]))
 def test_stop_strings(baby, method):
     plain = baby.generate("Once upon a time", max_new_tokens=120, method="ar")[0]
     stop = plain.text[20:27]  # characters are tokens here, so this goes across their borders
@@ -435,7 +435,7 @@ def test_a_row_s_end_brings_no_smaller_program():
     assert len([function for function, _ in lm.programs if function is decode_jit]) == 1
 
 
-@pytest.mark.parametrize("method", ["ar", "s3d"])
+@pytest.mark.parametrize("method", sampled(["ar", "s3d"], ["s3d"]))
 def test_a_long_generation_reads_the_cache_in_stages(method):
     """The cache is allocated once; programs read 256, then 512, then 1024 slots of it."""
     lm = tiny_lm(max_position_embeddings=4096)

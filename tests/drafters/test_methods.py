@@ -72,7 +72,7 @@ def test_penalised_rows_of_different_length_are_those_of_plain_decoding(lm, meth
 
 
 @pytest.mark.parametrize("temperature", sampled([0.0, 1.0], [1.0]))
-@pytest.mark.parametrize("method", ["self-spec", "two-model"])
+@pytest.mark.parametrize("method", sampled(["self-spec", "two-model"], ["two-model"]))
 def test_a_draft_that_is_the_target_is_always_right(method, temperature):
     """Also after blocks that were accepted whole, after which a cache could lack a token.
 
@@ -134,7 +134,7 @@ def test_prompt_lookup_finds_what_is_repeated():
 
 
 @pytest.mark.usefixtures("compiled_here")
-@pytest.mark.parametrize("method", ["self-spec", "two-model"])
+@pytest.mark.parametrize("method", sampled(["self-spec", "two-model"], ["two-model"]))
 def test_drafting_copies_no_cache(method):
     """Drafting token by token is a loop inside the loop, and still writes in place."""
     config = tiny_config(num_layers=2, head_dim=20)
