@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes one compilation cache for this run: for workers and for commands that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests interrupt commands
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return  # the user's own, or this process is a worker, which inherits the cache of the run
     folder = tempfile.mkdtemp(prefix="s3d-compiled-")
