@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument(
         "--model", help="HF folder or hub id (default: the small model of the package)"
     )
-    parser.add_argument("--prompt", help="a text to go on with")
+    parser.add_argument("--prompt", help="a text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     arguments = parser.parse_args()
     same = True

@@ -44,8 +44,8 @@ def compare(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         outputs = {}
-        # Of a batch only the tokens are looked at. A single prompt is run once in vain: its length
-        # may need programs of its own, and the first run of one is slow.
+        # A batch counts tokens only. A single prompt first runs once without counting: its length
+        # may need programs of its own, and the first run of a program is slow.
         for _ in range(2 if timed else 1):
             for name, method in options.items():
                 outputs[name] = lm.generate(batch, max_new_tokens=new_tokens, **method)

@@ -8,7 +8,7 @@ line together exceed the caches, as in decoding. Ways, with a weight W and rows 
     x@[in,out]      W stored [in, out], right operand of a matrix product
     x@[out,in].T    W stored [out, in], right operand
     [out,in]@x.T    W stored [out, in], left operand, which XLA exchanges with the right one
-    ... kept        the same behind a barrier, so that it cannot
+    ... kept        the same with a barrier, which prevents that
 """
 
 import argparse

@@ -100,12 +100,15 @@ def prefill(
         arrays = dict(params=params, tokens=block, cache=state.cache, offset=np.int32(offset))
         cache = call(prefill_jit, dict(config=spec.config, visible=visible), arrays)
         state = state.replace(cache=cache)
-        if state.drafter is not None:
+        if state.drafter_state is not None:
             assert spec.drafter is not None
             arrays = dict(
-                params=drafter_params, tokens=block, state=state.drafter, offset=np.int32(offset)
+                params=drafter_params,
+                tokens=block,
+                state=state.drafter_state,
+                offset=np.int32(offset),
             )
-            kept = call(_prefill_drafter, dict(drafter=spec.drafter, visible=visible), arrays)
-            state = state.replace(drafter=kept)
+            own = call(_prefill_drafter, dict(drafter=spec.drafter, visible=visible), arrays)
+            state = state.replace(drafter_state=own)
         offset += chunk
     return state

@@ -42,7 +42,7 @@ class DecodeState(flax.struct.PyTreeNode):
         passes: int32 [B, S], a record for `statistics`: at the first token of each iteration, 1 +
             the draft tokens accepted in it, or -1 if the row did not draft; 0 at the other
             committed tokens.
-        drafter: the drafter's own state, a PyTree (`Drafter.init`); None where it keeps nothing.
+        drafter_state: the drafter's own state, a PyTree (`Proposer.init`), or None.
         budget: what rows decide by whether they draft; None where they always do.
     """
 
@@ -55,7 +55,7 @@ class DecodeState(flax.struct.PyTreeNode):
     prompt_tokens: jax.Array
     output_counts: jax.Array
     passes: jax.Array
-    drafter: Any = None
+    drafter_state: Any = None
     budget: Budget | None = None
 
 
@@ -67,13 +67,13 @@ class Proposal(NamedTuple):
         logits: float32 [B, γ, V], warped; their softmax is what the tokens were drawn from. None
             where the tokens were chosen without chance.
         cache: the target's cache, whose scratch slots may have been written.
-        drafter: the drafter's own state; None keeps it as it was.
+        drafter_state: the drafter's own state; None keeps it as it was.
     """
 
     tokens: jax.Array
     logits: jax.Array | None
     cache: KVCache
-    drafter: Any = None
+    drafter_state: Any = None
 
 
 class Proposer:
@@ -122,7 +122,7 @@ class Proposer:
             state: after the commit.
             accepted: int32 [B], accepted draft tokens.
         """
-        return state.drafter
+        return state.drafter_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def init_state(
     return DecodeState(
         cache=cache,
         sampling=sampling,
-        drafter=None if spec.drafter is None else spec.drafter.init(plan),
+        drafter_state=None if spec.drafter is None else spec.drafter.init(plan),
         budget=None if spec.costs is None else full_budget(batch),
         **arrays,
     )
@@ -242,7 +242,7 @@ def restart(
         done=~jnp.asarray(np.array(running)),
         limit=jnp.asarray(plan.limits, jnp.int32),
         padding=jnp.asarray(np.asarray(plan.padded, np.int32) - lengths),
-        drafter=None if spec.drafter is None else spec.drafter.init(plan),
+        drafter_state=None if spec.drafter is None else spec.drafter.init(plan),
     )
 
 

@@ -131,8 +131,8 @@ def step(
         return _plain_step(spec, params, state, visible)
     proposal = spec.drafter.propose(Inputs(spec, params, drafter_params, state, visible))
     state = state.replace(cache=proposal.cache)
-    if proposal.drafter is not None:
-        state = state.replace(drafter=proposal.drafter)
+    if proposal.drafter_state is not None:
+        state = state.replace(drafter_state=proposal.drafter_state)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
     return _verify_and_commit(spec, params, state, proposal, drafting_rows, visible)
 
@@ -164,7 +164,7 @@ def _verify_and_commit(
         budget = settle(cost, budget, drafting_rows, accepted, state.done)
     state = commit(spec, state, proposal.tokens, accepted, bonus, drafting_rows)
     if spec.drafter is not None:
-        state = state.replace(drafter=spec.drafter.update(state, accepted))
+        state = state.replace(drafter_state=spec.drafter.update(state, accepted))
     return state.replace(budget=budget)
 
 

@@ -78,7 +78,8 @@ def drafter_class(method: str) -> "type[Drafter]":
         module, _, name = _BUILT_IN[method][0].partition(":")
         return getattr(importlib.import_module(module), name)
     if method in (points := _entry_points()):
-        return register(points[method].load())
+        _registered[method] = points[method].load()
+        return _registered[method]
     raise ConfigError(f"method must be one of {method_names()}, got {method!r}")
 
 

@@ -70,7 +70,7 @@ class TwoModel(Drafter):
         first = jnp.maximum(n - 1, 0)
         at = first[:, None] + jnp.arange(2)
         block = jnp.take_along_axis(state.tokens, at, axis=1)
-        logits, cache = one_pass(block, state.drafter.replace(length=first))
+        logits, cache = one_pass(block, state.drafter_state.replace(length=first))
         logits = jnp.take_along_axis(logits, (n - first)[:, None, None], axis=1)
         tokens, q, cache = draft_token_by_token(spec, state, one_pass, logits, cache)
         return Proposal(tokens, q, state.cache, cache)

@@ -1,6 +1,6 @@
-"""Choosing γ and the layers to skip by what they cost and what they are worth. See docs/tuning.md.
+"""Chooses γ and the layers to skip by measured costs and acceptance. See docs/tuning.md.
 
-acceptance.py has the model's own texts and what a draft gets right of them, costs.py the times of
-the passes, search.py the sets of layers, plan.py all of it together, report.py table and picture,
-The command is in s3d_jax/commands/tune.py. What is kept of it is in s3d_jax/storage/tuning.py.
+acceptance.py counts the correct draft tokens on the model's own texts, costs.py times the passes,
+search.py looks for sets of layers, plan.py combines them, and report.py has tables and pictures.
+The command is in commands/tune.py, and storage/tuning.py keeps the choice.
 """

@@ -1,9 +1,9 @@
 """Acceptance of drafts on known texts, without decoding them once per setting.
 
-Greedy decoding writes the same text whoever drafts. So the text is written once, and one draft pass
-at each of its places tells how many tokens would have been accepted had an iteration begun there.
-Where iterations do begin follows from that: behind the accepted tokens and the bonus. Walking
-through the text so gives the τ of decoding itself, for every γ.
+Greedy decoding gives the same text with every drafter. So the text is written once, and one draft
+pass at each of its places counts the tokens that an iteration starting there would accept. The next
+iteration starts after these tokens and the bonus token. Walking through the text in this way gives
+the τ of decoding, for every γ.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Texts:
     """The model's own greedy continuations of some prompts.
 
     Attributes:
-        tokens: int32 [R, T], prompts and outputs, padded behind.
+        tokens: int32 [R, T], prompts and outputs, padded at the end.
         prompt_lengths, lengths: tokens of each prompt, and with its output.
     """
 
@@ -111,7 +111,7 @@ class Acceptance:
 
     Attributes:
         tokens: new tokens.
-        iterations: passes of the full model behind the prefill.
+        iterations: passes of the full model after the prefill.
         accepted: for each of the γ positions, how often its draft token was accepted.
     """
 
@@ -134,9 +134,9 @@ def replay(accepted: Sequence[np.ndarray], gamma: int) -> Acceptance:
     """Walks through texts as decoding with γ draft tokens does.
 
     Args:
-        accepted: for each text, int [N]: how many draft tokens are right in an iteration that
-            begins when j of the N new tokens are committed. Those behind the text never are.
-        gamma: γ; of more right tokens no more are proposed.
+        accepted: for each text, int [N]: correct draft tokens of an iteration that starts when j of
+            the N new tokens are committed. Tokens after the end of the text are never correct.
+        gamma: γ, which limits the counts.
     """
     counts, iterations = np.zeros(gamma, int), 0
     for row in accepted:
@@ -151,13 +151,13 @@ def replay(accepted: Sequence[np.ndarray], gamma: int) -> Acceptance:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What a draft that skips some layers gets right, measured or taken from its neighbours.
+    """Acceptance of a draft that skips some layers, measured or interpolated.
 
     Attributes:
-        skip: one entry per layer, True where the draft jumps over it.
+        skip: one entry per layer, True where the draft skips it.
         tokens_per_iteration: τ by γ.
         acceptance: share of iterations in which the i-th token of the longest draft is accepted.
-        measured: False where it lies between neighbouring depths.
+        measured: False where it is interpolated between neighbouring depths.
     """
 
     skip: Skip
@@ -245,7 +245,7 @@ class Judge:
         """For each text, int [N]: draft tokens that are right at each place, as `replay` wants it.
 
         Args:
-            skip: one entry per layer, True where the draft jumps over it.
+            skip: one entry per layer, True where the draft skips it.
             gamma: γ, up to that of the constructor.
         """
         # A token of a causal block does not know how many follow it, so one γ measures all below.

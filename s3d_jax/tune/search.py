@@ -1,14 +1,14 @@
 """Which layers to skip: one set for each number of them.
 
 "symmetric": the middle ones, as S3D does (arXiv 2405.20314). Costs nothing.
-"band": the contiguous band that gets most tokens right. About L²/2 sets are judged.
-"greedy": from none on, always the layer without which the draft still gets most right. As many.
+"band": the contiguous band with the most correct draft tokens. Judges about L²/2 sets.
+"greedy": skips one more layer at a time, the one that leaves the most tokens correct. As many.
 "dp": dynamic programming over (layer, layers skipped so far), as in CLaSp (Chen et al., arXiv
-    2505.24196): of the two ways to come there, by skipping this layer or by running it, the state
-    that is more like the target's own behind that layer goes on. One pass, as large as L drafts.
+    2505.24196). A state is reached by skipping a layer or by running it; the one that is more
+    similar to the target's own state after that layer is kept. One pass, as large as L drafts.
 
-L is the number of layers. All but the first know the draft, trained or not. What is judged is
-always a whole draft pass at places of known texts (`Judge.score`).
+L is the number of layers. All but the first search use the draft, trained or not. They judge whole
+draft passes at places of known texts (`Judge.score`).
 """
 
 import functools
@@ -48,8 +48,8 @@ def search(kind: Search, judge: Judge, progress: Callable[[], None] = lambda: No
     """The best set of each size, from one skipped layer to all but one.
 
     Args:
-        kind: how to look for them.
-        judge: who knows what a draft gets right.
+        kind: the search.
+        judge: counts the correct draft tokens of a set.
         progress: called for each set that was judged, `num_judged` times.
 
     Raises:
@@ -102,8 +102,8 @@ def _by_states(judge: Judge) -> list[Skip]:
     # Evenly from all texts and from all of their places.
     rows = np.unique(np.linspace(0, len(texts.lengths), count, endpoint=False).astype(int))
     tokens = texts.tokens[rows]
-    first, behind = (np.array(n)[rows] - 1 for n in (texts.prompt_lengths, texts.lengths))
-    anchors = np.linspace(first, behind, _DP_BLOCKS, endpoint=False, axis=1).astype(np.int32)
+    first, last = (np.array(n)[rows] - 1 for n in (texts.prompt_lengths, texts.lengths))
+    anchors = np.linspace(first, last, _DP_BLOCKS, endpoint=False, axis=1).astype(np.int32)
     chosen = _skipped_states(
         lm.config,
         keeping_all(lm.draft_config, judge.gamma),

@@ -1,6 +1,7 @@
 """A drafter from outside becomes a method everywhere, with no file of the package changed."""
 
 import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class Counting(Drafter):
         return Proposal(tokens, None, state.cache)
 
     def update(self, state, accepted):
-        return state.drafter | {"iterations": state.drafter["iterations"] + 1}
+        return state.drafter_state | {"iterations": state.drafter_state["iterations"] + 1}
 
 
 @pytest.fixture
@@ -97,9 +98,23 @@ def test_its_state_goes_through_prefill_and_iterations():
         tiny_lm().engine, [np.arange(20, dtype=np.int32)], max_new_tokens=5, method="counting"
     )
     list(batch.run())
-    assert batch._state.drafter["prefilled"].tolist() == [32]
-    assert int(batch._state.drafter["iterations"]) == batch.results()[0].stats.iterations
+    assert batch._state.drafter_state["prefilled"].tolist() == [32]
+    assert int(batch._state.drafter_state["iterations"]) == batch.results()[0].stats.iterations
     assert batch.kept() is not None
+
+
+def test_an_entry_point_names_a_drafter_of_another_package(monkeypatch):
+    """Known by its name at once, and imported when it is chosen."""
+    group = registry.ENTRY_POINTS
+    point = importlib.metadata.EntryPoint("counting", "elsewhere:Counting", group)
+    monkeypatch.setattr(registry, "_entry_points", lambda: {"counting": point})
+    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: Counting)
+    assert registry.method_names() == (*BUILT_IN, "counting")
+    lm = tiny_lm()
+    (ar,) = lm.generate([1, 2], max_new_tokens=6, method="ar")
+    (ours,) = lm.generate([1, 2], max_new_tokens=6, method="counting", step=2)
+    assert ours.tokens == ar.tokens
+    registry.unregister("counting")
 
 
 @pytest.mark.usefixtures("counting")
