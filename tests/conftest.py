@@ -33,8 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files of more than a minute. They begin first, or one of two workers would end with them alone.
 LONG = (
-    "test_lm.py", "test_step.py", "test_methods.py", "test_runs.py", "test_conversation.py",
-    "test_objective.py", "test_families.py", "test_int8.py", "test_notebooks.py", "test_loop.py",
+    "test_runs.py", "test_step.py", "test_int8.py", "test_methods.py", "test_adaptive.py",
+    "test_options.py", "test_sampling.py", "test_conversation.py", "test_lossless.py",
+    "test_interrupted.py", "test_reports.py", "test_objective.py", "test_families.py",
 )  # fmt: skip
 
 
@@ -76,6 +77,31 @@ def data_dir() -> Path:
     if not (path / "checkpoints").is_dir():
         _missing(f"they need the real checkpoints of {path} (S3D_TEST_DATA), which are absent")
     return path
+
+
+# Tests of arithmetic, bits, copies and memory: they ask how XLA optimizes a program. All others
+# compile without most optimizations, which takes half of the time.
+OPTIMIZED = (
+    "decoding", "drafters", "engine", "nn", "parity", "weights", "lm/test_lossless.py",
+    "storage/test_embedded.py",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles the programs of most files quickly, also in the commands that they start."""
+    import jax
+
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    path = request.path.relative_to(ROOT / "tests").as_posix()
+    if path.startswith(OPTIMIZED) or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    jax.config.update(name.lower(), True)
+    yield
+    del os.environ[name]
+    jax.config.update(name.lower(), False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, data_dir, monkeypatch, capsys):
     monkeypatch.setenv("S3D_MODEL", str(data_dir / "checkpoints" / "babyllama-1m"))
-    for name, value in {"TEXTS": 64, "LENGTH": 48, "STEPS": 60}.items():  # of training
+    for name, value in {"TEXTS": 64, "LENGTH": 48, "STEPS": 40}.items():  # of training
         monkeypatch.setenv(f"S3D_{name}", str(value))
     cells = json.loads(path.read_text())["cells"]
     assert all(not cell.get("outputs") for cell in cells)  # committed without outputs

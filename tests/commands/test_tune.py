@@ -56,6 +56,7 @@ def test_what_was_measured_is_kept_before_it_is_drawn(tiny, tmp_path, monkeypatc
     assert "cannot write" in errors and "give --plot another place" in errors
 
 
+@pytest.mark.exhaustive
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "model"
     shutil.copytree(generate.EMBEDDED, copy)

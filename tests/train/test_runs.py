@@ -63,40 +63,56 @@ def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
     assert train(model, "again", "--steps", "20", "--overwrite", "--resume") == 0
 
 
-def test_a_draft_starts_from_another(model, capsys):
-    assert train(model, "first", "--steps", "40", "--rank", "3", "--bridge-rank", "5") == 0
+START = """--steps 20 --learning-rate 1e-3 --batch-size 8 --row-length 32 --valid-prompts 8
+    --valid-tokens 24 --start first"""
+
+
+@pytest.fixture
+def start(model):
+    """A trained draft, and the command that trains another one from there."""
+    if not (model / "run-first").exists():
+        assert train(model, "first", "--steps", "40", "--rank", "3", "--bridge-rank", "5") == 0
     reached = read_draft(model / "model", "first", tiny_config(), weights=False)
-    more = ("--steps", "20", "--learning-rate", "1e-3", "--batch-size", "8", "--row-length", "32")
-    common = ("train", "--model", model / "model", "--data", model / "own.jsonl", *more)
-    validation = ("--valid-prompts", "8", "--valid-tokens", "24", "--start", "first")
-    run_folder = ("--run", model / "run-second", "--name", "second")
-    assert run(*common, *validation, *run_folder) == 0
+
+    def command(name, *arguments):
+        files = ("--model", model / "model", "--data", model / "own.jsonl")
+        names = ("--run", model / f"run-{name}", "--name", name)
+        return run("train", *files, *START.split(), *names, *arguments)
+
+    return reached, command
+
+
+def test_a_draft_starts_from_another(start, model, capsys):
+    reached, command = start
+    assert command("second") == 0
     second = read_draft(model / "model", "second", tiny_config(), weights=False)
     assert second.config == reached.config and second.num_params == reached.num_params
     assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5}
     assert second.training["before"] == reached.training["reached"]  # its starting point
-    run_folder = ("--run", model / "run-third", "--name", "third")
-    assert run(*common, *validation, *run_folder, "--rank", "7") == 0
+    for arguments, message in (
+        (("--rank", "2"), "can grow but not shrink: got 2 and 5"),
+        (("--skip", "2"), "--skip: --start takes what that draft has"),
+        (("--start", "nobody"), "has no draft 'nobody'"),
+    ):
+        assert command("refused", *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start, model):
+    reached, command = start
+    assert command("third", "--rank", "7") == 0
     third = read_draft(model / "model", "third", tiny_config())
     assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5}
     assert third.training["before"] == reached.training["reached"]  # added ranks start at 0
     added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
-    assert added.shape == (4, 24) and np.all(
-        np.any(np.asarray(added) != 0, axis=1)
-    )  # and they learn
-    run_folder = ("--run", model / "x", "--name", "y")
-    assert run(*common, *validation, *run_folder, "--rank", "2") == 2
-    assert "can grow but not shrink: got 2 and 5" in capsys.readouterr().err
-    assert run(*common, *validation, *run_folder, "--skip", "2") == 2
-    assert "--skip: --start takes what that draft has" in capsys.readouterr().err
-    assert run(*common, *validation, *run_folder, "--gamma", "2") == 0
-    two = read_draft(model / "model", "y", tiny_config())
+    assert added.shape == (4, 24)
+    assert np.all(np.any(np.asarray(added) != 0, axis=1))  # and they learn
+    assert command("two", "--gamma", "2") == 0
+    two = read_draft(model / "model", "two", tiny_config())
     assert two.config == reached.config.replace(gamma=2)
     assert two.params.mask_embeddings.shape == (1, 24)
     assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it starts from a trained one
-    run_folder = ("--run", model / "z", "--name", "z")
-    assert run(*common, "--start", "nobody", "--run", model / "x", "--name", "y") == 2
-    assert "has no draft 'nobody'" in capsys.readouterr().err
 
 
 def test_masks_alone_train_masks_alone(model):
