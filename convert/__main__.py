@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
 
-  s3d-convert HF_DIR_OR_ID OUT_DIR                from Hugging Face (or a llama2.c .bin file)
+  s3d-convert HF_DIR_OR_ID OUT_DIR                from Hugging Face (or a .gguf or llama2.c file)
   s3d-convert NATIVE_DIR OUT_DIR --quantize int8  from a native checkpoint, to int8
   s3d-convert inspect HF_DIR_OR_ID                list the tensors, and what each becomes
   s3d-convert verify NATIVE_DIR HF_DIR_OR_ID      measure how far the two differ
@@ -102,8 +102,8 @@ def _convert(argv: list[str]) -> int:
     parser.add_argument(
         "source",
         metavar="HF_DIR_OR_ID",
-        help="a folder, an id on the hub such as HuggingFaceTB/SmolLM-135M, a llama2.c .bin file, "
-        "or a native checkpoint",
+        help="a folder, an id on the hub such as HuggingFaceTB/SmolLM-135M, a GGUF file, a "
+        "llama2.c .bin file, or a native checkpoint",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="the native checkpoint folder to write")
     add_options(parser, ConversionOptions)
@@ -174,7 +174,9 @@ def _size(num_bytes: int | None) -> str:
 def _inspect(argv: list[str]) -> int:
     parser = _parser("s3d-convert inspect", _INSPECT_DESCRIPTION, _INSPECT_EPILOG)
     parser.add_argument(
-        "source", metavar="HF_DIR_OR_ID", help="a folder, an id on the hub, or a llama2.c .bin"
+        "source",
+        metavar="HF_DIR_OR_ID",
+        help="a folder, an id on the hub, a .gguf or a llama2.c .bin",
     )
     add_options(parser, ConversionOptions, ["revision"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -92,8 +92,8 @@ def convert(
     `tokenizer_problem` says what to do.
 
     Args:
-        source: a HF folder, the id of a model on the HF hub, a llama2.c `.bin` file, or a native
-            checkpoint.
+        source: a HF folder, the id of a model on the HF hub, a GGUF file, a llama2.c `.bin` file,
+            or a native checkpoint.
         out: the folder to write.
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps the stored type.
         quantization: "int8" stores linear layers, embeddings and head in int8, with one scale per

@@ -61,7 +61,8 @@ def weight_files(
             return _shards(index, f".{suffix}", complete=remote is None)
     raise ConversionError(
         f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json with "
-        "its shards, pytorch_model.bin, or pytorch_model.bin.index.json with its shards"
+        "its shards, pytorch_model.bin, or pytorch_model.bin.index.json with its shards (of a GGUF "
+        "file, give its own name)"
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from convert.families import Family, Names, Part, Table, family_of
 from convert.sources import hub, llama2c
 from convert.sources.base import Source, read_hf_json
+from convert.sources.gguf.metadata import is_gguf_file
+from convert.sources.gguf.open import open_gguf
 from convert.sources.hf_folder import is_safetensors, open_weights
 from convert.sources.native import open_native
 from convert.sources.outline import named_dtype, open_outline
@@ -20,7 +22,9 @@ from s3d_jax.settings.model import DTYPES, ModelConfig
 from s3d_jax.settings.records import is_integer
 from s3d_jax.storage.native import FORMAT
 
-HF, LLAMA2C, NATIVE = "huggingface", "llama2.c", "native checkpoint"
+HF, LLAMA2C, GGUF, NATIVE = "huggingface", "llama2.c", "GGUF", "native checkpoint"
+
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Origin:
 
     Attributes:
         name: as the user knows it.
-        format: HF, LLAMA2C or NATIVE.
+        format: HF, LLAMA2C, GGUF or NATIVE.
         config: the model, in the dtype that its tensors are stored in.
         table: its native arrays, and the tensors that make them up.
         source: the tensors.
@@ -120,8 +124,12 @@ def open_origin(
 def _open_file(path: Path, tokenizer: TokenizerSource | None) -> Origin:
     if is_torch_file(path) or is_safetensors(path):
         raise ConversionError(
-            f"{path} is a file, and no llama2.c file: give the HF folder it lies in"
+            f"{path} is neither a GGUF nor a llama2.c file: give the HF folder it lies in"
         )
+    if is_gguf_file(path):
+        fields, tensors, found = open_gguf(path, with_tokenizer=tokenizer is None)
+        generation = {name: fields[name] for name in _SPECIAL_TOKENS if name in fields}
+        return _describe(path.name, GGUF, path, fields, generation, tensors, tokenizer or found)
     fields, weights = llama2c.open_file(path)
     special = dict(llama2c.SPECIAL_TOKENS)
     return _describe(path.name, LLAMA2C, path, fields, special, weights, tokenizer)
@@ -184,7 +192,7 @@ def _generation_config(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any
     """Reads generation_config.json; config.json names the special tokens that it does not."""
     path = folder / "generation_config.json"
     generation = read_hf_json(path) if path.is_file() else {}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in _SPECIAL_TOKENS:
         if generation.get(name) is None and fields.get(name) is not None:
             generation[name] = fields[name]
     return generation

@@ -127,10 +127,10 @@ MODELS = {
 }
 
 
-def hf_model(name: str, images: dict | None = None):
-    """A random model of `MODELS`; with the settings of images, it is the text model inside."""
-    kind, features = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | features))
+def hf_model(name: str, images: dict | None = None, *, models=MODELS, sizes={}):  # noqa: B006
+    """A random model of `models`; with the settings of images, it is the text model inside."""
+    kind, features = models[name]
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | sizes | features))
     if images is not None:
         config = transformers.Gemma3Config(text_config=config.to_dict(), **images)
     torch.manual_seed(0)

@@ -1,0 +1,219 @@
+"""GGUF files: tokenizers, settings, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+
+import convert
+import s3d_jax
+from convert import plan
+from convert.__main__ import main
+from s3d_jax.errors import ConversionError
+from tests.conftest import need
+
+gguf, torch, transformers = need("gguf"), need("torch"), need("transformers")
+
+from tests.convert.gguf_file import write_gguf  # noqa: E402 (needs gguf)
+
+TEXT = (
+    "def f(x):\n\treturn x[1:3] + 12345  # it's Élan 日本語 한국어 🙂👍🏽\n\n\n"
+    "   Don't STOP, I'LL go!!\r\n"
+    "  1,000.50 €  ¿qué?  naïve café  \x00 <unk> x² ½ "
+)
+VOCABULARY = {"ggml.model": "gpt2", "ggml.pre": "gpt-2"}
+
+
+def llama(**changes):
+    config = transformers.LlamaConfig(
+        **dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+        | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+        | changes
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "llama", llama())
+    return tmp_path / "model.gguf"
+
+
+def convert_quietly(source, out, **options):
+    return convert.convert(source, out, parity=False, progress=False, **options)
+
+
+def vocabulary_of(folder):
+    """The keys that llama.cpp stores for a tokenizer.json, but not its rules."""
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    ids = dict(stored["model"]["vocab"])
+    added = {token["id"]: token for token in stored["added_tokens"]}
+    ids |= {token["content"]: i for i, token in added.items()}
+    tokens = [token for token, _ in sorted(ids.items(), key=lambda item: item[1])]
+    kinds = [1] * len(tokens)
+    for i, token in added.items():
+        kinds[i] = 3 if token["special"] else 4
+    merges = [m if isinstance(m, str) else " ".join(m) for m in stored["model"]["merges"]]
+    return {"ggml.tokens": tokens, "ggml.token_type": kinds, "ggml.merges": merges}
+
+
+def special_texts(tokenizer):
+    return "".join(f"{token} a " for token in tokenizer.all_special_tokens[:6])
+
+
+def test_a_byte_level_tokenizer_is_that_of_its_json(data_dir, tmp_path):
+    theirs = transformers.AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "qwen2.5")
+    folder = tmp_path / "tokenizer"
+    theirs.save_pretrained(folder)
+    keys = {"ggml.model": "gpt2", "ggml.pre": "qwen2", **vocabulary_of(folder)}
+    eos = theirs.convert_tokens_to_ids("<|im_end|>")
+    keys |= {"ggml.eos_token_id": eos, "chat_template": theirs.chat_template}
+    model = llama(vocab_size=len(keys["ggml.tokens"]), hidden_size=32, num_hidden_layers=1)
+    write_gguf(tmp_path / "model.gguf", "llama", model, "F16", tokenizer=keys)
+    convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
+    lm = s3d_jax.load(tmp_path / "native")
+    text = TEXT + special_texts(theirs)
+    assert lm.tokenizer.encode(text) == theirs.encode(text)
+    ids = theirs.encode(text)
+    assert lm.tokenizer.decode(ids) == theirs.decode(ids)
+    chat = [{"role": "user", "content": "Hi"}]
+    assert lm.chat_prompt(chat) == theirs.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
+    assert lm.eos_token_ids == (eos,)
+
+
+def test_a_sentencepiece_tokenizer_is_that_of_its_json(data_dir, tmp_path):
+    folder = data_dir / "tokenizers" / "phi-3-mini"
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    keys = {"ggml.model": "llama", **vocabulary_of(folder)}
+    del keys["ggml.merges"]  # the scores stand for them
+    tokens = keys["ggml.tokens"]
+    ranks = {}  # of the merge that makes a piece
+    stored = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    for rank, merge in enumerate(stored):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault("".join(pair), rank)
+    keys["ggml.scores"] = [float(-ranks.get(token, 1e9)) for token in tokens]
+    kinds = keys["ggml.token_type"]
+    for i, token in enumerate(tokens):
+        if len(token) == 6 and token.startswith("<0x"):
+            kinds[i] = 6
+    keys |= {"ggml.bos_token_id": 1, "ggml.eos_token_id": 32000, "ggml.unknown_token_id": 0}
+    keys |= {"ggml.eot_token_id": 32007, "ggml.add_bos_token": False}
+    sizes = dict(vocab_size=len(tokens), hidden_size=32, num_hidden_layers=1)
+    config = transformers.Phi3Config(
+        **sizes, intermediate_size=32, num_attention_heads=2, pad_token_id=0
+    )
+    model = transformers.Phi3ForCausalLM(config)
+    write_gguf(tmp_path / "model.gguf", "phi3", model, "F16", tokenizer=keys)
+    convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
+    lm = s3d_jax.load(tmp_path / "native")
+    for text in (TEXT.replace("<unk>", ""), " a", "a  b", "<|user|>Hi<|end|>\n<|assistant|>"):
+        ids = theirs.encode(text).ids
+        assert lm.tokenizer.encode(text) == ids
+        assert lm.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    assert lm.eos_token_ids == (32000, 32007)
+
+
+def test_an_export_is_a_hf_folder(file, tmp_path):
+    convert_quietly(file, tmp_path / "native")
+    convert.export(tmp_path / "native", tmp_path / "hf", progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, llama()(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_types(kind, tmp_path):
+    model = llama()
+    write_gguf(tmp_path / "model.gguf", "llama", model, kind)
+    report = convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
+    usual = {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    assert report.config.dtype == usual
+    assert report.stored_dtypes == tuple(sorted({"float32", usual if "F" in kind else kind}))
+    embedding = s3d_jax.load(tmp_path / "native").params["embed"]["embedding"]
+    np.testing.assert_array_equal(
+        np.asarray(embedding, np.float32), model.model.embed_tokens.weight.detach().numpy()
+    )
+
+
+def test_dry_run_and_inspect_write_nothing(file, tmp_path, capsys):
+    found = plan.dry_run(file, tmp_path / "native")
+    assert (found.model_type, found.config.dtype) == ("llama", "float32")
+    assert found.num_written == 4 * found.num_params
+    assert main([str(file), str(tmp_path / "native"), "--dry-run"]) == 0
+    assert main(["inspect", str(file)]) == 0
+    assert "model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"new_feature": 3}, "settings that are not understood: llama.new_feature = 3"),
+        ({"expert_count": 8}, "mixture of experts"),
+        ({"embedding_length": None}, "has no llama.embedding_length"),
+        ({"rope.scaling.type": "magic"}, "rope.scaling.type 'magic'"),
+        ({"attention.value_length": 8}, "keys of 16 numbers and values of 8"),
+        ({"feed_forward_length": [96, 80]}, r"different llama.feed_forward_length: \[80, 96\]"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path, changes, message):
+    write_gguf(tmp_path / "model.gguf", "llama", llama(), changes=changes)
+    with pytest.raises(ConversionError, match=message):
+        convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"ggml.model": "gpt2", "ggml.pre": "klingon"}, "rules named 'klingon'.*--tokenizer"),
+        ({"ggml.model": "rwkv"}, "tokenizer of kind 'rwkv'"),
+        ({**VOCABULARY, "ggml.eos_token_id": 7}, "no token for eos_token"),
+        ({**VOCABULARY, "ggml.merges": ["x y"]}, "a vocabulary that makes no tokenizer"),
+    ],
+)
+def test_tokenizers_that_are_refused(tmp_path, keys, message):
+    keys = {"ggml.tokens": ["a", "b"], "ggml.token_type": [1, 1], **keys}
+    write_gguf(tmp_path / "model.gguf", "llama", llama(), tokenizer=keys)
+    with pytest.raises(ConversionError, match=message):
+        convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_other_files_are_refused(file, tmp_path):
+    def refused(path, message):
+        with pytest.raises(ConversionError, match=message):
+            convert_quietly(path, tmp_path / "native")
+        assert not (tmp_path / "native").exists()
+
+    whole = file.read_bytes()
+    for size in (5, 30, 400, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        refused(tmp_path / "cut.gguf", "truncated or damaged")
+    write_gguf(tmp_path / "other.gguf", "llama", llama(), extra={"blk.0.magic": np.ones(3, "f4")})
+    refused(tmp_path / "other.gguf", "blk.0.magic: unknown")
+    writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "bert")
+    writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "bert.gguf", "architecture 'bert', and supported are llama, qwen2")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(llama().config.to_dict()))
+    refused(folder, "of a GGUF file, give its own name")
+
+
+def test_without_the_package_it_is_named(file, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ConversionError, match=r"pip install 's3d-jax\[gguf\]'"):
+        convert_quietly(file, tmp_path / "native")
