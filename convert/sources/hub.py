@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,23 @@ def download(model_id: str, revision: str | None = None) -> Path:
         return folder
 
 
+def fetch(model_id: str, revision: str | None, files: Iterable[str]) -> Path:
+    """Fetches files of a repository, except for those that are in the hub's cache already.
+
+    Args:
+        model_id, revision: as for `download`.
+        files: names, or patterns with "*".
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        ConversionError: as `download`.
+    """
+    with _explained(model_id, revision):
+        return Path(_snapshot(model_id, revision, files))
+
+
 def outline(model_id: str, revision: str | None = None) -> tuple[Path, dict[str, int]]:
     """Fetches config, index and tokenizer of a model, without its weights.
 
@@ -59,7 +76,7 @@ def outline(model_id: str, revision: str | None = None) -> tuple[Path, dict[str,
             indices = tuple(pattern for pattern in patterns if pattern.endswith(".index.json"))
             folder = _fetch(model_id, revision, indices)
             try:
-                files = _snapshot(model_id, revision, patterns, dry_run=True)
+                files = _snapshot(model_id, revision, (*_SMALL, *patterns), dry_run=True)
             except DryRunError:
                 return folder, {}
             if any(file.filename.endswith((".safetensors", ".bin")) for file in files):
@@ -68,15 +85,13 @@ def outline(model_id: str, revision: str | None = None) -> tuple[Path, dict[str,
 
 
 def _fetch(model_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    return Path(_snapshot(model_id, revision, patterns))
+    return Path(_snapshot(model_id, revision, (*_SMALL, *patterns)))
 
 
-def _snapshot(model_id: str, revision: str | None, patterns: tuple[str, ...], **how: Any) -> Any:
+def _snapshot(model_id: str, revision: str | None, patterns: Iterable[str], **how: Any) -> Any:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(
-        model_id, revision=revision, allow_patterns=[*_SMALL, *patterns], **how
-    )
+    return snapshot_download(model_id, revision=revision, allow_patterns=list(patterns), **how)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from s3d_jax import __version__
-from s3d_jax.commands import bench, chat, distill, generate, info, pretrain, train, tune
+from s3d_jax.commands import bench, chat, distill, draft, generate, info, pretrain, train, tune
 from s3d_jax.errors import S3DError
 from s3d_jax.settings.arguments import RAW
 
@@ -40,6 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="s3d", description=_DESCRIPTION, formatter_class=RAW)
     parser.add_argument("--version", action="version", version=f"s3d_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, train, pretrain, distill, bench, tune, info):
+    for command in (generate, chat, train, pretrain, distill, draft, bench, tune, info):
         command.add_command(commands)
     return parser

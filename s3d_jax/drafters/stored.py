@@ -119,7 +119,7 @@ def write_draft(
         )
     dtype = jnp.dtype(model.dtype)
     writer = ArrayWriter(folder / "weights")
-    for path, x in flatten(_tree(params)).items():
+    for path, x in flatten(draft_tree(params)).items():
         writer.add({path: cast(np.asarray(x), dtype, path)})
     writer.finish()
     fields = {
@@ -276,7 +276,8 @@ def _add_delta(
     return {name: jnp.asarray(x, arrays[name].dtype) for name, x in stored.items()}
 
 
-def _tree(params: DraftParams) -> dict[str, Any]:
+def draft_tree(params: DraftParams) -> dict[str, Any]:
+    """A draft's arrays as a nested dict, without empty parts."""
     parts = {
         "mask_embeddings": params.mask_embeddings,
         "deltas": params.deltas,

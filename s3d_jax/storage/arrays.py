@@ -56,7 +56,7 @@ class ArrayWriter:
         """
         self._batch |= arrays
         for path, array in arrays.items():
-            self.index[path] = ArrayRecord(array.shape, _crc32(array))
+            self.index[path] = ArrayRecord(array.shape, crc32(array))
         if sum(array.nbytes for array in self._batch.values()) >= _BATCH_BYTES:
             self._write_batch()
 
@@ -132,7 +132,7 @@ def read_array(
     except Exception as error:  # tensorstore raises most kinds for damaged files
         raise CheckpointError(f"cannot read {path} in {folder}: {advice} ({error})") from error
     fits = array.shape == record.shape and (dtype is None or array.dtype == dtype)
-    if not fits or _crc32(array) != record.crc32:
+    if not fits or crc32(array) != record.crc32:
         raise CheckpointError(f"{path} in {folder} is damaged: {advice}")
     return array
 
@@ -208,5 +208,6 @@ def _layout(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _crc32(array: np.ndarray) -> int:
+def crc32(array: np.ndarray) -> int:
+    """The checksum of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -330,6 +331,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     )
     _check_complete(header)
     return header
+
+
+def weights_checksum(path: str | os.PathLike[str]) -> int:
+    """A checksum of all weights of a checkpoint: of their shapes and checksums."""
+    return zlib.crc32((Path(path) / "weights.json").read_bytes())
 
 
 def read_group(header: Header, name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,7 @@ def train_draft(
         "start": config.start,
         "loss_weights": task.loss_weights,
         "dtype": lm.config.dtype,
-        "target_crc32": zlib.crc32((Path(model) / "weights.json").read_bytes()),
+        "target_crc32": checkpoint.weights_checksum(model),
     }
     options = corpus.options(config, more)
     tree, validations = fit(

@@ -15,10 +15,15 @@ import ml_dtypes
 import pytest
 
 import convert
+from s3d_jax.drafters.portable import export_draft
+from s3d_jax.drafters.stored import read_draft, save_draft
+from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.tokenizer import tokenizer_files
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
+from tests.tiny import tiny_config, tiny_params
+from tests.train.test_objective import noisy_draft
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Files = dict[str, bytes]
@@ -296,3 +301,29 @@ def test_downloads_that_fail(hub, tmp_path, monkeypatch, how):
     message = refused(tmp_path, "owner/tiny")
     assert message.startswith("owner/tiny: the download failed (")
     assert message.count("\n") == 1
+
+
+def test_a_draft_comes_from_the_hub(hub, tmp_path):
+    config = tiny_config()
+    params = tiny_params(config)
+    draft = DraftConfig((False, True, True, False), 3)
+    for name in ("trained", "fresh"):
+        checkpoint.save(tmp_path / name, config, params)
+    save_draft(tmp_path / "trained", "default", draft, noisy_draft(config, params, draft), {})
+    export_draft(tmp_path / "trained", "default", tmp_path / "alone")
+    hub.add("owner/draft", "main", tmp_path / "alone", **{"README.md": b"x"})
+
+    def add(source: str) -> subprocess.CompletedProcess:
+        arguments = ["draft", "add", source, "--model", str(tmp_path / "fresh")]
+        return subprocess.run(
+            [sys.executable, "-m", "s3d_jax", *arguments],
+            capture_output=True, text=True, cwd=ROOT, timeout=100,
+        )  # fmt: skip
+
+    done = add("owner/draft")
+    assert done.returncode == 0 and "draft 'default' is in" in done.stdout, done.stderr
+    assert sorted(hub.downloaded) == ["config.json", "draft.safetensors"]
+    given, added = (read_draft(tmp_path / n, "default", config) for n in ("trained", "fresh"))
+    assert given.config == added.config and given.num_params == added.num_params
+    done = add("owner/nothing")
+    assert done.returncode == 2 and "no such folder here, nor such a model" in done.stderr
