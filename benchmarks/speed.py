@@ -86,7 +86,9 @@ def main() -> int:
         source = arguments.data / "checkpoints" / "babyllama-1m"
         convert.convert(source, folder / "baby", parity=False, progress=False)
         lm = s3d_jax.load(folder / "baby")
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        hf = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         ids = lm.tokenizer.encode("Once upon a time")
         report["babyllama-1m"] = against_hf(lm, hf, ids, 200, arguments.repeats)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from convert.options import ConversionOptions, VerificationOptions
 from s3d_jax import __version__
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.arguments import RAW, add_options, build
+from s3d_jax.settings.arguments import RAW, add_options, build, json_stdout
 
 if TYPE_CHECKING:
     from convert.plan import DryRun, TensorEntry
@@ -183,20 +183,21 @@ def _inspect(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from convert.plan import inspect
 
-    target, entries = inspect(arguments.source, build(ConversionOptions, arguments).revision)
-    model_type, num_params = target.origin.model_type, target.num_params
-    faults = sum(entry.is_fault for entry in entries)
-    if arguments.json:
-        tensors = [dataclasses.asdict(entry) for entry in entries]
-        facts = {"model_type": model_type, "num_params": num_params, "num_faults": faults}
-        print(json.dumps(facts | {"tensors": tensors}, indent=1))
-    else:
-        _print_entries(entries)
-        arrays, used = len(target.origin.table), sum(e.native is not None for e in entries)
-        print(
-            f"{model_type}, {num_params:,} parameters: {used} tensors make up {arrays} native "
-            f"arrays; {len(entries) - used - faults} are not needed, {faults} at fault"
-        )
+    with json_stdout(arguments.json) as out:
+        target, entries = inspect(arguments.source, build(ConversionOptions, arguments).revision)
+        model_type, num_params = target.origin.model_type, target.num_params
+        faults = sum(entry.is_fault for entry in entries)
+        if arguments.json:
+            tensors = [dataclasses.asdict(entry) for entry in entries]
+            facts = {"model_type": model_type, "num_params": num_params, "num_faults": faults}
+            print(json.dumps(facts | {"tensors": tensors}, indent=1), file=out)
+        else:
+            _print_entries(entries)
+            arrays, used = len(target.origin.table), sum(e.native is not None for e in entries)
+            print(
+                f"{model_type}, {num_params:,} parameters: {used} tensors make up {arrays} native "
+                f"arrays; {len(entries) - used - faults} are not needed, {faults} at fault"
+            )
     return 1 if faults else 0
 
 
@@ -226,12 +227,13 @@ def _verify(argv: list[str]) -> int:
     from convert.verification import verify_with
 
     options = build(VerificationOptions, arguments)
-    verification = verify_with(arguments.native, arguments.source, options)
-    if arguments.json:
-        facts = dataclasses.asdict(verification) | {"agrees": verification.agrees}
-        print(json.dumps(facts, indent=1))
-    else:
-        _print_verification(verification, arguments)
+    with json_stdout(arguments.json) as out:
+        verification = verify_with(arguments.native, arguments.source, options)
+        if arguments.json:
+            facts = dataclasses.asdict(verification) | {"agrees": verification.agrees}
+            print(json.dumps(facts, indent=1), file=out)
+        else:
+            _print_verification(verification, arguments)
     return 0 if verification.agrees else 1
 
 

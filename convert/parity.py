@@ -11,6 +11,7 @@ import numpy as np
 
 from convert.sources.base import FLOATS, first_line
 from s3d_jax.errors import ConversionError
+from s3d_jax.storage.tokenizer import NO_CODE
 
 # Long enough to see a wrong rotation, which a short prompt cannot.
 LENGTH = 640
@@ -148,7 +149,7 @@ def _hf_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
     transformers.logging.disable_progress_bar()
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
+            folder, dtype=getattr(torch, dtype), local_files_only=True, **NO_CODE
         )
         with torch.inference_mode():
             return model.eval()(torch.tensor(tokens)).logits.float().numpy()

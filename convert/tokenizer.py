@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from convert.sources.base import first_line, read_hf_json
-from s3d_jax.errors import ConversionError
+from s3d_jax.errors import ConversionError, InputError
 from s3d_jax.storage.json_files import write_json
 from s3d_jax.storage.native import CheckpointWriter
-from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
+from s3d_jax.storage.tokenizer import (
+    NEEDS_CODE,
+    NO_CODE,
+    has_vocabulary,
+    needs_code,
+    read_tokenizer,
+    tokenizer_files,
+)
 
 # Has no runs of spaces, special tokens or rare letters: there rules decide, not pieces.
 _PROBE = "Once upon a time, there was a Curious girl; she counted: 1, 2, 345!"
@@ -82,12 +89,18 @@ def _write_folder(folder: Path, writer: CheckpointWriter) -> str:
         return ""
     try:
         if "tokenizer.json" in files:
-            _check_json(files["tokenizer.json"])
+            read_tokenizer(folder)
             return ""
         tokenizer = _load(folder)
         text = tokenizer.backend_tokenizer.to_str(pretty=True)
     except ConversionError as error:
         return f"the tokenizer in {folder} cannot be read: {error}"
+    except InputError as error:
+        reason = first_line(error).removeprefix(f"cannot read the tokenizer in {folder}: ")
+        return (
+            f"the tokenizer in {folder} cannot be read: {reason}. Get a good copy, or give another "
+            "tokenizer by --tokenizer, and convert again"
+        )
     except Exception as error:  # transformers raises most kinds for files that it cannot read
         return (
             f"the tokenizer in {folder} cannot be read ({type(error).__name__}: "
@@ -99,18 +112,6 @@ def _write_folder(folder: Path, writer: CheckpointWriter) -> str:
         settings = {"tokenizer_class": type(tokenizer).__name__, **tokenizer.special_tokens_map}
         write_json(writer.folder / "tokenizer_config.json", settings)
     return ""
-
-
-def _check_json(path: Path) -> None:
-    import tokenizers
-
-    try:
-        tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ConversionError(
-            f"{path.name} is damaged or too new ({error}): get a good copy, or give another "
-            "tokenizer by --tokenizer, and convert again"
-        ) from error
 
 
 def _load(folder: Path) -> Any:
@@ -135,8 +136,25 @@ def _load(folder: Path) -> Any:
             add_bos_token=settings.get("add_bos_token") is not False,
         )
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if pieces is not None:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, **NO_CODE
+            )
+        except Exception as error:
+            if needs_code(folder):
+                raise ConversionError(NEEDS_CODE) from error
+            raise
+    if pieces is None:
+        text = tokenizer.decode(
+            tokenizer.encode(_PROBE, add_special_tokens=False), clean_up_tokenization_spaces=False
+        )
+        if text != _PROBE:
+            raise ConversionError(
+                f"{type(tokenizer).__name__} of transformers turns {_PROBE!r} into tokens that "
+                f"say {text!r}: correct tokenizer_class in a copy of tokenizer_config.json, or "
+                "give a folder with a tokenizer.json by --tokenizer, and convert again"
+            )
+    else:
         ours = tokenizer.encode(_PROBE, add_special_tokens=False)
         if ours != pieces.encode(_PROBE):
             raise ConversionError(

@@ -8,9 +8,10 @@ from typing import Any
 
 from convert.sources.base import first_line
 from s3d_jax.errors import ConversionError
+from s3d_jax.storage.adapters import ADAPTER_CONFIG, adapter_problem
 from s3d_jax.storage.tokenizer import TOKENIZER_FILES
 
-_SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_SMALL = ("config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 _TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -18,6 +19,8 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def download(model_id: str, revision: str | None = None) -> Path:
     """Fetches a model, except for files that are in the hub's cache already.
+
+    Of a model with an adapter (see `adapter_problem`), no weights are fetched.
 
     Obeys the environment variables of huggingface_hub: HF_ENDPOINT, HF_HOME, HF_TOKEN,
     HF_HUB_OFFLINE.
@@ -33,6 +36,8 @@ def download(model_id: str, revision: str | None = None) -> Path:
         ConversionError: no such model, no access, no network, disk full.
     """
     with _explained(model_id, revision):
+        if adapter_problem(folder := _fetch(model_id, revision, ())):
+            return folder  # to be refused, before gigabytes are fetched
         folder = _fetch(model_id, revision, _SAFETENSORS)
         if not any(folder.glob("*.safetensors")):
             folder = _fetch(model_id, revision, _TORCH)

@@ -20,6 +20,7 @@ from s3d_jax.drafters.stored import draft_names
 from s3d_jax.errors import ConfigError, ConversionError
 from s3d_jax.settings.model import DTYPES, ModelConfig
 from s3d_jax.settings.records import is_integer
+from s3d_jax.storage.adapters import adapter_problem
 from s3d_jax.storage.native import FORMAT
 
 HF, LLAMA2C, GGUF, NATIVE = "huggingface", "llama2.c", "GGUF", "native checkpoint"
@@ -111,6 +112,8 @@ def open_origin(
         folder, remote = hub.outline(name, revision)
     else:
         folder = hub.download(name, revision)
+    if problem := adapter_problem(folder, "" if path.is_dir() else name):
+        raise ConversionError(problem)
     fields = read_hf_json(folder / "config.json")
     if fields.get("format") == FORMAT:
         return _open_native(folder, name, own)

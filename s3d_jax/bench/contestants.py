@@ -14,6 +14,7 @@ import numpy as np
 from s3d_jax.drafters import registry
 from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import InputError
+from s3d_jax.storage.tokenizer import NO_CODE
 from s3d_jax.texts.suites import Prompt
 
 if TYPE_CHECKING:
@@ -224,7 +225,9 @@ def hf_model(folder: Path, dtype: str) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as parent:
         exported = export(folder, Path(parent) / "hf", progress=False)
         logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(exported, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            exported, dtype=getattr(torch, dtype), local_files_only=True, **NO_CODE
+        ).eval()
     if jax.default_backend() == "gpu" and torch.cuda.is_available():
         model = model.cuda()
     # Else the model's own generation_config.json would change the settings.

@@ -171,7 +171,10 @@ def run(arguments: argparse.Namespace) -> int:
         "memory_is": peak_memory_kind(was_reset),
         "rows": measure.summary(contestants, prompts, records, options.max_new_tokens),
     }
-    print(json.dumps(found) if options.json else report.table(found))
+    if options.json:
+        print(json.dumps(found), file=arguments.out)
+    else:
+        print(report.table(found))
     if options.plot:
         report.draw(found, options.plot)
     return 0

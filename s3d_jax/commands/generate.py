@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             names = ("text", "tokens", "finish_reason", "stopped_by")
             fields = {name: getattr(result, name) for name in names}
-            print(json.dumps({"prompt": text, **fields, "stats": result.stats.to_dict()}))
+            stats = result.stats.to_dict()
+            print(json.dumps({"prompt": text, **fields, "stats": stats}), file=arguments.out)
         elif arguments.ids or result.text is None:
             print(*result.tokens)
         else:

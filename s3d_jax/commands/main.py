@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from s3d_jax import __version__
 from s3d_jax.commands import bench, chat, distill, draft, generate, info, pretrain, train, tune
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.arguments import RAW
+from s3d_jax.settings.arguments import RAW, json_stdout
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without source lines
     try:
-        return arguments.run(arguments)
+        with json_stdout(getattr(arguments, "json", False)) as arguments.out:
+            return arguments.run(arguments)
     except S3DError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -130,7 +130,10 @@ def run(arguments: argparse.Namespace) -> int:
         "max_new_tokens": options.max_new_tokens,
         **plan.to_dict(),
     }
-    print(json.dumps(found) if options.json else report.table(found))
+    if options.json:
+        print(json.dumps(found), file=arguments.out)
+    else:
+        print(report.table(found))
     if not options.no_save:
         measured = {name: value for name, value in found.items() if name != "tuning"}
         path = save_tuning(folder, lm.config, draft, plan.tuning, measured)

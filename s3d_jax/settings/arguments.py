@@ -5,9 +5,13 @@ and a command can tell what was given from what was not.
 """
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+import io
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TextIO, TypeVar, get_args, get_origin
 
 from s3d_jax.errors import InputError
 from s3d_jax.settings.options import flag_of
@@ -76,6 +80,30 @@ def refuse(
     ]
     if flags:
         raise InputError(f"{', '.join(flags)}: {reason}")
+
+
+@contextlib.contextmanager
+def json_stdout(wanted: bool) -> Iterator[TextIO]:
+    """Yields the stream on which a command prints its JSON; standard output if none is `wanted`.
+
+    What libraries print in the block, in C or in Python, then goes to standard error, and what was
+    written to the stream is printed when the block ends.
+    """
+    out, text = sys.stdout, io.StringIO()
+    if not wanted:
+        yield out
+        return
+    out.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield text
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        out.write(text.getvalue())
+        out.flush()
 
 
 def _options(settings: type) -> list[dataclasses.Field[Any]]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.storage.adapters import adapter_problem
 from s3d_jax.storage.arrays import (
     ArrayRecord,
     ArrayWriter,
@@ -374,6 +375,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a native checkpoint is a folder")
+    if problem := adapter_problem(folder):
+        raise CheckpointError(problem)
     fields = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
     if fields.get("format") == FORMAT:
         return fields

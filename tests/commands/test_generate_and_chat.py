@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -117,6 +118,25 @@ def test_info(native, capsys):
     assert facts["config"]["num_layers"] == 5 and facts["tokenizer"] is True
     assert (facts["parameters"], facts["weight_bytes"]) == (936_448, 4 * 936_448)
     assert facts["eos_token_ids"] == [2]
+
+
+def test_json_is_alone_on_stdout_whatever_libraries_print(native, capfd, monkeypatch):
+    read = s3d_jax.storage.native.read_header
+
+    def noisy(*args):
+        print("a word from Python")
+        os.write(1, b"a word from C\n")
+        return read(*args)
+
+    monkeypatch.setattr("s3d_jax.storage.native.read_header", noisy)
+    generate = ["generate", "Once", "--method", "ar", "--max-new-tokens", "25", "--json"]
+    for arguments in (["info", "--json"], generate):
+        assert main([*arguments, "--model", native]) == 0
+        out, err = capfd.readouterr()
+        assert out.count("\n") == 1 and isinstance(json.loads(out), dict)
+        assert "a word from Python" in err and "a word from C" in err
+    assert main(["info", "--model", native]) == 0  # people may read it all
+    assert capfd.readouterr().out.startswith(("a word from Python", "a word from C"))
 
 
 def test_info_knows_what_windows_save(native, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 
 import s3d_jax
 from convert.__main__ import main
+from convert.sources.base import read_hf_json
 from s3d_jax.storage import native as checkpoint
 from tests.conftest import need
 from tests.convert.hf_folder import write_folder, write_large_folder
@@ -65,6 +66,17 @@ def test_parity_says_that_a_cast_is_included(tmp_path, data_dir, capsys):
     line = next(line for line in out.splitlines() if "the rounding" in line)
     assert "include the rounding of the weights from float32 to bfloat16" in line
     assert "--dtype float32" in line
+
+
+def test_json_is_alone_on_stdout_whatever_libraries_print(tmp_path, capsys, monkeypatch):
+    def noisy(path):
+        print("a word from a library")
+        return read_hf_json(path)
+
+    monkeypatch.setattr("convert.sources.open.read_hf_json", noisy)
+    assert main(["inspect", str(write_folder(tmp_path / "hf")), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["num_faults"] == 0 and err == "a word from a library\n"
 
 
 def test_overwrite_says_what_it_removes(capsys):

@@ -193,6 +193,16 @@ def test_an_id_gives_what_the_folder_gives_and_only_what_is_needed(hub, data_dir
     assert "tokenizer.json" in {p.name for p in tokenizer_files(tmp_path / "online")}
 
 
+def test_an_adapter_is_refused_before_its_weights_are_fetched(hub, tmp_path):
+    folder = write_folder(tmp_path / "hf")
+    hub.add("owner/both", "main", folder, **{"adapter_config.json": b"{}"})
+    assert refused(tmp_path, "owner/both").startswith("owner/both holds an adapter (LORA")
+    assert sorted(hub.downloaded) == ["adapter_config.json", "config.json"]
+    (folder / "config.json").unlink()
+    hub.add("owner/lora", "main", folder, **{"adapter_config.json": b"{}"})
+    assert "and no model. Merge" in refused(tmp_path, "--dry-run", "owner/lora")
+
+
 def test_a_second_conversion_needs_no_hub(hub, tmp_path, monkeypatch):
     hub.add("owner/tiny", "main", write_folder(tmp_path / "hf", shards=3))
     converted("owner/tiny", tmp_path / "first")

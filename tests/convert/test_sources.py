@@ -1,12 +1,14 @@
 """Kinds of sources: how they are recognised, and what a source of a new kind may be."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import convert
+from convert.__main__ import main
 from convert.options import ConversionOptions
 from convert.plan import dry_run, inspect
 from convert.sources.base import StoredTensor, cast_into
@@ -54,6 +56,29 @@ def test_bin_files_may_hold_safetensors_and_no_safetensors_are_unpickled(tmp_pat
     torch.save({n: torch.tensor(x) for n, x in tensors.items()}, folder / "model.safetensors")
     with pytest.raises(ConversionError, match="is truncated or no safetensors file"):
         open_weights(folder)
+
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_next_to_a_model_is_refused(tmp_path, file, capsys):
+    folder = write_folder(tmp_path / "hf")
+    (folder / file).write_text(json.dumps(ADAPTER))
+    source, out = str(folder), str(tmp_path / "out")
+    for arguments in ([source, out], ["--dry-run", source, out], ["inspect", source]):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert f"{folder} holds an adapter (LORA: {file}) next to a model" in err
+        assert "model.merge_and_unload()" in err and "remove these files from a copy" in err
+
+
+def test_an_adapter_alone_is_called_one(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "adapter_model.safetensors) and no model. Merge" in err and "'owner/base'" in err
 
 
 @pytest.mark.parametrize("kind", ["hf", "native", "llama2c"])

@@ -1,5 +1,6 @@
 """Tokenizers of any kind become a tokenizer.json; a report names those that cannot be read."""
 
+import io
 import json
 import shutil
 import sys
@@ -11,6 +12,7 @@ import convert
 import s3d_jax
 from convert.__main__ import main
 from s3d_jax.errors import ConversionError
+from s3d_jax.lm import EMBEDDED
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.tokenizer import tokenizer_files
 from tests.convert.hf_folder import write_folder
@@ -116,3 +118,32 @@ def test_settings_alone_are_no_tokenizer(tmp_path, data_dir):
     assert not report.tokenizer and report.tokenizer_problem == ""
     with pytest.raises(ConversionError, match="holds no tokenizer files"):
         convert.convert(folder, tmp_path / "out2", tokenizer=folder, **QUIET)
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "hf")
+    for file in tokenizer_files(EMBEDDED):
+        shutil.copy(file, folder)
+    (folder / "my.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
+    settings = {"auto_map": {"AutoTokenizer": ["my.Mine", None]}, "tokenizer_class": "Mine"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    stdin = io.StringIO("y\n")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert convert.convert(folder, tmp_path / "out", **QUIET).tokenizer
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    report = convert.convert(folder, tmp_path / "without", **QUIET)
+    assert not report.tokenizer and "such code is never run" in report.tokenizer_problem
+    assert stdin.tell() == 0 and not (tmp_path / "was_run").exists()
+
+
+def test_tokens_that_a_class_mangles_are_a_problem(tmp_path, data_dir, monkeypatch):
+    folder = write_folder(tmp_path / "hf")
+    for file in tokenizer_files(data_dir / "tokenizers" / "qwen2.5"):
+        shutil.copy(file, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"})
+    )
+    report = convert.convert(folder, tmp_path / "vocab", **QUIET)
+    assert "correct tokenizer_class in a copy of tokenizer_config.json" in report.tokenizer_problem
+    assert not report.tokenizer and not (tmp_path / "vocab" / "tokenizer.json").exists()

@@ -94,6 +94,15 @@ def test_wrong_folders(saved, tmp_path, data_dir):
             checkpoint.load(path)
 
 
+def test_an_adapter_is_not_left_out_in_silence(saved, tmp_path):
+    (saved / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"next to a model.*\n(.*\n)*.*merge_and_unload"):
+        checkpoint.load(saved)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/model"}')
+    with pytest.raises(CheckpointError, match=r"adapter .* and no model\. (.*\n)*.*'owner/model'"):
+        checkpoint.read_header(tmp_path)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
