@@ -35,7 +35,7 @@ class GenerateOptions(TypedDict, total=False):
             (default); False always drafts.
         ngram: of "prompt-lookup": how many of the last tokens are searched for in the text, at most
             (3).
-        stop: strings that end a text; they are not part of it.
+        stop: strings that end a text; they are not part of it, and may hold special tokens.
         eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
         seed: equal seeds, prompts and settings give equal outputs. From one number each row gets a
             key of its own; entries of a list are the rows' own seeds, whatever else is in the

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from s3d_jax.errors import InputError
-from s3d_jax.storage.tokenizer import special_ids
+from s3d_jax.storage.tokenizer import special_tokens
+from s3d_jax.text import common_length
 from s3d_jax.texts.files import is_jsonl, read_jsonl, split_texts
 
 
@@ -174,7 +175,7 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = np.asarray(encoded["input_ids"], np.int32)
     starts, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
-    special = np.isin(tokens, special_ids(tokenizer))
+    special = np.isin(tokens, list(special_tokens(tokenizer)))
     learn = np.zeros(len(tokens), bool)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -182,7 +183,7 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
         asked, answered = render(turns[:i], True), render(turns[: i + 1], False)
         # `text` need not repeat all of `answered`: some templates end each rendering with an
         # end-of-text token.
-        same = _common_length(text, answered)
+        same = common_length(text, answered)
         content = turn.get("content")
         after = len(asked)
         if isinstance(content, str) and (found := text.find(content, after, same)) >= 0:
@@ -199,8 +200,3 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
     if not learn.any():
         raise InputError(f"{where} has no turn of the assistant")
     return Document(tokens, learn, int(np.argmax(learn)))
-
-
-def _common_length(a: str, b: str) -> int:
-    differences = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(differences, min(len(a), len(b)))
