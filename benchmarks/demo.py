@@ -13,6 +13,7 @@ from pathlib import Path
 import convert
 import s3d_jax
 from s3d_jax.lm import LM
+from s3d_jax.settings.arguments import take_any_text
 
 STORY = "Once upon a time"
 QUESTION = "I am hungry. Can you find me a place to eat?"
@@ -31,6 +32,7 @@ def model(name: str | None) -> Iterator[LM]:
 
 
 def main() -> int:
+    take_any_text()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", help="HF folder or hub id (default: the small model of the package)"

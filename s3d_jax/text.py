@@ -13,6 +13,11 @@ _LOST = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a str of whole characters: a lone surrogate is half of one."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def common_length(a: str, b: str) -> int:
     """How many characters two texts begin with in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -14,6 +14,7 @@ from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.text import is_text
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -160,6 +161,10 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else stop
     if not is_list(stops) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop must be a non-empty text or a list of such, got {stop!r}")
+    if half := [s for s in stops if not is_text(s)]:
+        raise InputError(
+            f"stop is no valid text: {half[0]!r:.80} holds half a character (a lone surrogate)"
+        )
     return tuple(stops)
 
 

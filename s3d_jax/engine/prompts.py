@@ -10,6 +10,7 @@ from s3d_jax.drafters.base import Target
 from s3d_jax.errors import InputError
 from s3d_jax.settings.records import is_list
 from s3d_jax.storage.tokenizer import end_of_turn
+from s3d_jax.text import is_text
 
 Prompt = str | Sequence[int] | np.ndarray
 Message = Mapping[str, str]
@@ -69,6 +70,9 @@ class PromptEncoder:
                 'messages are a list of {"role": "user", "content": "..."} and the like, got '
                 f"{messages!r:.80}"
             )
+        for i, message in enumerate(messages):
+            for name, value in message.items():
+                _check_text(f"message {i}, {name!r},", value)
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
@@ -91,10 +95,8 @@ class PromptEncoder:
                 )
             if not prompt:
                 raise InputError(f"prompt {i} is empty")
-            try:
-                prompt = self.tokenizer.encode(prompt)
-            except (TypeError, UnicodeError) as error:
-                raise InputError(f"prompt {i} is no valid text ({error})") from error
+            _check_text(f"prompt {i}", prompt)
+            prompt = self.tokenizer.encode(prompt)
         return self._checked(i, prompt)
 
     def _checked(self, i: int, prompt: Any) -> np.ndarray:
@@ -120,3 +122,17 @@ class PromptEncoder:
                 "least one new token: shorten it, or load the model with a larger max_length"
             )
         return ids.astype(np.int32)
+
+
+def _check_text(what: str, value: Any) -> None:
+    """Refuses a text that holds half a character, also within lists and objects."""
+    if isinstance(value, str) and not is_text(value):
+        raise InputError(
+            f"{what} is no valid text: it holds half a character (a lone surrogate), from bytes "
+            f"that are not UTF-8 or from a text that was cut: {value!r:.80}"
+        )
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if is_list(value):
+        for part in value:
+            _check_text(what, part)

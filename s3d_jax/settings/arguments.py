@@ -6,6 +6,8 @@ and a command can tell what was given from what was not.
 
 import argparse
 import dataclasses
+import io
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -15,6 +17,21 @@ from s3d_jax.settings.records import kind_of
 
 T = TypeVar("T")
 RAW = argparse.RawDescriptionHelpFormatter
+
+
+def take_any_text() -> None:
+    """Keeps text that the terminal's encoding does not have from ending the program.
+
+    What cannot be printed is escaped ("\\u03c4"), and bytes of the input that are no text become
+    lone surrogates, which `InputError`s name.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def add_options(
