@@ -44,7 +44,7 @@ def read_documents(
 
     A text file holds documents separated by <|endoftext|>, or is one document. A line of a jsonl
     file is an object with one of
-        "text": a text, all of which is learnt;
+        "text": a text, all of which is learnt; empty ones are left out;
         "messages": [{"role": ..., "content": ...}], written out by the tokenizer's chat template;
             the assistant's turns are learnt, each up to the token that ends it;
         "prompt_tokens" and "tokens": ids, as `s3d distill` writes them; "tokens" are learnt.
@@ -113,8 +113,8 @@ def _jsonl_documents(
             yield _chat_document(fields["messages"], tokenizer, prompts, where)
         elif "tokens" in fields and not texts:
             yield _ids_document(fields, where)
-        else:
-            plain_texts.append(_text_of(fields, where))
+        elif (text := _text_of(fields, where)).strip():  # as in a text file, else it has no token
+            plain_texts.append(text)
     yield from _text_documents(plain_texts, tokenizer, eos_token_id)
 
 

@@ -40,6 +40,16 @@ def test_texts_begin_and_end(tokenizer, tmp_path):
     assert all(d.learn.all() and d.prompt_tokens is None for d in documents)
 
 
+def test_empty_texts_are_left_out(tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": ""}\n{"text": "the cat"}\n{"text": " \\n"}')
+    (document,) = read_documents([path], tokenizer, tokenizer.eos_token_id)
+    assert tokenizer.decode(document.tokens, skip_special_tokens=True) == "the cat"
+    path.write_text('{"text": ""}\n' * 8)
+    with pytest.raises(InputError, match="holds no text"):
+        read_documents([path], tokenizer, tokenizer.eos_token_id)
+
+
 def test_jsonl_with_text_and_ids_and_gzip(tokenizer, tmp_path):
     path = tmp_path / "mixed.jsonl.gz"
     lines = [{"prompt_tokens": [5, 6], "tokens": [7, 8, 9], "text": "x"}, {"text": "the cat"}, None]
