@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.settings.arguments import take_any_text
+
 SHAPES = ((704, 128), (4096, 768), (768, 2048), (32000, 768))  # [out, in]
 ROWS = (1, 2, 4, 5, 8, 16, 64)
 MINIMUM_BYTES = 6e7
@@ -40,6 +42,7 @@ WAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def main() -> int:
+    take_any_text()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--repeats", type=int, default=7)

@@ -34,6 +34,7 @@ from s3d_jax.drafters.s3d import S3D
 from s3d_jax.lm import LM
 from s3d_jax.machine import core_count, machine_name, peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params, weight_bytes
+from s3d_jax.settings.arguments import take_any_text
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
@@ -265,6 +266,7 @@ def machine() -> dict[str, str]:
 
 
 def main() -> int:
+    take_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -29,4 +29,4 @@ class ConversionError(CheckpointError):
 
 
 class TrainingError(S3DError):
-    """A training run that cannot begin, resume or continue."""
+    """A training run that cannot begin, resume or continue, or that has made the draft worse."""

@@ -1,10 +1,16 @@
 """Text arrives whole and in order, and ends exactly before the first stop string."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax.text import TextRow
+from s3d_jax.lm import EMBEDDED
+from s3d_jax.storage.tokenizer import special_tokens
+from s3d_jax.text import Detokenizer, TextRow, common_length
+from tests.conftest import need
 
 
 class ByteTokenizer:
@@ -94,3 +100,130 @@ def test_the_prompt_is_context_and_never_text(prompt):
         row.add(byte)
     row.finish()
     assert row.text == "new"
+
+
+def transformers_tokenizer(name: str, data_dir: Path) -> Any:
+    transformers = need("transformers")
+    folders = {"embedded": EMBEDDED, "babyllama": data_dir / "checkpoints" / "babyllama-1m"}
+    return transformers.AutoTokenizer.from_pretrained(
+        folders.get(name, data_dir / "tokenizers" / name)
+    )
+
+
+def decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def pieces(tokenizer: Any, prompt: list[int], ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return [*(detokenizer.add(i) for i in ids), detokenizer.finish()]
+
+
+def byte_tokens(tokenizer: Any, data: bytes) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in data]
+
+
+@pytest.mark.parametrize("name", ["phi-3-mini", "qwen2.5", "embedded", "babyllama"])
+def test_pieces_of_any_tokens_are_what_the_tokenizer_decodes(name, data_dir):
+    """Whole characters, broken ones, spaces, special and unknown tokens, after any prompt."""
+    tokenizer = transformers_tokenizer(name, data_dir)
+    size = len(tokenizer)
+    of_text = [
+        tokenizer.encode(text, add_special_tokens=False) for text in ("日🙂é", " a  b", "\n")
+    ]
+    single = [i for i in range(size) if _is_byte(tokenizer, i)]
+    token = st.integers(0, size + 3) | st.sampled_from([*sum(of_text, []), 0, 1, 2])
+    token = token | st.sampled_from(single) if single else token
+
+    @settings(derandomize=True, max_examples=150, deadline=None, database=None)
+    @given(st.lists(token, max_size=6), st.lists(token, max_size=24))
+    def check(prompt, ids):
+        before, after = decoded(tokenizer, prompt), decoded(tokenizer, prompt + ids)
+        text = "".join(pieces(tokenizer, prompt, ids))
+        assert text == after[common_length(before, after) :]
+        assert text == after or prompt
+
+    check()
+
+
+def _is_byte(tokenizer: Any, token: int) -> bool:
+    name = tokenizer.convert_ids_to_tokens(token)
+    return name.startswith("<0x") or decoded(tokenizer, [token]) == "\ufffd"
+
+
+def test_a_character_of_a_broken_run_is_counted_once(data_dir):
+    tokenizer = transformers_tokenizer("phi-3-mini", data_dir)
+    ids = [*byte_tokens(tokenizer, b"\xe6\x97\xa5\xe6"), *tokenizer.encode("abc")[-1:]]
+    assert pieces(tokenizer, [], ids) == ["", "", "", "", "\ufffd" * 4 + " abc", ""]
+    whole = byte_tokens(tokenizer, "日本".encode())
+    assert pieces(tokenizer, [], [*whole, ids[-1]])[-2:] == ["日本 abc", ""]
+
+
+@pytest.mark.parametrize("name", ["phi-3-mini", "qwen2.5"])
+def test_invalid_bytes_are_shown_at_once_and_in_linear_time(name, data_dir):
+    tokenizer = transformers_tokenizer(name, data_dir)
+    byte = byte_tokens(tokenizer, b"\xff")[0]
+    byte = tokenizer.convert_tokens_to_ids("ÿ") if name == "qwen2.5" else byte
+    decodes, longest = 0, 0
+
+    class Counting:
+        is_fast = True
+        convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+        def decode(self, ids, **options):
+            nonlocal decodes, longest
+            decodes, longest = decodes + 1, max(longest, len(ids))
+            return tokenizer.decode(ids, **options)
+
+    shown = pieces(Counting(), [], [byte] * 8000)
+    assert "".join(shown) == "\ufffd" * 8000
+    assert sum(map(len, shown[:100])) >= 97  # at most three are held back
+    assert decodes <= 2 * 8000 + 10 and longest <= 12
+
+
+def test_a_stop_string_in_a_run_of_bytes_ends_the_text_at_once(data_dir):
+    tokenizer = transformers_tokenizer("phi-3-mini", data_dir)
+    row = TextRow(tokenizer, tokenizer.encode("a"), ["\n\n"])
+    first, newline, ids = *tokenizer.encode("b")[-1:], *byte_tokens(tokenizer, b"\n"), []
+    for token in [first, newline, newline, first]:
+        ids.append(token)
+        if row.add(token):
+            break
+    row.finish()
+    assert (row.text, row.stopped_by, len(ids)) == (" b", "\n\n", 3)
+
+
+SPECIAL = {256: "<|end|>", 257: "<|user|>", 258: "<|end|>!"}
+
+
+@pytest.mark.parametrize(
+    "stop, ids, expected",
+    [
+        (["<|end|>"], [*b"ab", 256, *b"c"], ("ab", "<|end|>", 3)),
+        (["b<|end|>"], [*b"ab", 256, *b"c"], ("a", "b<|end|>", 3)),
+        (["b<|end|>"], [*b"bab", 257, *b"c"], ("babc", None, 5)),
+        (["<|end|>\n<|user|>"], [*b"a", 256, *b"\n", 257], ("a", "<|end|>\n<|user|>", 4)),
+        (["<|end|>x", "cd"], [*b"a", 256, *b"cd"], ("a", "cd", 4)),
+        (["ab"], [*b"a", 256, *b"b"], ("", "ab", 3)),  # special tokens are no text
+        (["ab", "<|user|>"], [*b"a", 257, *b"b"], ("a", "<|user|>", 2)),
+        (["<|end|>!"], [*b"a", 256, *b"b", 258], ("ab", "<|end|>!", 4)),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens(stop, ids, expected):
+    row = TextRow(TOKENIZER, [], stop, SPECIAL)
+    taken = 0
+    for token in ids:
+        taken += 1
+        if row.add(token):
+            break
+    row.finish()
+    assert (row.text, row.stopped_by, taken) == expected
+
+
+def test_a_stop_string_of_bytes_and_special_tokens(data_dir):
+    tokenizer = transformers_tokenizer("phi-3-mini", data_dir)
+    end, newline = tokenizer.convert_tokens_to_ids("<|end|>"), *byte_tokens(tokenizer, b"\n")
+    row = TextRow(tokenizer, [], ["\n<|end|>\n"], special_tokens(tokenizer))
+    ids = [*tokenizer.encode("a")[-1:], newline, end, newline]
+    assert [row.add(token) for token in ids] == [False, False, False, True]
+    assert (row.text, row.stopped_by) == ("a", "\n<|end|>\n")

@@ -21,6 +21,7 @@ from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
 from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn.cache import Kept
+from s3d_jax.storage.tokenizer import special_tokens
 from s3d_jax.text import TextRow
 
 UNLIMITED = int(np.iinfo(np.int32).max)
@@ -80,11 +81,10 @@ class Batch:
         self._prompts = prompts
         self._has_stop_strings = bool(request.stops)
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.texts = (
-            None
-            if tokenizer is None
-            else [TextRow(tokenizer, prompt.tolist(), request.stops) for prompt in prompts]
-        )
+        self.texts = None
+        if tokenizer is not None:
+            special = special_tokens(tokenizer) if request.stops else {}
+            self.texts = [TextRow(tokenizer, p.tolist(), request.stops, special) for p in prompts]
         self.has_ended = False
         self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 

@@ -14,6 +14,7 @@ from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.text import is_text
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -35,7 +36,7 @@ class GenerateOptions(TypedDict, total=False):
             (default); False always drafts.
         ngram: of "prompt-lookup": how many of the last tokens are searched for in the text, at most
             (3).
-        stop: strings that end a text; they are not part of it.
+        stop: strings that end a text; they are not part of it, and may hold special tokens.
         eos_token_ids: tokens that end a text; None takes the model's own, () never stops.
         seed: equal seeds, prompts and settings give equal outputs. From one number each row gets a
             key of its own; entries of a list are the rows' own seeds, whatever else is in the
@@ -160,6 +161,10 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else stop
     if not is_list(stops) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop must be a non-empty text or a list of such, got {stop!r}")
+    if half := [s for s in stops if not is_text(s)]:
+        raise InputError(
+            f"stop is no valid text: {half[0]!r:.80} holds half a character (a lone surrogate)"
+        )
     return tuple(stops)
 
 

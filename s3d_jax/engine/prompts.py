@@ -10,6 +10,7 @@ from s3d_jax.drafters.base import Target
 from s3d_jax.errors import InputError
 from s3d_jax.settings.records import is_list
 from s3d_jax.storage.tokenizer import end_of_turn
+from s3d_jax.text import is_text
 
 Prompt = str | Sequence[int] | np.ndarray
 Message = Mapping[str, str]
@@ -62,19 +63,7 @@ class PromptEncoder:
                 "this model's tokenizer has no chat template, so it was not made for chat: use "
                 "generate with a text, or set lm.tokenizer.chat_template"
             )
-        if not is_list(messages) or not all(
-            isinstance(m, Mapping) and "role" in m for m in messages
-        ):
-            raise InputError(
-                'messages are a list of {"role": "user", "content": "..."} and the like, got '
-                f"{messages!r:.80}"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # the template is a program of its own and may raise anything
-            raise InputError(f"the chat template refuses these messages: {error}") from error
+        text = render_chat(self.tokenizer, plain_messages(messages), to_be_answered=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     @property
@@ -91,10 +80,8 @@ class PromptEncoder:
                 )
             if not prompt:
                 raise InputError(f"prompt {i} is empty")
-            try:
-                prompt = self.tokenizer.encode(prompt)
-            except (TypeError, UnicodeError) as error:
-                raise InputError(f"prompt {i} is no valid text ({error})") from error
+            _check_text(f"prompt {i}", prompt)
+            prompt = self.tokenizer.encode(prompt)
         return self._checked(i, prompt)
 
     def _checked(self, i: int, prompt: Any) -> np.ndarray:
@@ -120,3 +107,65 @@ class PromptEncoder:
                 "least one new token: shorten it, or load the model with a larger max_length"
             )
         return ids.astype(np.int32)
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: a content in parts of text becomes one text.
+
+    Raises:
+        InputError: no list of messages, or a content that is no text; names the message.
+    """
+    if not is_list(messages) or not all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise InputError(
+            'messages are a list of {"role": "user", "content": "..."} and the like, got '
+            f"{messages!r:.80}"
+        )
+    return [_plain_message(i, message) for i, message in enumerate(messages)]
+
+
+def _plain_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in message.items():
+        _check_text(f"message {i}, {name!r},", value)
+    content: Any = message.get("content")
+    if is_list(content):
+        parts: list[Any] = [p.get("text") if isinstance(p, Mapping) else p for p in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(f"message {i} has parts that are no text: {content!r:.80}")
+        return {**message, "content": "".join(parts)}
+    if content is not None and not isinstance(content, str):
+        raise InputError(f"message {i}: its content must be a text, got {content!r:.80}")
+    return dict(message)
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, to_be_answered: bool
+) -> str:
+    """Plain messages written out by the tokenizer's chat template.
+
+    Raises:
+        InputError: the template refuses them.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=to_be_answered, tokenize=False
+        )
+    except Exception as error:  # the template is a program of its own and may raise anything
+        empty = [i for i, m in enumerate(messages) if m.get("content") is None]
+        hint = f" (message {empty[0]} has no content)" if empty else ""
+        raise InputError(f"the chat template refuses these messages: {error}{hint}") from error
+
+
+def _check_text(what: str, value: Any) -> None:
+    """Refuses a text that holds half a character, also within lists and objects."""
+    if isinstance(value, str) and not is_text(value):
+        raise InputError(
+            f"{what} is no valid text: it holds half a character (a lone surrogate), from bytes "
+            f"that are not UTF-8 or from a text that was cut: {value!r:.80}"
+        )
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if is_list(value):
+        for part in value:
+            _check_text(what, part)

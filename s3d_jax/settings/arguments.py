@@ -21,6 +21,21 @@ T = TypeVar("T")
 RAW = argparse.RawDescriptionHelpFormatter
 
 
+def take_any_text() -> None:
+    """Keeps text that the terminal's encoding does not have from ending the program.
+
+    What cannot be printed is escaped ("\\u03c4"), and bytes of the input that are no text become
+    lone surrogates, which `InputError`s name.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def add_options(
     parser: Any, settings: type, names: Iterable[str] | None = None, **defaults: Any
 ) -> None:

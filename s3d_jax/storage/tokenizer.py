@@ -48,10 +48,11 @@ def has_vocabulary(folder: str | os.PathLike[str]) -> bool:
     return any((Path(folder) / name).is_file() for name in VOCABULARIES)
 
 
-def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the special tokens, which are no text."""
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The special tokens, which are no text: id -> how it is written."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return [*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)]
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return dict(named) | {i: token.content for i, token in added.items() if token.special}
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -69,7 +70,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not found:  # the template omits answers, or changes them
         return None
     ids = tokenizer.encode(end, add_special_tokens=False)
-    special = set(special_ids(tokenizer))
+    special = special_tokens(tokenizer)
     return next((i for i in ids if i in special), None)
 
 

@@ -2,15 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from s3d_jax.engine.prompts import plain_messages, render_chat
 from s3d_jax.errors import InputError
-from s3d_jax.storage.tokenizer import special_ids
+from s3d_jax.storage.tokenizer import special_tokens
+from s3d_jax.text import common_length
 from s3d_jax.texts.files import is_jsonl, read_jsonl, split_texts
+
+_USUAL_ROLES = ("system", "user", "assistant")  # other ones are left out by many templates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ def read_documents(
 
     A text file holds documents separated by <|endoftext|>, or is one document. A line of a jsonl
     file is an object with one of
-        "text": a text, all of which is learnt;
+        "text": a text, all of which is learnt; empty ones are left out;
         "messages": [{"role": ..., "content": ...}], written out by the tokenizer's chat template;
             the assistant's turns are learnt, each up to the token that ends it;
         "prompt_tokens" and "tokens": ids, as `s3d distill` writes them; "tokens" are learnt.
@@ -109,8 +113,8 @@ def _jsonl_documents(
             yield _chat_document(fields["messages"], tokenizer, prompts, where)
         elif "tokens" in fields and not texts:
             yield _ids_document(fields, where)
-        else:
-            plain_texts.append(_text_of(fields, where))
+        elif (text := _text_of(fields, where)).strip():  # as in a text file, else it has no token
+            plain_texts.append(text)
     yield from _text_documents(plain_texts, tokenizer, eos_token_id)
 
 
@@ -140,11 +144,12 @@ def _ids_document(fields: dict[str, Any], where: str) -> Document:
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
-    turns: list[Any] = messages if isinstance(messages, list) else [None]
-    if not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
-        raise InputError(
-            f'{where}: "messages" must be a list of {{"role": ..., "content": ...}} objects'
-        )
+    try:
+        turns = plain_messages(messages)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if not turns:
+        raise InputError(f'{where}: "messages" is empty')
     return turns
 
 
@@ -153,14 +158,20 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where} is a chat, and the model's tokenizer has no chat template")
 
-    def render(turns: list[Any], to_be_answered: bool) -> str:
+    def render(turns: list[dict[str, Any]], to_be_answered: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=to_be_answered
-            )
-        except Exception as error:  # the template is a program of its own
-            raise InputError(f"{where}: the chat template refuses it: {error}") from error
+            return render_chat(tokenizer, turns, to_be_answered=to_be_answered)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
+    unusual = [i for i, turn in enumerate(turns) if i and turn["role"] not in _USUAL_ROLES]
+    for i in unusual:
+        if render(turns[:i], False) == render(turns[: i + 1], False):
+            raise InputError(
+                f"{where}: the chat template leaves out message {i} (of {turns[i]['role']!r}), so "
+                "the answer to it cannot be learnt: remove the chat, or write it out as "
+                '"prompt_tokens" and "tokens"'
+            )
     if is_prompt and turns[-1]["role"] != "assistant":
         ids = tokenizer(render(turns, True), add_special_tokens=False, verbose=False)["input_ids"]
         return Document(np.asarray(ids, np.int32), np.zeros(len(ids), bool), len(ids))
@@ -170,37 +181,76 @@ def _chat_document(messages: Any, tokenizer: Any, is_prompt: bool, where: str) -
             'assistant\'s turns are: write the chat out as "prompt_tokens" and "tokens", or use a '
             "checkpoint with a tokenizer.json"
         )
+    if all(turn["role"] != "assistant" for turn in turns):
+        raise InputError(f"{where} has no turn of the assistant")
     text = render(turns, False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = np.asarray(encoded["input_ids"], np.int32)
     starts, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
-    special = np.isin(tokens, special_ids(tokenizer))
+    special = np.isin(tokens, list(special_tokens(tokenizer)))
     learn = np.zeros(len(tokens), bool)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        asked, answered = render(turns[:i], True), render(turns[: i + 1], False)
+        answered = render(turns[: i + 1], False)
         # `text` need not repeat all of `answered`: some templates end each rendering with an
         # end-of-text token.
-        same = _common_length(text, answered)
-        content = turn.get("content")
-        after = len(asked)
-        if isinstance(content, str) and (found := text.find(content, after, same)) >= 0:
-            after = found + len(content)
-        # Decoding ends with the turn's end token; nothing after it is ever drafted.
-        stops = ends[special & (starts >= after) & (ends <= same)]
-        stop = stops[0] if len(stops) else same
-        if not text.startswith(asked) or (not len(stops) and same < len(answered)):
+        same = common_length(text, answered)
+        content = turn.get("content") or ""
+        begin = _begin(text[:same], turns[: i + 1], content.strip(), render)
+        stops = np.zeros(0, int)
+        if begin is not None:
+            ending = special & (starts < begin) & (begin < ends)
+            if not content and ending.any():  # the template asks with what begins like the end
+                begin = int(starts[ending][0])
+            found = text.find(content, begin, same)
+            after = begin if found < 0 else found + len(content)
+            # Decoding ends with the turn's end token; nothing after it is ever drafted.
+            stops = ends[special & (starts >= after) & (ends <= same)]
+        if begin is None or (not len(stops) and same < len(answered)):
             raise InputError(
-                f"{where}: the chat template changes earlier turns, so the assistant's turns "
-                'cannot be found: write the chat out as "prompt_tokens" and "tokens"'
+                f"{where}: the chat template changes earlier turns when more follow, so message "
+                f'{i}, the assistant\'s, cannot be found: write the chat out as "prompt_tokens" '
+                'and "tokens"'
             )
-        learn |= (starts >= len(asked)) & (starts < stop)
+        learn |= (starts >= begin) & (starts < (stops[0] if len(stops) else same))
     if not learn.any():
-        raise InputError(f"{where} has no turn of the assistant")
+        raise InputError(f"{where}: the assistant's turns are empty, so there is nothing to learn")
     return Document(tokens, learn, int(np.argmax(learn)))
 
 
-def _common_length(a: str, b: str) -> int:
-    differences = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(differences, min(len(a), len(b)))
+def _begin(
+    text: str,
+    turns: list[dict[str, Any]],
+    content: str,
+    render: Callable[[list[dict[str, Any]], bool], str],
+) -> int | None:
+    """Where the last of the turns begins in a text, as far as decoding writes it.
+
+    Args:
+        text: the turns written out.
+        turns: the last one is the assistant's.
+        content: its own.
+        render: as `render_chat`.
+
+    Returns:
+        None if the text changes the turns before it.
+    """
+    # The first turn is asked for like a turn after it, since templates refuse an empty chat.
+    before = turns[:-1] or turns
+    unasked, asked = render(before, False), render(before, True)
+    asks_at = common_length(unasked, asked)
+    if before is turns:
+        asks = asked[asks_at:]
+        if asks and (found := text.find(asks)) >= 0:
+            return found + len(asks)
+        asks_at = same = 0
+    else:
+        same = common_length(text, asked)
+    if same == len(asked):
+        return same
+    if same < asks_at:
+        return None
+    # The template asks with more ("<think>") than it writes before an answer that is there.
+    places = (at for at in range(same, asks_at - 1, -1) if text.startswith(content, at))
+    return next(places, max(same, text.find(content, same)))

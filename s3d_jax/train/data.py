@@ -30,6 +30,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_learnt(self) -> int:
+        """Tokens that are learnt; nothing is known before the first one of a row."""
+        return int(self.learn[:, 1:].sum())
+
 
 def row_length_for(documents: Sequence[Document], limit: int) -> int:
     """A row length that fits most documents: a multiple of 32 that holds nine in ten of them.

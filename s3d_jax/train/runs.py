@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from s3d_jax.drafters.stored import (
     save_draft,
     write_draft,
 )
-from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.lm import LM, default_draft, load
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
@@ -33,9 +35,14 @@ from s3d_jax.train.draft import DraftTask
 from s3d_jax.train.folder import check_run
 from s3d_jax.train.loop import fit
 from s3d_jax.train.pretrain import PretrainTask
-from s3d_jax.train.session import Files, check_row_length, read_corpus
+from s3d_jax.train.session import Corpus, Files, check_row_length, read_corpus
 from s3d_jax.train.tokenizer import end_token_ids, tokenizer_for, tokenizer_of_run
-from s3d_jax.train.validation import HeldOutDecoding, perplexity, warn_if_useless
+from s3d_jax.train.validation import (
+    HeldOutDecoding,
+    made_worse,
+    perplexity,
+    warn_if_useless,
+)
 from s3d_jax.weights.trees import Params
 
 
@@ -61,14 +68,15 @@ def train_draft(
         resume: continue the run in `run` from its newest state; a number names the step of an
             older state, and newer ones are removed.
         overwrite: replace a draft of that name (the `out` of mode "full").
-        progress: show a bar.
+        progress: show a bar, and before it how much there is to learn.
 
     Returns:
         JSON: the options and what was reached, as stored with the draft.
 
     Raises:
         InputError, ConfigError, CheckpointError: files, settings or folders that do not fit.
-        TrainingError: see `fit`.
+        TrainingError: see `fit`; or the trained draft is worse than the untrained one, or than the
+            one that it would replace: it is not stored, and the run is kept.
     """
     _check_destination(model, config, overwrite)
     check_run(run, resume)
@@ -96,7 +104,9 @@ def train_draft(
         lm.config,
         config,
         lambda documents: pack(documents, config.row_length or row_length_for(documents, limit)),
+        learns_text=config.mode == "full",
     )
+    _show(corpus, progress)
     make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=lm.eos_token_ids)
     decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
 
@@ -128,6 +138,16 @@ def train_draft(
         progress=progress,
     )
     before, reached = validations[0], validations[-1]
+    untrained = before
+    if start is not None:
+        untrained = decoding.measure(lm.params, untrained_draft(lm.config, lm.params))
+    tau = reached["tokens_per_iteration"]
+    worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
+    if config.start == config.name:
+        replaced = before["tokens_per_iteration"]
+        worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
+    if worse:
+        raise TrainingError(worse)
     report = {name: value for name, value in options.items() if name != "draft"} | {
         "before": before,
         "reached": reached,
@@ -148,11 +168,8 @@ def train_draft(
             tokenizer=model,
             overwrite=overwrite,
         )
-    untrained = before
-    if start is not None:
-        untrained = decoding.measure(lm.params, untrained_draft(lm.config, lm.params))
     # Last, so that nothing is lost where warnings are errors.
-    warn_if_useless(untrained["tokens_per_iteration"], reached["tokens_per_iteration"], draft.gamma)
+    warn_if_useless(untrained["tokens_per_iteration"], tau, draft.gamma)
     return report
 
 
@@ -176,7 +193,8 @@ def pretrain(
         run: a folder for states, metrics, curves and the tokenizer.
         model: the model; its dtype is what is written, the trained weights are float32.
         config: how it is trained, and whether it also learns to draft.
-        valid, resume, overwrite, progress: as in `train_draft`; `overwrite` replaces `out`.
+        valid, resume, overwrite, progress: as in `train_draft`; `overwrite` replaces `out`. A draft
+            that is worse than the untrained one is not stored with the model.
 
     Returns:
         JSON: the options and what was reached.
@@ -200,7 +218,9 @@ def pretrain(
         # Unlike a draft, the model learns every token of a chat, the user's too.
         lambda documents: concatenate(documents, config.row_length, config.loop.seed),
         texts=True,  # ids in the files belong to another tokenizer
+        learns_text=True,
     )
+    _show(corpus, progress)
     draft, trained_model = config.draft, model.replace(dtype="float32")
     task = PretrainTask(
         model,
@@ -245,22 +265,26 @@ def pretrain(
     )
     tree, reached = as_stored(tree), validations[-1]
     report = options | {"reached": reached}
+    worse = None
+    if decoding:
+        params = tree["params"]
+        untrained = decoding.measure(params, untrained_draft(model, params))
+        taus = untrained["tokens_per_iteration"], reached["tokens_per_iteration"]
+        worse = made_worse(*taus, "the untrained one", run)
     _save_model(
         out,
         model,
         _cast(tree["params"], model.dtype),
-        (DEFAULT_NAME, draft, tree["draft"], report) if draft else None,
+        (DEFAULT_NAME, draft, tree["draft"], report) if draft and not worse else None,
         source={"trained_by": "s3d pretrain", **report},
         generation_config={"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends},
         tokenizer=vocabulary,
         overwrite=overwrite,
     )
-    if draft and decoding:
-        params = tree["params"]
-        untrained = decoding.measure(params, untrained_draft(model, params))
-        warn_if_useless(
-            untrained["tokens_per_iteration"], reached["tokens_per_iteration"], draft.gamma
-        )
+    if worse:
+        warnings.warn(f"{worse}. The model itself is in {out}", stacklevel=2)
+    elif draft:
+        warn_if_useless(*taus, draft.gamma)
     return report
 
 
@@ -314,6 +338,14 @@ def _beginning(
             f"but not shrink: got {adapter.rank} and {adapter.bridge_rank} (--rank, --bridge-rank)"
         )
     return draft, adapter, start.params
+
+
+def _show(corpus: Corpus, progress: bool) -> None:
+    """Says before the training what there is to learn."""
+    if progress:
+        from tqdm import tqdm
+
+        tqdm.write(corpus.summary, file=sys.stderr)
 
 
 def _cast(tree: Any, dtype: str) -> Any:

@@ -36,6 +36,14 @@ class Corpus:
     held_out: Rows
     prompts: list[np.ndarray]
 
+    @property
+    def summary(self) -> str:
+        """What there is to learn, for the user."""
+        return (
+            f"{_counted(self.rows)} to train on; held out: {_counted(self.held_out)}, "
+            f"{len(self.prompts)} prompts"
+        )
+
     def batches(self, config: RunConfig) -> Batches:
         """The batches of the rows to train on."""
         return Batches(self.rows, config.loop.batch_size, config.loop.seed)
@@ -58,6 +66,11 @@ class Corpus:
         }
 
 
+def _counted(rows: Rows) -> str:
+    number, length = rows.tokens.shape
+    return f"{number:,} rows of {length} tokens ({rows.num_learnt:,} learnt)"
+
+
 def check_row_length(row_length: int | None, model: ModelConfig) -> None:
     """Raises ConfigError for rows longer than the model is made for."""
     limit = model.max_position_embeddings
@@ -78,6 +91,7 @@ def read_corpus(
     arrange: Callable[[Sequence[Document]], Rows],
     *,
     texts: bool = False,
+    learns_text: bool = False,
 ) -> Corpus:
     """Reads, splits and packs the documents of a run.
 
@@ -89,9 +103,11 @@ def read_corpus(
         model: its vocabulary and its length bound what is read.
         config: seed and validation.
         arrange: makes rows of the documents to train on.
+        learns_text: the target is trained too, so held-out text is needed, not prompts alone.
 
     Raises:
-        InputError: files that cannot be used, no document left in a part, or foreign token ids.
+        InputError: files that cannot be used; no document or no token to learn in a part; or
+            foreign token ids.
     """
     documents = read_documents(data, tokenizer, end, texts=texts)
     if valid:
@@ -110,11 +126,26 @@ def read_corpus(
                 f"the data holds token {largest}; the vocabulary has {model.vocab_size}"
             )
     rows, validation = arrange(documents), config.validation
+    held_out_rows = pack(held_out, rows.tokens.shape[1])
+    _check_learnt("the data", rows, documents)
+    if learns_text:
+        _check_learnt("the held-out data", held_out_rows, held_out)
     limit = model.max_position_embeddings
     return Corpus(
         [Path(file).name for file in data],
         [Path(file).name for file in valid],
         rows,
-        pack(held_out, rows.tokens.shape[1]),
+        held_out_rows,
         held_out_prompts(held_out, validation.prompts, validation.prompt_tokens, limit),
     )
+
+
+def _check_learnt(what: str, rows: Rows, documents: Sequence[Document]) -> None:
+    if rows.num_learnt == 0:
+        marked = sum(int(d.learn.sum()) for d in documents)
+        raise InputError(
+            f"{what}: none of the {len(rows):,} rows of {rows.tokens.shape[1]} tokens has a token "
+            f"to learn. The {len(documents):,} documents have {marked:,}, but the first token of a "
+            "text or of a row is never learnt: give longer texts, chats with answers, or lines "
+            'whose "tokens" are not empty'
+        )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,6 +105,24 @@ def measure_acceptance(
         "prompts": len(results),
         "new_tokens": tokens,
     }
+
+
+def made_worse(before: float, after: float, what: str, run: str | os.PathLike[str]) -> str | None:
+    """Says that training has made a draft worse, which is not stored then; None if it has not.
+
+    Args:
+        before, after: τ before training, and of the trained draft.
+        what: which draft `before` belongs to.
+        run: the run's folder.
+    """
+    if after >= before:
+        return None
+    return (
+        f"the trained draft makes {after:.2f} tokens per iteration, {what} {before:.2f}: it is not "
+        f"stored. The run is kept in {run}: train longer (--resume with more --steps), or begin "
+        "another run with a lower --learning-rate, or with data that is more like the prompts "
+        "(s3d distill)"
+    )
 
 
 def warn_if_useless(before: float, after: float, gamma: int) -> None:

@@ -208,6 +208,37 @@ def test_ctrl_c_before_an_answer_keeps_the_question(chatty, capsys, monkeypatch)
     assert seen[-1] == ["Tom", "", "Lily", answer, "A cat", "", "A dog"]
 
 
+def test_chat_refuses_what_is_no_text_and_continues(chatty, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nTom\n"), "utf-8"))
+    assert main(["chat", "--model", chatty, "--max-new-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("error: ") == 1
+    assert "message 0, 'content', is no valid text" in err and "caf\\udce9" in err
+    assert len(out.splitlines()) == 1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    assert main(["generate", "-", "--model", chatty]) == 2
+    assert "prompt 0 is no valid text" in capsys.readouterr().err
+
+
+def test_output_that_the_terminal_does_not_have_is_escaped(chatty, monkeypatch):
+    data = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(data, "cp1252", write_through=True))
+    model = ["--model", chatty, "--max-new-tokens", "1"]
+    assert main(["generate", "a τ", *model]) == 0
+    assert data.getvalue().startswith(b"a \\u03c4")
+
+
+@pytest.mark.parametrize("program", [["s3d_jax", "bench"], ["s3d_jax", "train"], ["convert"]])
+def test_help_of_a_terminal_without_greek(program):
+    done = subprocess.run(
+        [sys.executable, "-m", *program, "--help"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u03c4 and" in done.stdout or program[-1] != "bench"
+
+
 def test_chat_remembers_the_conversation(chatty, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\nThe dog\n"))
     assert main(["chat", "--model", chatty, "--max-new-tokens", "20"]) == 0

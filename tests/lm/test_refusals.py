@@ -35,6 +35,28 @@ def test_bad_prompts(tiny, prompts, message):
         tiny.generate(prompts)
 
 
+def test_half_a_character_is_refused_where_it_is(baby, monkeypatch):
+    half = "caf\ud83d"
+    with pytest.raises(InputError, match=r"prompt 1 is no valid text.*half a character.*ud83d"):
+        baby.generate(["Once", half])
+    with pytest.raises(InputError, match=r"prompt 0 is no valid text"):
+        baby.stream(half)
+    with pytest.raises(InputError, match=r"stop is no valid text: 'caf\\ud83d' holds half"):
+        baby.generate("Once", stop=["@", half])
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    monkeypatch.setattr(baby.tokenizer, "chat_template", template)
+    parts = [{"type": "text", "text": half}]
+    for content in (half, parts):
+        with pytest.raises(InputError, match=r"message 1, 'content', is no valid text"):
+            baby.chat([{"role": "user", "content": "a"}, {"role": "user", "content": content}])
+    conversation = baby.conversation()
+    with pytest.raises(InputError, match=r"message 0, 'content', is no valid text"):
+        conversation.send(half)
+    assert conversation.messages == []
+    with pytest.raises(InputError, match=r"message 0, 'content', is no valid text"):
+        baby.conversation(half)
+
+
 def test_numbers_may_be_those_of_numpy_and_jax(tiny):
     plain = tiny.generate(
         [[1, 2], [3]], max_new_tokens=9, gamma=2, top_k=[2, 3], temperature=0.5, seed=[4, 5]

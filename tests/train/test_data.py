@@ -40,6 +40,16 @@ def test_texts_begin_and_end(tokenizer, tmp_path):
     assert all(d.learn.all() and d.prompt_tokens is None for d in documents)
 
 
+def test_empty_texts_are_left_out(tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": ""}\n{"text": "the cat"}\n{"text": " \\n"}')
+    (document,) = read_documents([path], tokenizer, tokenizer.eos_token_id)
+    assert tokenizer.decode(document.tokens, skip_special_tokens=True) == "the cat"
+    path.write_text('{"text": ""}\n' * 8)
+    with pytest.raises(InputError, match="holds no text"):
+        read_documents([path], tokenizer, tokenizer.eos_token_id)
+
+
 def test_jsonl_with_text_and_ids_and_gzip(tokenizer, tmp_path):
     path = tmp_path / "mixed.jsonl.gz"
     lines = [{"prompt_tokens": [5, 6], "tokens": [7, 8, 9], "text": "x"}, {"text": "the cat"}, None]
@@ -115,6 +125,68 @@ def test_chats_that_cannot_be_told_apart_are_refused(tokenizer, tmp_path):
         read_documents([path], Slow(), None)
 
 
+THINKING = (
+    "{% for m in messages %}<|user|>{{ m.role }}:{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant:<|assistant|>{% endif %}"
+)
+ROLES = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+
+
+@pytest.mark.parametrize(
+    "template, turns, learnt",
+    [
+        (None, ["a:sat", "u:ran", "a: cat "], "sat<|end|> cat <|end|>"),  # the assistant begins
+        (None, ["s:the", "a:sat"], "sat<|end|>"),
+        (None, ["u:ran", "a:", "u:ran", "a:sat"], "<|end|>sat<|end|>"),
+        (None, ["u:ran", "a:sat", "t:42", "a:cat"], "sat<|end|>cat<|end|>"),
+        (None, ["u:ran", "a:sat", "a:cat"], "sat<|end|>cat<|end|>"),
+        # It asks with more than it writes before an answer, like a template that opens "<think>".
+        (THINKING, ["u:ran", "a:sat", "u:a", "a:cat "], "sat<|end|>cat<|end|>"),
+        (THINKING, ["u:ran", "a:<b", "u:a", "a:"], "<b<|end|><|end|>"),
+        (THINKING, ["u:ran", "a:<|assistant|>sat", "u:a", "a:cat"], "sat<|end|>cat<|end|>"),
+        (THINKING, ["a:sat", "u:ran", "a:cat"], "sat<|end|>cat<|end|>"),
+    ],
+)
+def test_the_assistants_turns_are_found(template, turns, learnt, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template or tokenizer.chat_template)
+    path = tmp_path / "chat.jsonl"
+    pairs = [turn.split(":", 1) for turn in turns]
+    for parts in (False, True):
+        messages = [
+            {"role": ROLES[r], "content": [{"type": "text", "text": c}] if parts else c}
+            for r, c in pairs
+        ]
+        path.write_text(json.dumps({"messages": messages}))
+        (chat,) = read_documents([path], tokenizer, None)
+        assert tokenizer.decode(chat.tokens[chat.learn]) == learnt
+        assert list(read_texts([path])) == [c for _, c in pairs]
+
+
+def test_what_a_template_does_not_write_is_the_reason(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("tool", "b"))]
+    messages += [{"role": "assistant"}]
+    for template, reason in (
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+            r"leaves out message 1 \(of 'tool'\)",
+        ),
+        (
+            "{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
+            r"refuses these messages: .*\(message 2 has no content\)",
+        ),
+        (
+            "{% for m in messages %}{{ m.content or '' }}{% endfor %}",
+            "the assistant's turns are empty",
+        ),
+        ("{{ raise_exception('Alternate!') }}", "line 1: the chat template refuses .* Alternate!"),
+    ):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        path.write_text(json.dumps({"messages": messages}))
+        with pytest.raises(InputError, match=reason):
+            read_documents([path], tokenizer, None)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -123,8 +195,17 @@ def test_chats_that_cannot_be_told_apart_are_refused(tokenizer, tmp_path):
         ('{"words": 1}', "line 2 has none of"),
         ('{"tokens": [1, -2]}', "line 2.*lists of token ids"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
-        ('{"messages": 3}', 'line 2: "messages" must be a list'),
-        ('{"messages": [{"content": "x"}]}', 'line 2: "messages" must be a list'),
+        ('{"messages": 3}', "line 2: messages are a list"),
+        ('{"messages": [{"content": "x"}]}', "line 2: messages are a list"),
+        ('{"messages": []}', 'line 2: "messages" is empty'),
+        (
+            '{"messages": [{"role": "user", "content": 3}]}',
+            "line 2: message 0: its content must be",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "line 2: message 0 has parts that are no text",
+        ),
         ('{"tokens": []}', "line 2 has no token"),
         ('{"text": "half \\ud83d"}', "line 2 holds half a character"),
     ],

@@ -1,6 +1,7 @@
 """The report of a run describes what is stored, and warns where that is worth little."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,6 +66,67 @@ def test_a_continued_draft_is_compared_with_the_untrained_one_and_is_stored_firs
     assert "onward" in draft_names(model / "model")
 
 
+def report_of(tau: float) -> dict[str, Any]:
+    return {"tokens_per_iteration": tau, "acceptance_per_position": [0.5] * 3}
+
+
+ONE_STEP = """--steps 1 --batch-size 8 --row-length 32 --valid-prompts 8 --valid-tokens 24
+    --anchors 4"""
+
+
+def test_a_draft_that_training_has_made_worse_is_not_stored(model, capsys, monkeypatch):
+    taus = iter([1.33, 1.0])  # before and after
+    monkeypatch.setattr(runs.HeldOutDecoding, "measure", lambda *_: report_of(next(taus)))
+    files = ("--model", model / "model", "--data", model / "own.jsonl")
+    names = ("--run", model / "run-broken", "--name", "broken")
+    assert run("train", *files, *names, *ONE_STEP.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "makes 1.00 tokens per iteration, the untrained one 1.33: it is not" in err
+    assert f"The run is kept in {model / 'run-broken'}" in err
+    assert "196 rows of 32 tokens (5,684 learnt) to train on; held out: 4 rows" in err
+    assert "broken" not in draft_names(model / "model")
+    assert read_metrics(model / "run-broken" / "metrics.jsonl")[-1]["step"] == 1
+
+
+def test_a_worse_draft_does_not_replace_the_one_it_starts_from(model, capsys, monkeypatch):
+    config, draft = tiny_config(), DraftConfig((False, True, True, False), 3)
+    empty = init_draft(config, tiny_params(config), draft, AdapterConfig(4, 8), jax.random.key(0))
+    save_draft(model / "model", "good", draft, empty, {"name": "the good one"})
+    taus = iter([2.0, 1.9, 1.5])  # of the start, of the outcome, untrained
+    monkeypatch.setattr(runs.HeldOutDecoding, "measure", lambda *_: report_of(next(taus)))
+    files = ("--model", model / "model", "--data", model / "own.jsonl", "--overwrite")
+    names = ("--run", model / "run-good", "--name", "good", "--start", "good")
+    assert run("train", *files, *names, *ONE_STEP.split()) == 2
+    assert (
+        "1.90 tokens per iteration, the one that it would replace 2.00" in capsys.readouterr().err
+    )
+    stored = read_draft(model / "model", "good", config, weights=False)
+    assert stored.training == {"name": "the good one"}
+
+
+NOTHING = {
+    "prompts-alone": [{"prompt_tokens": list(range(20)), "tokens": []}] * 8,
+    "cut-off": [{"prompt_tokens": [3] * 32, "tokens": [4]}] * 8,
+    "too-short": [{"tokens": [3]}] * 8,
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_training_on_nothing_is_refused(name, model, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, NOTHING[name])))
+    files = ("--model", model / "model", "--run", tmp_path / "run", "--row-length", "32")
+    valid = ("--valid", model / "own.jsonl")
+    assert run("train", *files, "--data", data, *valid, "--steps", "3", "--name", name) == 2
+    err = capsys.readouterr().err
+    assert "the data: none of the" in err and "has a token to learn. The 8 documents" in err
+    more = ("--mode", "full", "--out", tmp_path / "out", "--data", model / "own.jsonl")
+    if name == "prompts-alone":
+        assert run("train", *files, *more, "--valid", data, "--steps", "3") == 2
+        assert "the held-out data: none of the" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
 PRETRAIN = """--vocab-size 280 --layers 4 --width 16 --heads 2 --kv-heads 1 --steps 3
     --batch-size 4 --row-length 32 --anchors 4 --valid-prompts 2 --valid-tokens 8 --prompt-tokens 6
     --joint-draft"""
@@ -85,6 +147,16 @@ def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
     assert (gamma, names) == (4, ("default",)) and 1 <= before <= 5
     stored = read_draft(tmp_path / "model", "default", s3d_jax.load(tmp_path / "model").config)
     assert after == stored.training["reached"]["tokens_per_iteration"]
+
+
+def test_a_model_without_its_draft_is_stored_where_the_draft_is_worse(texts, tmp_path, monkeypatch):
+    taus = iter([1.0, 1.2, 1.3])  # at the beginning, at the end, untrained
+    monkeypatch.setattr(runs.HeldOutDecoding, "measure", lambda *_: report_of(next(taus)))
+    out = ("--out", tmp_path / "model", "--run", tmp_path / "run")
+    with pytest.raises(UserWarning, match=r"untrained one 1\.30: it is not stored.*model itself"):
+        run("pretrain", "--data", texts, *out, *PRETRAIN.split())
+    assert draft_names(tmp_path / "model") == ()
+    assert s3d_jax.load(tmp_path / "model").config.num_layers == 4
 
 
 @pytest.fixture(scope="module")
