@@ -98,7 +98,8 @@ class Conversation:
         try:
             turns, ids = self._fitting(engine, [*before, question])
             kept = None if self._batch is None else self._batch.kept()
-            batch = Batch(engine, engine.encoder.encode(ids), kept, **self._options)
+            prompt = engine.encoder.encode(ids)
+            batch = Batch(engine, prompt, kept, to_keep=True, **self._options)
         except Exception:
             self.messages = before
             raise

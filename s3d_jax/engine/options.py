@@ -73,6 +73,7 @@ class Request:
     Attributes:
         max_new_tokens: of each row.
         spec: the program.
+        stop_ids: tokens that end a text.
         drafter: proposes the draft tokens; None is AR.
         drafter_params: its parameters.
         sampling: the rows' sampling settings.
@@ -81,6 +82,7 @@ class Request:
 
     max_new_tokens: tuple[int, ...]
     spec: DecodeSpec
+    stop_ids: frozenset[int]
     drafter: Drafter | None
     drafter_params: Any
     sampling: SamplingParams
@@ -134,12 +136,19 @@ def check_options(
         config=target.config,
         drafter=choice.drafter,
         features=features,
-        stop_ids=tuple(sorted(set(checked_ids(ids, vocab_size)))),  # equal sets share a program
         costs=choice.costs,
     )
     drafter_params = None if choice.drafter is None else choice.drafter.params(target)
     limits = tuple(min(n, target.max_length) for n in new_tokens)
-    return Request(limits, spec, choice.drafter, drafter_params, params, _stop_strings(stop))
+    return Request(
+        max_new_tokens=limits,
+        spec=spec,
+        stop_ids=frozenset(checked_ids(ids, vocab_size)),
+        drafter=choice.drafter,
+        drafter_params=drafter_params,
+        sampling=params,
+        stops=_stop_strings(stop),
+    )
 
 
 def checked_ids(eos_token_ids: Any, vocab_size: int) -> tuple[int, ...]:
