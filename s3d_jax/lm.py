@@ -287,7 +287,7 @@ class LM:
             system: a message to begin with.
             **options: as in `chat`, for all answers.
         """
-        return Conversation(lambda: self.engine, system, **options)
+        return Conversation(self, system, **options)
 
     @property
     def chat_eos_token_ids(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, NoReturn, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,8 @@ class Batch:
 
         if self._drafter is not None and self._drafter.keeps_state:
             kept = None  # nothing is kept of the drafter's own state, so both are prefilled
+        if kept is not None and kept.cache.is_deleted:
+            kept = None  # another batch has taken it
         known = 0 if kept is None else kept.common(target.config, prompts[0])
         lengths = [len(prompt) for prompt in prompts]
         ends = (n + new for n, new in zip(lengths, request.max_new_tokens, strict=True))
@@ -124,6 +126,12 @@ class Batch:
         }
         self._loops: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a batch cannot be copied or pickled, since each step takes the arrays of the one before: "
+            "take its results when it has ended"
+        )
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
@@ -225,7 +233,7 @@ class Batch:
         None after an interruption in the middle of a program, which has taken the cache with it.
         """
         cache, tokens = self._state.cache, self._state.tokens
-        if any(x.is_deleted() for x in (*cache.keys, *cache.values, tokens)):
+        if cache.is_deleted or tokens.is_deleted():
             return None
         length = int(cache.length[0])
         written = max(self._written, length + self._spec.gamma + 1)

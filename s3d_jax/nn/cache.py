@@ -44,6 +44,11 @@ class KVCache(flax.struct.PyTreeNode):
     prompt_length: jax.Array
     slots: int = flax.struct.field(pytree_node=False)
 
+    @property
+    def is_deleted(self) -> bool:
+        """Whether a program has taken the arrays."""
+        return any(x.is_deleted() for x in (*self.keys, *self.values, self.prompt_length))
+
 
 def layer_slots(config: ModelConfig, slots: int, largest_block: int | None) -> tuple[int, ...]:
     """Number of slots of each layer if a row has `slots` positions; see `init_cache`."""
