@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from s3d_jax.decoding.sampling import SamplingParams, batch_sampling
 from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.drafters import registry
 from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.keys import seeded_keys
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
 
@@ -198,6 +199,5 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     seeds = _per_row("seed", seed, rows)
     if not all(is_integer(s) and 0 <= s < 2**32 for s in seeds):
         raise InputError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r:.80}")
-    if not is_list(plain(seed)):
-        return jax.random.split(jax.random.key(seeds[0]), rows)
-    return jnp.stack([jax.random.split(jax.random.key(s), 1)[0] for s in seeds])
+    numbers = np.zeros(rows) if is_list(plain(seed)) else np.arange(rows)
+    return seeded_keys(np.array(seeds, np.uint32), numbers)
