@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.keys import make_key, split_key
 from s3d_jax.settings.arguments import take_any_text
 
 SHAPES = ((704, 128), (4096, 768), (768, 2048), (32000, 768))  # [out, in]
@@ -52,7 +53,7 @@ def main() -> int:
     for shape in SHAPES:
         size = shape[0] * shape[1] * jnp.dtype(arguments.dtype).itemsize
         count = max(2, min(64, round(MINIMUM_BYTES / size)))
-        keys = jax.random.split(jax.random.key(0), count)
+        keys = split_key(make_key(0), count)
         weights = [random(key, shape, arguments.dtype) for key in keys]
         for rows in ROWS:
             times = measure(weights, rows, arguments.repeats)
@@ -69,7 +70,7 @@ def random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def measure(weights: list[jax.Array], rows: int, repeats: int) -> dict[str, float]:
     """Microseconds per product of each way."""
-    x = random(jax.random.key(1), (rows, weights[0].shape[1]), weights[0].dtype)
+    x = random(make_key(1), (rows, weights[0].shape[1]), weights[0].dtype)
     transposed = [jnp.asarray(w.T.copy()) for w in weights]
     runs = {}
     for way, function in WAYS.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from s3d_jax.conversation import Conversation
     from s3d_jax.engine.options import GenerateOptions
+    from s3d_jax.engine.programs import keep_programs
     from s3d_jax.engine.results import Result, Stats
     from s3d_jax.errors import (
         CheckpointError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "engine.options": ("GenerateOptions",),
+    "engine.programs": ("keep_programs",),
     "engine.results": ("Result", "Stats"),
     "settings.drafting": ("DraftConfig", "symmetric_skip"),
     "settings.model": ("ModelConfig", "RopeConfig"),
@@ -63,6 +65,7 @@ __all__ = [
     "SamplingConfig",
     "Stats",
     "TrainingError",
+    "keep_programs",
     "load",
     "symmetric_skip",
 ]

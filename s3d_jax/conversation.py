@@ -1,13 +1,23 @@
 """A conversation: its messages, and a cache that is kept from turn to turn."""
 
-from collections.abc import Callable, Iterator
-from typing import Unpack
+from collections.abc import Iterator
+from typing import Any, Protocol, Unpack
 
 from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
 from s3d_jax.engine.options import GenerateOptions, check_options
 from s3d_jax.engine.results import Result
 from s3d_jax.errors import InputError
+from s3d_jax.nn.cache import Kept
 from s3d_jax.stream import Stream, text_pieces
+
+
+class HasEngine(Protocol):
+    """A model that can answer."""
+
+    @property
+    def engine(self) -> Engine:
+        """What runs its batches, as the model is now."""
+        ...
 
 
 class Conversation:
@@ -20,6 +30,9 @@ class Conversation:
     When the context has no room left for an answer, the oldest turns are forgotten. At most half of
     the context is kept free, so that a generous limit does not forget everything.
 
+    A copy (`copy.deepcopy`, `pickle`) has a model, messages and cache of its own; a stream that is
+    not read to its end remains with the original.
+
     Attributes:
         messages: {"role": ..., "content": ...} each, in order. They may be changed between turns:
             what no longer matches the cache is prefilled again.
@@ -31,17 +44,18 @@ class Conversation:
 
     def __init__(
         self,
-        get_engine: Callable[[], Engine],
+        model: HasEngine,
         system: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> None:
-        """Begins a conversation; `get_engine` is asked at each turn, since a model may change."""
+        """Begins a conversation; `model` is asked for its engine at each turn, as it may change."""
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._get_engine, engine = get_engine, get_engine()
+        self._model, engine = model, model.engine
         self._options = options
         if options.get("eos_token_ids") is None:
             options["eos_token_ids"] = engine.encoder.chat_eos_token_ids
-        self._batch: Batch | None = None
+        self._batch: Batch | None = None  # of the last turn
+        self._kept: Kept | None = None  # in a copy: the cache of the original's last turn
         # Fail now, not after the first question.
         prompt = engine.encoder.encode_chat([*self.messages, {"role": "user", "content": "?"}])
         engine.encoder.encode(prompt)
@@ -94,17 +108,23 @@ class Conversation:
         before = self.messages
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         self.messages = [*before, question, answer]
-        engine = self._get_engine()
+        engine = self._model.engine
         try:
             turns, ids = self._fitting(engine, [*before, question])
-            kept = None if self._batch is None else self._batch.kept()
-            batch = Batch(engine, engine.encoder.encode(ids), kept, **self._options)
+            prompt = engine.encoder.encode(ids)
+            batch = Batch(engine, prompt, self._cache(), to_keep=True, **self._options)
         except Exception:
             self.messages = before
             raise
         self.messages = [*turns, answer]
-        self._batch = batch
+        self._batch, self._kept = batch, None
         return batch
+
+    def _cache(self) -> Kept | None:
+        return self._kept if self._batch is None else self._batch.kept()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_batch": None, "_kept": self._cache()}
 
     def _fitting(
         self, engine: Engine, messages: list[dict[str, str]]

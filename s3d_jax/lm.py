@@ -140,7 +140,7 @@ class LM:
         max_length: tokens (prompt and output) that a row may have at most.
         draft_model: the second model of the method "two-model", or None. May be set later.
         tuning: γ and skip that `s3d tune` chose, used instead of the draft's; None without tuning.
-        programs: the compiled programs so far; their number is the number of compilations.
+        programs: the compiled programs that are kept (see `keep_programs`).
 
     Raises:
         InputError: eos_token_ids are no list of ids of the vocabulary.
@@ -287,7 +287,7 @@ class LM:
             system: a message to begin with.
             **options: as in `chat`, for all answers.
         """
-        return Conversation(lambda: self.engine, system, **options)
+        return Conversation(self, system, **options)
 
     @property
     def chat_eos_token_ids(self) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
-"""The machine that jax computes on: its name, its cores, and the peak of its memory."""
+"""The machine that jax computes on: its name, its cores, its memory."""
 
 import os
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
 
 def machine_name() -> str:
@@ -76,6 +77,30 @@ def peak_memory_kind(was_reset: bool) -> str:
     if _allocator_peak() is not None:
         return "the device's allocator since the start of the process"
     return "the process's resident set since its start"
+
+
+class MemoryMaps(NamedTuple):
+    """Memory maps of this process.
+
+    Attributes:
+        used: how many it has.
+        most: how many the system allows.
+    """
+
+    used: int
+    most: int
+
+
+def memory_maps() -> MemoryMaps | None:
+    """How many memory maps the process has and may have; None where that is not known or unlimited.
+
+    Linux alone limits them, and aborts what XLA compiles beyond the limit.
+    """
+    try:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
+        return MemoryMaps(Path("/proc/self/maps").read_bytes().count(b"\n"), most)
+    except (OSError, ValueError):
+        return None
 
 
 def _allocator_peak() -> int | None:

@@ -1,7 +1,7 @@
 """A stream: one continuation, piece by piece."""
 
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.results import Result
@@ -43,6 +43,12 @@ class Stream(Generic[_Piece]):
             if self._result is None and self._batch.has_ended:
                 self._result = self._batch.results()[0]
             raise
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a stream cannot be copied or pickled, since it is running: take its result when it "
+            "has ended, or begin another one with the same seed"
+        )
 
     @property
     def result(self) -> Result:

@@ -1,5 +1,8 @@
 """A turn that continues in the cache of the turn before gives what a fresh generation gives."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -286,3 +289,40 @@ def test_chats_end_with_the_turn_though_nothing_else_says_so(lm):
         bare.conversation(max_new_tokens=60).send(QUESTIONS[0]),
     ):
         assert result.tokens == expected.tokens
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_of_a_conversation_gives_the_same_answers(lm, copied):
+    conversation = lm.conversation("Be brief.", max_new_tokens=8)
+    conversation.send(QUESTIONS[0])
+    stream = conversation.stream(QUESTIONS[1])
+    next(stream)
+    other = copied(conversation)
+    assert other.messages == conversation.messages
+    answers = []
+    for each in (conversation, other):
+        result = each.send(QUESTIONS[2])
+        answers.append(result.tokens)
+        # A shallow copy shares the cache, which the first of the two has taken.
+        shared = copied is copy.copy and each is other
+        assert (result.stats.cached_tokens > 10) != shared
+    assert answers[0] == answers[1] and list(stream) == []
+    assert other.messages == conversation.messages
+
+
+def test_what_is_running_cannot_be_copied(lm):
+    conversation = lm.conversation(max_new_tokens=8)
+    stream = conversation.stream(QUESTIONS[0])
+    for running in (stream, lm.stream("Once"), lm.stream_tokens([5]), conversation._batch):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled, since"):
+                copied(running)
+    list(stream)
+    assert pickle.loads(pickle.dumps(stream.result)) == stream.result

@@ -38,3 +38,10 @@ def test_the_peak_of_memory_can_be_reset(monkeypatch):
     monkeypatch.setattr(machine.Path, "write_text", refused)
     assert not machine.reset_peak_memory()
     assert machine.peak_memory_kind(False).endswith("since its start")
+
+
+def test_memory_maps_are_counted(monkeypatch, tmp_path):
+    if (maps := machine.memory_maps()) is not None:  # Linux
+        assert 50 < maps.used < maps.most
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "none")
+    assert machine.memory_maps() is None

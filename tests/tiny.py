@@ -81,7 +81,7 @@ def run(
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     sampling, features = batch_sampling(rows, keys, config.vocab_size)
     chosen = None if draft is None else drafter(draft)
-    spec = DecodeSpec(config, chosen, features, stop_ids, costs)
+    spec = DecodeSpec(config, chosen, features, costs)
     arrays = [np.asarray(p, np.int32) for p in prompts]
     lengths = tuple(map(len, arrays))
     chunks = prefill_chunks(max(lengths) - 1)
@@ -89,7 +89,7 @@ def run(
     plan = SlotPlan(lengths, tuple(n + new_tokens for n in lengths), spec.gamma, slots)
     if draft is not None and draft_params is None:
         draft_params = untrained_draft(config, params)
-    state = init_state(spec, arrays, plan, sampling)
+    state = init_state(spec, arrays, plan, sampling, stop_ids=stop_ids)
     state = prefill(spec, params, draft_params, state, arrays, plan)
     return decode_jit(spec, params, draft_params, state, jnp.int32(10**6))
 
@@ -100,11 +100,12 @@ def begin(
     limits: Sequence[int],
     slots: int,
     sampling: SamplingParams,
+    stop_ids: Sequence[int] = (),
 ) -> DecodeState:
     """The state before prefill."""
     arrays = [np.asarray(p, np.int32) for p in prompts]
     plan = SlotPlan(tuple(map(len, arrays)), tuple(map(int, limits)), spec.gamma, slots)
-    return init_state(spec, arrays, plan, sampling)
+    return init_state(spec, arrays, plan, sampling, stop_ids=stop_ids)
 
 
 def outputs(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -9,6 +9,7 @@ either γ tokens or none.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _CAPACITY = 12.0  # steps of plain decoding that a row may lose before it drafts no more
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # iterations; powers of two, so that pauses end together
@@ -45,11 +46,10 @@ class Budget(flax.struct.PyTreeNode):
 
 def full_budget(batch: int) -> Budget:
     """The budget of `batch` rows before decoding."""
-    return Budget(
-        steps=jnp.full((batch,), _CAPACITY, jnp.float32),
-        iterations=jnp.zeros((batch,), jnp.int32),
-        pause=jnp.full((batch,), _FIRST_PAUSE, jnp.int32),
-    )
+    # Made by numpy, which compiles nothing for another number of rows.
+    steps = np.full(batch, _CAPACITY, np.float32)
+    iterations, pause = np.zeros(batch, np.int32), np.full(batch, _FIRST_PAUSE, np.int32)
+    return Budget(*jax.device_put((steps, iterations, pause)))
 
 
 def settle(

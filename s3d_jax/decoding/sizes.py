@@ -13,6 +13,7 @@ from s3d_jax.settings.model import ModelConfig
 
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 _FIRST_VISIBLE = 256  # slots; reading them all costs less than another program
+_FIRST_GROWING = 1024  # slots of a cache that a conversation begins with
 _USUAL_SLACK = 16  # slots after the last token, enough for γ up to 15
 
 
@@ -56,6 +57,7 @@ class SlotPlan:
         turning_point: int | None = None,
         known: int = 0,
         least: int = 0,
+        grows: bool = False,
     ) -> Self:
         """The plan of a batch that the engine runs.
 
@@ -71,16 +73,25 @@ class SlotPlan:
                 passes it stops one token later, to be prefilled again (`again`).
             known: see the class.
             least: slots that a cache which is taken over already has.
+            grows: whether later batches take over the cache, with longer and longer texts. Such a
+                cache has fewer and larger sizes, since each size needs all programs again.
         """
         limits = [_next_limit(n, end, turning_point) for n, end in zip(lengths, ends, strict=True)]
         begun = [(n, end - n, known) for n, end in zip(lengths, ends, strict=True)]
         begun += [(at, end - at, 0) for at, end in zip(limits, ends, strict=True) if at < end]
         needed = [padded_length(n, before) + new for n, new, before in begun]
-        longest = max(max_length, *(padded_length(n, before) for n, _, before in begun))
         slack = max(_USUAL_SLACK, gamma + 1)
-        size, power_of_two = 64, True  # 64, 96, 128, 192, 256, ...
-        while size < min(max(needed), longest) + slack:
-            size, power_of_two = size * 3 // 2 if power_of_two else size // 3 * 4, not power_of_two
+        if grows:  # 1024, 2048, 4096, ...; the last size has room for a prefill from any place
+            longest = max_length + PREFILL_BUCKETS[-1]
+            size = _FIRST_GROWING
+            while size < min(max(needed), longest) + slack:
+                size *= 2
+        else:
+            longest = max(max_length, *(padded_length(n, before) for n, _, before in begun))
+            size, power_of_two = 64, True  # 64, 96, 128, 192, 256, ...
+            while size < min(max(needed), longest) + slack:
+                size = size * 3 // 2 if power_of_two else size // 3 * 4
+                power_of_two = not power_of_two
         # Multiples of 64 leave no rest that products would compute in another way
         # (`attention_scores`).
         slots = -(-min(size, longest + slack) // 64) * 64

@@ -36,6 +36,8 @@ class DecodeState(flax.struct.PyTreeNode):
         limit: int32 [B], tokens (prompt included) at which a row ends.
         padding: int32 [B], tokens by which a row's prompt is shorter than the longest prompt that
             runs the same prefill programs (`SlotPlan.padded`).
+        stop_ids: int32 [E], tokens that end a row (they are committed, nothing after them is); -1,
+            which is no token, fills it up. An array, so that other ids compile nothing.
         sampling: the rows' sampling settings and keys.
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
@@ -51,6 +53,7 @@ class DecodeState(flax.struct.PyTreeNode):
     done: jax.Array
     limit: jax.Array
     padding: jax.Array
+    stop_ids: jax.Array
     sampling: SamplingParams
     prompt_tokens: jax.Array
     output_counts: jax.Array
@@ -133,7 +136,6 @@ class DecodeSpec:
         config: the model.
         drafter: proposes γ tokens per iteration; None is plain AR.
         features: which sampling code is needed.
-        stop_ids: tokens that end a row (they are committed, nothing after them is).
         costs: of the passes, by which each row decides whether to draft (`adaptive`); None always
             drafts.
     """
@@ -141,7 +143,6 @@ class DecodeSpec:
     config: ModelConfig
     drafter: Proposer | None = None
     features: SamplingFeatures = SamplingFeatures()
-    stop_ids: tuple[int, ...] = ()
     costs: PassCosts | None = None
 
     def __post_init__(self) -> None:
@@ -177,6 +178,7 @@ def init_state(
     plan: SlotPlan,
     sampling: SamplingParams,
     cache: KVCache | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> DecodeState:
     """The state before prefill.
 
@@ -189,6 +191,7 @@ def init_state(
         sampling: from `batch_sampling`.
         cache: one that holds the beginnings of the sequences, `cache.length` tokens of each; may
             have fewer slots. None makes an empty one.
+        stop_ids: tokens that end a row.
     """
     batch, vocab = len(sequences), spec.config.vocab_size
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
@@ -205,6 +208,7 @@ def init_state(
             done=lengths >= limit,
             limit=limit,
             padding=np.asarray(plan.padded, np.int32) - lengths,
+            stop_ids=_filled_up(stop_ids),
             prompt_tokens=seen,
             output_counts=np.zeros(seen.shape, np.int32),
             passes=np.zeros((batch, plan.slots), np.int32),
@@ -224,6 +228,16 @@ def init_state(
     )
 
 
+def _filled_up(stop_ids: Sequence[int]) -> np.ndarray:
+    """The ids in one of few sizes (8, 64, 512, ...), so that most numbers of ids share programs."""
+    size = 8
+    while size < len(stop_ids):
+        size *= 8
+    filled = np.full(size, -1, np.int32)
+    filled[: len(stop_ids)] = stop_ids
+    return filled
+
+
 def restart(
     spec: DecodeSpec, state: DecodeState, plan: SlotPlan, running: Sequence[bool]
 ) -> DecodeState:
@@ -239,8 +253,8 @@ def restart(
     lengths = np.asarray(plan.lengths, np.int32)
     return state.replace(
         cache=state.cache.replace(prompt_length=jnp.asarray(lengths)),
-        done=~jnp.asarray(np.array(running)),
-        limit=jnp.asarray(plan.limits, jnp.int32),
+        done=jnp.asarray(~np.array(running)),
+        limit=jnp.asarray(np.asarray(plan.limits, np.int32)),
         padding=jnp.asarray(np.asarray(plan.padded, np.int32) - lengths),
         drafter_state=None if spec.drafter is None else spec.drafter.init(plan),
     )

@@ -86,7 +86,7 @@ def commit(
     column = jnp.arange(block.shape[1], dtype=jnp.int32)
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
     count = jnp.minimum(accepted + 1, state.limit - (length + 1))
-    stops = jnp.isin(block, jnp.asarray(spec.stop_ids, jnp.int32)) & (column < count[:, None])
+    stops = jnp.any(block[..., None] == state.stop_ids, axis=-1) & (column < count[:, None])
     stopped = jnp.any(stops, axis=1)
     count = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count)
     count = jnp.where(state.done, 0, count)

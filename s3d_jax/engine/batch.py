@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, NoReturn, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from s3d_jax.decoding.state import init_state, restart
 from s3d_jax.decoding.step import decode_jit, statistics
 from s3d_jax.drafters.base import Target
 from s3d_jax.engine.options import GenerateOptions, check_options
-from s3d_jax.engine.programs import Programs, signature
+from s3d_jax.engine.programs import Program, Programs, signature
 from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
@@ -58,6 +59,8 @@ class Batch:
         engine: Engine,
         prompts: list[np.ndarray],
         kept: Kept | None = None,
+        *,
+        to_keep: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> None:
         """Checks the options and allocates the caches.
@@ -66,6 +69,7 @@ class Batch:
             engine: what runs it.
             prompts: B arrays of token ids.
             kept: the cache of an earlier batch of one row, for a single prompt.
+            to_keep: whether this batch's cache will be kept, for a longer prompt.
             **options: GenerateOptions.
 
         Raises:
@@ -77,7 +81,7 @@ class Batch:
             raise InputError("stop strings need a tokenizer, and this model has none")
         self._target, self._programs = target, engine.programs
         self._spec, self._drafter = request.spec, request.drafter
-        self._drafter_params = request.drafter_params
+        self._drafter_params, self._stop_ids = request.drafter_params, request.stop_ids
         self._prompts = prompts
         self._has_stop_strings = bool(request.stops)
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -90,6 +94,8 @@ class Batch:
 
         if self._drafter is not None and self._drafter.keeps_state:
             kept = None  # nothing is kept of the drafter's own state, so both are prefilled
+        if kept is not None and kept.cache.is_deleted:
+            kept = None  # another batch has taken it
         known = 0 if kept is None else kept.common(target.config, prompts[0])
         lengths = [len(prompt) for prompt in prompts]
         ends = (n + new for n, new in zip(lengths, request.max_new_tokens, strict=True))
@@ -102,21 +108,30 @@ class Batch:
             turning_point=target.config.rope.turning_point,
             known=known,
             least=0 if kept is None else kept.cache.slots,
+            grows=to_keep,
         )
         cache, self._written = None, 0
         if kept is not None:
-            cache = kept.cache.replace(length=jnp.full((1,), known, jnp.int32))
+            cache = kept.cache.replace(length=jnp.asarray(np.full(1, known, np.int32)))
             self._written = kept.written if known else 0
         self._known = known
-        self._state = init_state(self._spec, prompts, self._plan, request.sampling, cache)
+        self._state = init_state(
+            self._spec, prompts, self._plan, request.sampling, cache, sorted(self._stop_ids)
+        )
         # A lookup takes as long as an AR step of a small model. So the parameters' signatures are
-        # computed once, and the compiled loops are kept by the number of slots that they read.
+        # computed once, and the compiled loops are found by the number of slots that they read.
         self._signatures = {
             "params": signature(target.params),
             "drafter_params": signature(self._drafter_params),
         }
-        self._loops: dict[int, Any] = {}
+        self._loops: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a batch cannot be copied or pickled, since each step takes the arrays of the one before: "
+            "take its results when it has ended"
+        )
 
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
@@ -165,7 +180,7 @@ class Batch:
         """Rows that stopped at a limit of the plan before their end."""
         rows = zip(self._sequences(), self._ends, self.tokens, self._stopped, strict=True)
         return [
-            len(sequence) < end and not stopped and not (new and new[-1] in self._spec.stop_ids)
+            len(sequence) < end and not stopped and not (new and new[-1] in self._stop_ids)
             for sequence, end, new, stopped in rows
         ]
 
@@ -181,7 +196,7 @@ class Batch:
         results = []
         for b, tokens in enumerate(self.tokens):
             stopped_by: int | str | None = self.texts[b].stopped_by if self.texts else None
-            if stopped_by is None and tokens and tokens[-1] in self._spec.stop_ids:
+            if stopped_by is None and tokens and tokens[-1] in self._stop_ids:
                 stopped_by = tokens[-1]
             gamma, prompt_tokens = self._spec.gamma, len(self._prompts[b])
             counts = statistics(passes[b], prompt_tokens, len(tokens), gamma)
@@ -218,7 +233,7 @@ class Batch:
         None after an interruption in the middle of a program, which has taken the cache with it.
         """
         cache, tokens = self._state.cache, self._state.tokens
-        if any(x.is_deleted() for x in (*cache.keys, *cache.values, tokens)):
+        if cache.is_deleted or tokens.is_deleted():
             return None
         length = int(cache.length[0])
         written = max(self._written, length + self._spec.gamma + 1)
@@ -249,11 +264,12 @@ class Batch:
             state=self._state,
             max_iterations=np.int32(iterations),
         )
-        if visible not in self._loops:
+        if (loop := self._loops.get(visible)) is None:
             static = dict(spec=self._spec, visible=visible)
-            self._loops[visible] = self._program(decode_jit, static, arrays, self._signatures)
+            loop = self._program(decode_jit, static, arrays, self._signatures)
+            self._loops[visible] = loop
         start = time.perf_counter()
-        state = self._state = self._loops[visible](**arrays)
+        state = self._state = loop(**arrays)
         rows = jax.device_get((state.tokens, state.cache.length, state.done))
         self._decode_seconds += time.perf_counter() - start
         return rows
@@ -264,7 +280,7 @@ class Batch:
         static: Mapping[str, Any],
         arrays: Mapping[str, Any],
         known: Mapping[str, Any],
-    ) -> Any:
+    ) -> Program:
         program, seconds = self._programs.get(function, static, arrays, known)
         self._compile_seconds += seconds
         return program

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from s3d_jax.decoding.sampling import SamplingParams, batch_sampling
 from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.drafters import registry
 from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.keys import seeded_keys
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.text import is_text
@@ -74,6 +75,7 @@ class Request:
     Attributes:
         max_new_tokens: of each row.
         spec: the program.
+        stop_ids: tokens that end a text.
         drafter: proposes the draft tokens; None is AR.
         drafter_params: its parameters.
         sampling: the rows' sampling settings.
@@ -82,6 +84,7 @@ class Request:
 
     max_new_tokens: tuple[int, ...]
     spec: DecodeSpec
+    stop_ids: frozenset[int]
     drafter: Drafter | None
     drafter_params: Any
     sampling: SamplingParams
@@ -135,12 +138,19 @@ def check_options(
         config=target.config,
         drafter=choice.drafter,
         features=features,
-        stop_ids=tuple(sorted(set(checked_ids(ids, vocab_size)))),  # equal sets share a program
         costs=choice.costs,
     )
     drafter_params = None if choice.drafter is None else choice.drafter.params(target)
     limits = tuple(min(n, target.max_length) for n in new_tokens)
-    return Request(limits, spec, choice.drafter, drafter_params, params, _stop_strings(stop))
+    return Request(
+        max_new_tokens=limits,
+        spec=spec,
+        stop_ids=frozenset(checked_ids(ids, vocab_size)),
+        drafter=choice.drafter,
+        drafter_params=drafter_params,
+        sampling=params,
+        stops=_stop_strings(stop),
+    )
 
 
 def checked_ids(eos_token_ids: Any, vocab_size: int) -> tuple[int, ...]:
@@ -194,6 +204,5 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     seeds = _per_row("seed", seed, rows)
     if not all(is_integer(s) and 0 <= s < 2**32 for s in seeds):
         raise InputError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r:.80}")
-    if not is_list(plain(seed)):
-        return jax.random.split(jax.random.key(seeds[0]), rows)
-    return jnp.stack([jax.random.split(jax.random.key(s), 1)[0] for s in seeds])
+    numbers = np.zeros(rows) if is_list(plain(seed)) else np.arange(rows)
+    return seeded_keys(np.array(seeds, np.uint32), numbers)

@@ -11,6 +11,7 @@ later attends to that position.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -43,6 +44,11 @@ class KVCache(flax.struct.PyTreeNode):
     prompt_length: jax.Array
     slots: int = flax.struct.field(pytree_node=False)
 
+    @property
+    def is_deleted(self) -> bool:
+        """Whether a program has taken the arrays."""
+        return any(x.is_deleted() for x in (*self.keys, *self.values, self.prompt_length))
+
 
 def layer_slots(config: ModelConfig, slots: int, largest_block: int | None) -> tuple[int, ...]:
     """Number of slots of each layer if a row has `slots` positions; see `init_cache`."""
@@ -73,8 +79,10 @@ def init_cache(
             None gives every layer all slots, which the blocks of training need.
     """
     sizes = layer_slots(config, slots, largest_block)
-    keys, values = _zeros(config, batch, sizes)
-    length = jnp.zeros((batch,), jnp.int32)
+    shapes = tuple((batch, config.num_kv_heads, size, config.head_dim) for size in sizes)
+    keys, values = _zeros(shapes, config.dtype)()
+    # Made by numpy, which compiles nothing for another number of rows.
+    length = jnp.asarray(np.zeros(batch, np.int32))
     return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32), slots)
 
 
@@ -103,10 +111,10 @@ def cache_bytes(config: ModelConfig, slots: int, largest_block: int | None) -> i
     return each * sum(layer_slots(config, slots, largest_block))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one dispatch; each array has its own buffer
-def _zeros(config: ModelConfig, batch: int, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ...]]:
-    shapes = [(batch, config.num_kv_heads, slots, config.head_dim) for slots in sizes]
-    return [tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(2)]
+@functools.lru_cache(maxsize=32)  # a jitted function of its own, so that its program goes with it
+def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: str) -> Any:
+    """A program that makes keys and values: one dispatch, and each array has its own buffer."""
+    return jax.jit(lambda: [tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.keys import make_key
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import DraftParams
@@ -315,7 +316,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(config, make_key(0)))
 
 
 def num_params(config: ModelConfig) -> int:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.keys import make_key, split_key
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
 from s3d_jax.train.health import DOUBTFUL, check_healthy, lost_gain, next_running
@@ -46,7 +47,7 @@ class Task(Protocol):
 
 def begin(task: Task, config: LoopConfig) -> TrainState:
     """The state before the first update."""
-    tree = task.init(jax.random.key(config.seed))
+    tree = task.init(make_key(config.seed))
     average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
     optimizer = make_optimizer(config.optimizer)
     return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(5))
@@ -59,12 +60,12 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
     "gradient_norm" and "running" (see TrainState).
     """
     optimizer = make_optimizer(config.optimizer)
-    key = jax.random.key(config.seed)
+    key = make_key(config.seed)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         import optax
 
-        keys = jax.random.split(jax.random.fold_in(key, state.step), config.accumulate)
+        keys = split_key(jax.random.fold_in(key, state.step), config.accumulate)
         parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
 
         def minimized(tree: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:

@@ -21,10 +21,12 @@ import numpy as np
 
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, Inputs, Proposal, init_state, last_token
+from s3d_jax.decoding.state import DecodeSpec, DecodeState, Inputs, Proposal, init_state, last_token
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.s3d import S3D
+from s3d_jax.engine.programs import Program
+from s3d_jax.keys import make_key, split_key
 from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.sampling import SamplingConfig
@@ -127,16 +129,20 @@ class Clock:
         self._room = {name: max(1, (limit - 1) // (s.gamma + 1)) for name, s in specs.items()}
         self._seconds: dict[Any, list[float]] = {name: [] for name in specs}
         for name, spec in specs.items():
-            arguments = (*self._params, self._state, np.int32(1), self.visible)
-            self._programs[name] = decode_jit.lower(spec, *arguments).compile()
+            static = dict(spec=spec, visible=self.visible)
+            self._programs[name] = Program(decode_jit, static, self._arguments(self._state, 1))
             progress()
         for name in [*specs] * 2:  # warm up, and find out how many iterations fill a turn
             each = self._time(name)
             self._iterations[name] = int(np.clip(_SECONDS / each, 1, self._room[name]))
 
-    @property
-    def _params(self) -> tuple[Any, Any]:
-        return self._lm.params, self._lm.draft_params
+    def _arguments(self, state: DecodeState, iterations: int) -> dict[str, Any]:
+        return dict(
+            params=self._lm.params,
+            drafter_params=self._lm.draft_params,
+            state=state,
+            max_iterations=np.int32(iterations),
+        )
 
     def take_turns(self, turns: int = 9) -> None:
         """Times every program `turns` more times, in turns."""
@@ -165,7 +171,7 @@ class Clock:
         state = self._state.replace(cache=cache, done=done)
         count = self._iterations[name]
         start = time.perf_counter()
-        self._state = self._programs[name](*self._params, state, np.int32(count))
+        self._state = self._programs[name](**self._arguments(state, count))
         jax.block_until_ready(self._state)
         return (time.perf_counter() - start) / count
 
@@ -197,5 +203,5 @@ def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:
 
 
 def _greedy(lm: LM) -> tuple[SamplingParams, SamplingFeatures]:
-    keys = jax.random.split(jax.random.key(0), 1)
+    keys = split_key(make_key(0), 1)
     return batch_sampling([SamplingConfig()], keys, lm.config.vocab_size)

@@ -48,3 +48,15 @@ def test_a_plan_without_slack_is_refused():
     with pytest.raises(ValueError, match="20 slots cannot hold 17 tokens and 4 of slack"):
         SlotPlan((5,), (17,), 3, 20)
     SlotPlan((5,), (16,), 3, 20)
+
+
+def test_a_cache_that_grows_has_few_sizes():
+    """A conversation's turns begin anywhere; each size of its cache needs all programs again."""
+    found = set()
+    for known in range(0, 1990, 7):
+        for length in range(known + 1, 1999, 31):
+            end = min(length + 40, 2000)
+            plan = SlotPlan.for_batch([length], [end], 4, max_length=2000, known=known, grows=True)
+            found.add(plan.slots)
+            assert plan.slots >= max(plan.padded[0], end + 5)
+    assert found == {1024, 2048, 2560}

@@ -213,9 +213,9 @@ def make_state(
         rows, jax.random.split(jax.random.key(0), len(prompts)), vocab
     )
     drafter = S3D(DraftConfig((False,) * 4, gamma)) if gamma else None
-    spec = DecodeSpec(CONFIG, drafter, features, stop_ids)
+    spec = DecodeSpec(CONFIG, drafter, features)
     limits = np.broadcast_to(np.asarray(limit), (len(prompts),))
-    return spec, begin(spec, prompts, limits, slots, sampling)
+    return spec, begin(spec, prompts, limits, slots, sampling, stop_ids)
 
 
 _commit = jax.jit(step.commit, static_argnums=0)

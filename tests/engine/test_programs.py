@@ -1,10 +1,14 @@
-"""A compiled program is kept under everything that it depends on."""
+"""A compiled program is kept under everything that it depends on, while there is room."""
+
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.engine import programs as module
 from s3d_jax.engine.programs import Programs, signature
+from s3d_jax.machine import MemoryMaps
 
 
 def test_the_key_holds_structure_shapes_dtypes_and_shardings():
@@ -33,3 +37,34 @@ def test_equal_calls_share_a_program():
     assert [static for _, static in programs] == [{"times": 2}, {"times": 3}, {"times": 2}]
     programs.clear()
     assert len(programs) == 0
+
+
+def test_the_program_that_was_called_longest_ago_goes_first(monkeypatch):
+    monkeypatch.setattr(module, "_stores", weakref.WeakSet())  # without those of other tests
+    monkeypatch.setattr(module, "_most", 3)
+    doubled = jax.jit(lambda x, times: x * times, static_argnames="times")
+    ours, others, x = Programs(), Programs(), jnp.ones(3)
+    first, _ = ours.get(doubled, {"times": 0}, {"x": x})
+    freed = weakref.ref(others.get(doubled, {"times": 1}, {"x": x})[0])
+    ours.get(doubled, {"times": 2}, {"x": x})
+    assert first(x=x).tolist() == [0, 0, 0]
+    others.get(doubled, {"times": 3}, {"x": x})
+    assert [static["times"] for _, static in ours] == [0, 2]
+    assert [static["times"] for _, static in others] == [3] and freed() is None
+
+
+def test_fewer_programs_are_kept_where_memory_maps_run_out(monkeypatch):
+    monkeypatch.setattr(module, "_stores", weakref.WeakSet())
+    doubled = jax.jit(lambda x, times: x * times, static_argnames="times")
+    programs, x, used = Programs(), jnp.ones(3), 0
+
+    def maps():  # each program takes 20
+        return MemoryMaps(used + 20 * len(programs), 100)
+
+    monkeypatch.setattr(module, "memory_maps", maps)
+    for times in range(5):
+        programs.get(doubled, {"times": times}, {"x": x})
+    assert [static["times"] for _, static in programs] == [3, 4]
+    used = 90  # by others
+    programs.get(doubled, {"times": 5}, {"x": x})
+    assert [static["times"] for _, static in programs] == [5]

@@ -10,6 +10,8 @@ import pytest
 import s3d_jax
 import s3d_jax.storage.native
 from s3d_jax.decoding.step import decode_jit
+from s3d_jax.engine.programs import keep_programs
+from s3d_jax.machine import memory_maps
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.transformer import init_params
 from tests.sampled import sampled
@@ -35,11 +37,57 @@ def test_programs_are_compiled_once():
         for method in ("s3d", "ar"):
             lm.generate([1] * 20, max_new_tokens=limit, method=method)
     assert len(lm.programs) == 4
-    lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=(2, 1))
-    lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=[1, 2, 1])
-    assert len(lm.programs) == 5
     lm.generate([1] * 40, max_new_tokens=80)  # another bucket, and a cache of another size
-    assert len(lm.programs) == 7
+    assert len(lm.programs) == 6
+
+
+def test_other_end_of_text_ids_compile_nothing():
+    lm = tiny_lm()
+    whole = lm.generate([1] * 20, max_new_tokens=20)[0].tokens
+    compiled = len(lm.programs)
+    for ids in ([whole[9]], (whole[5], 0), range(8), [1, 2, 1], ()):
+        result = lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=ids)[0]
+        end = next((i for i, token in enumerate(whole) if token in ids), None)
+        assert result.tokens == (whole if end is None else whole[: end + 1])
+        assert result.stopped_by == (None if end is None else whole[end])
+    assert len(lm.programs) == compiled
+    # More than 8 ids share a larger size.
+    for ids in (range(22, 31), range(31)):
+        assert lm.generate([1] * 20, max_new_tokens=20, eos_token_ids=ids)[0].tokens[-1] in ids
+    assert len(lm.programs) == compiled + 1
+
+
+def test_a_process_keeps_a_bounded_number_of_programs():
+    """Also in the middle of a text, and the other model's programs count too."""
+    prompts, models = [[1] * 20, [2, 3]], [tiny_lm(), tiny_lm(seed=1)]
+    expected = [[r.tokens for r in lm.generate(prompts, max_new_tokens=20)] for lm in models]
+    assert [len(lm.programs) for lm in models] == [2, 2]
+    keep_programs(1)
+    try:
+        assert [len(lm.programs) for lm in models] == [0, 1]
+        for lm, tokens in zip(models, expected, strict=True):
+            stream = lm.stream_tokens(prompts[1], max_new_tokens=20)
+            begun = next(stream)
+            assert [r.tokens for r in lm.generate(prompts, max_new_tokens=20)] == tokens
+            assert begun + sum(stream, []) == tokens[1]
+            assert sum(len(lm.programs) for lm in models) == 1
+    finally:
+        keep_programs(64)
+    for most in (0, 1.5, None):
+        with pytest.raises(s3d_jax.ConfigError, match="integer >= 1, got"):
+            keep_programs(most)
+
+
+@pytest.mark.skipif(memory_maps() is None, reason="only Linux counts memory maps")
+def test_a_forgotten_program_gives_its_memory_maps_back():
+    lm = tiny_lm()
+    lm.generate([1, 2], max_new_tokens=4)
+    before = memory_maps().used
+    for rows in (2, 3, 4):
+        lm.generate([[1, 2]] * rows, max_new_tokens=4)
+    taken = memory_maps().used - before
+    lm.programs.clear()
+    assert taken > 200 and memory_maps().used < before + 50
 
 
 @pytest.mark.parametrize(
