@@ -149,6 +149,8 @@ def _print_dry_run(found: "DryRun", out: str) -> None:
     print(f"  read       of these, {_size(found.num_read)} of weights")
     for line in _counted(found.unneeded):
         print(f"  skip       {line} (s3d-convert inspect lists them)")
+    if found.ignored_fields:
+        print(f"  pass       {', '.join(found.ignored_fields)} of config.json, not understood")
     if found.drafts:
         print(f"  drafts     {', '.join(found.drafts)}")
     print(f"  tokenizer  {', '.join(found.tokenizer) or 'none: the model would take token ids'}")
@@ -176,13 +178,14 @@ def _inspect(argv: list[str]) -> int:
     parser.add_argument(
         "source", metavar="HF_DIR_OR_ID", help="a folder, an id on the hub, or a llama2.c .bin"
     )
-    add_options(parser, ConversionOptions, ["revision"])
+    add_options(parser, ConversionOptions, ["revision", "ignore_fields"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     from convert.plan import inspect
 
     with json_stdout(arguments.json) as out:
-        target, entries = inspect(arguments.source, build(ConversionOptions, arguments).revision)
+        options = build(ConversionOptions, arguments)
+        target, entries = inspect(arguments.source, options.revision, options.ignore_fields)
         model_type, num_params = target.origin.model_type, target.num_params
         faults = sum(entry.is_fault for entry in entries)
         if arguments.json:
@@ -263,6 +266,8 @@ def _print_report(report: "ConversionReport") -> None:
         _print_loss(report)
     for line in _counted(report.unneeded):
         print(f"not converted: {line}")
+    if report.ignored_fields:
+        print(f"not understood, and passed: {', '.join(report.ignored_fields)} of config.json")
     if report.parity is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
     else:

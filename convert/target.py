@@ -183,7 +183,11 @@ def open_target(
         ConfigError, ConversionError, CheckpointError: as `convert.convert`.
     """
     origin = open_origin(
-        source, revision=options.revision, tokenizer=options.tokenizer, outline=outline
+        source,
+        revision=options.revision,
+        tokenizer=options.tokenizer,
+        ignore_fields=options.ignore_fields,
+        outline=outline,
     )
     if origin.format == NATIVE and options.dtype is None and options.quantization is None:
         raise ConversionError(

@@ -97,7 +97,8 @@ def _hf_config(header: Header, config: ModelConfig) -> tuple[Family, dict[str, A
     if isinstance(original, dict):
         try:
             family = family_of(original)
-            same = family.config(original).replace(dtype=config.dtype) == config
+            ignored = header.source.get("ignored_fields", ())
+            same = family.config(original, ignored).replace(dtype=config.dtype) == config
             same &= family.model_type in FAMILIES  # or only the text model is left of it
         except ConfigError:
             same = False

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class ConversionReport:
         loss: what quantisation cost, or None.
         loss_skipped: why `loss` is None, or "".
         drafts: names of trained drafts that came along.
+        ignored_fields: fields of config.json that were passed without being understood.
     """
 
     out: Path
@@ -56,6 +57,7 @@ class ConversionReport:
     loss: QuantizationLoss | None
     loss_skipped: str
     drafts: tuple[str, ...]
+    ignored_fields: tuple[str, ...]
 
     @property
     def is_rounded(self) -> bool:
@@ -72,6 +74,7 @@ def convert(
     text: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    ignore_fields: str | Sequence[str] = (),
     overwrite: bool = False,
     parity: bool = True,
     progress: bool = True,
@@ -102,6 +105,8 @@ def convert(
             dialogues of the package.
         tokenizer: a folder to take the tokenizer from, if `source` has none.
         revision: branch, tag or commit on the hub.
+        ignore_fields: names of fields of config.json that are not understood, and that you know to
+            have no effect on what the model computes. The checkpoint records them.
         overwrite: replace an existing checkpoint folder, and all that it holds.
         parity: compare with HF transformers at the end, if torch is installed and memory allows;
             compare quantised weights with the weights they were made from.
@@ -124,6 +129,7 @@ def convert(
         text=text,
         tokenizer=tokenizer,
         revision=revision,
+        ignore_fields=(ignore_fields,) if isinstance(ignore_fields, str) else tuple(ignore_fields),
         overwrite=overwrite,
         parity=parity,
         progress=progress,
@@ -184,6 +190,7 @@ def write_native(
         loss=loss,
         loss_skipped=loss_skipped,
         drafts=origin.drafts,
+        ignored_fields=origin.ignored_fields,
     )
 
 

@@ -80,7 +80,8 @@ def verify_with(
     """Does what `verify` does, and raises what it raises."""
     dtype, num_tokens = options.dtype, options.num_tokens
     header = read_header(native)
-    origin = open_origin(source, revision=options.revision)
+    ignored = header.source.get("ignored_fields", ())
+    origin = open_origin(source, revision=options.revision, ignore_fields=ignored)
     if origin.format != HF:
         raise ConversionError(f"{source} is no HF checkpoint, and nothing else can be compared")
     target = ConversionTarget.of(origin)

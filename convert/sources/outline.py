@@ -1,7 +1,7 @@
 """Sources whose weights need not be there yet, for `--dry-run` and `inspect`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,11 @@ class Outline:
 
 
 def open_outline(
-    folder: Path, remote: Mapping[str, int], family: Family, fields: Mapping[str, Any]
+    folder: Path,
+    remote: Mapping[str, int],
+    family: Family,
+    fields: Mapping[str, Any],
+    ignored: Sequence[str] = (),
 ) -> Source:
     """The weights of a HF folder, of which no more need be there than config.json and the index.
 
@@ -46,6 +50,7 @@ def open_outline(
         remote: names of files that can be fetched.
         family: the kind of model.
         fields: HF's config.json.
+        ignored: its fields that are not understood and may be.
 
     Raises:
         ConversionError: files are damaged, or there is neither a weight file nor an index.
@@ -53,7 +58,7 @@ def open_outline(
     """
     files, index = weight_files(folder, remote)
     here = [file for file in files if is_file(file)]
-    table = family.table(family.config(fields), index)
+    table = family.table(family.config(fields, ignored), index)
     shapes = {part.name: part.shape for parts in table.values() for part in parts}
     place = {n: folder / file for n, file in index.items()} or dict.fromkeys(shapes, files[0])
     dtype = named_dtype(fields)
