@@ -149,6 +149,8 @@ def _print_dry_run(found: "DryRun", out: str) -> None:
     print(f"  read       of these, {_size(found.num_read)} of weights")
     for line in _counted(found.unneeded):
         print(f"  skip       {line} (s3d-convert inspect lists them)")
+    if found.wrappers:
+        print(f"  leave out  {', '.join(found.wrappers)} of the names of tensors")
     if found.ignored_fields:
         print(f"  pass       {', '.join(found.ignored_fields)} of config.json, not understood")
     if found.drafts:
@@ -194,6 +196,8 @@ def _inspect(argv: list[str]) -> int:
             print(json.dumps(facts | {"tensors": tensors}, indent=1), file=out)
         else:
             _print_entries(entries)
+            if wrappers := target.origin.wrappers:
+                print(f"left out of the names of tensors: {', '.join(wrappers)}")
             arrays, used = len(target.origin.table), sum(e.native is not None for e in entries)
             print(
                 f"{model_type}, {num_params:,} parameters: {used} tensors make up {arrays} native "
@@ -266,6 +270,8 @@ def _print_report(report: "ConversionReport") -> None:
         _print_loss(report)
     for line in _counted(report.unneeded):
         print(f"not converted: {line}")
+    if report.wrappers:
+        print(f"left out of the names of tensors: {', '.join(report.wrappers)}")
     if report.ignored_fields:
         print(f"not understood, and passed: {', '.join(report.ignored_fields)} of config.json")
     if report.parity is None:

@@ -37,6 +37,7 @@ class DryRun:
         memory: peak of the resident memory above the interpreter's own, in bytes, roughly.
         drafts: names of the trained drafts that come along.
         ignored_fields: fields of config.json that are passed without being understood.
+        wrappers: prefixes that are left out of the names of tensors, and where they come from.
     """
 
     name: str
@@ -54,6 +55,7 @@ class DryRun:
     memory: int
     drafts: tuple[str, ...]
     ignored_fields: tuple[str, ...]
+    wrappers: tuple[str, ...]
 
 
 def dry_run(
@@ -97,6 +99,7 @@ def dry_run(
         memory=_peak_memory(target),
         drafts=origin.drafts,
         ignored_fields=origin.ignored_fields,
+        wrappers=origin.wrappers,
     )
 
 

@@ -42,6 +42,8 @@ class ConversionReport:
         loss_skipped: why `loss` is None, or "".
         drafts: names of trained drafts that came along.
         ignored_fields: fields of config.json that were passed without being understood.
+        wrappers: what wrapped the model when it was saved, such as "_orig_mod. (torch.compile)":
+            prefixes that were left out of the names of tensors.
     """
 
     out: Path
@@ -58,6 +60,7 @@ class ConversionReport:
     loss_skipped: str
     drafts: tuple[str, ...]
     ignored_fields: tuple[str, ...]
+    wrappers: tuple[str, ...]
 
     @property
     def is_rounded(self) -> bool:
@@ -168,10 +171,13 @@ def write_native(
     parity, parity_skipped, loss, loss_skipped = None, _NOT_ASKED, None, _NOT_ASKED
     if options.parity:
         with notice("comparing with HF transformers", options.progress):
-            original = origin.path if origin.format == HF else None
-            parity, parity_skipped = measure_parity(
-                original, Path(out), target.num_stored, config.vocab_size
-            )
+            if origin.wrappers:
+                parity_skipped = f"it does not read {' and '.join(origin.wrappers)}"
+            else:
+                original = origin.path if origin.format == HF else None
+                parity, parity_skipped = measure_parity(
+                    original, Path(out), target.num_stored, config.vocab_size
+                )
         if options.quantization:
             with progress_bar("measuring", target.num_float_bytes, options.progress) as bar:
                 groups = target.read_groups(bar)
@@ -191,6 +197,7 @@ def write_native(
         loss_skipped=loss_skipped,
         drafts=origin.drafts,
         ignored_fields=origin.ignored_fields,
+        wrappers=origin.wrappers,
     )
 
 

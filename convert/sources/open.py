@@ -11,8 +11,9 @@ from convert.sources import hub, llama2c
 from convert.sources.base import Source, read_hf_json
 from convert.sources.hf_folder import is_safetensors, open_weights
 from convert.sources.native import open_native
-from convert.sources.outline import named_dtype, open_outline
+from convert.sources.outline import Outline, named_dtype, open_outline
 from convert.sources.torch_bin import is_torch_file
+from convert.sources.wrappers import Unwrapped
 from convert.tokenizer import TokenizerFolder, TokenizerSource, given_tokenizer
 from s3d_jax.drafters.stored import draft_names
 from s3d_jax.errors import ConfigError, ConversionError
@@ -41,6 +42,8 @@ class Origin:
         family: the kind of HF model; None for a native checkpoint.
         remote: of an outline, names and sizes of the files that are still on the hub.
         drafts: names of the trained drafts that come along.
+        wrappers: what wrapped a HF model when it was saved, in words: the names of its tensors had
+            prefixes that they have not here.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Origin:
     family: Family | None = None
     remote: Mapping[str, int] = dataclasses.field(default_factory=dict)
     drafts: tuple[str, ...] = ()
+    wrappers: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
@@ -122,14 +126,19 @@ def open_origin(
         _refuse_to_ignore(ignore_fields, name)
         return _open_native(folder, name, own)
     family = family_of(fields)
-    weights = (
+    weights: Unwrapped | Outline = (
         open_outline(folder, remote, family, fields, ignore_fields)
         if outline
         else open_weights(folder)
     )
     generation = _generation_config(folder, fields)
     origin = _describe(name, HF, folder, fields, generation, weights, own, ignore_fields)
-    return dataclasses.replace(origin, tokenizer=own or TokenizerFolder(folder), remote=remote)
+    return dataclasses.replace(
+        origin,
+        tokenizer=own or TokenizerFolder(folder),
+        remote=remote,
+        wrappers=weights.wrappers,
+    )
 
 
 def _refuse_to_ignore(fields: Sequence[str], name: str) -> None:
