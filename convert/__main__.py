@@ -150,6 +150,10 @@ def _print_dry_run(found: "DryRun", out: str) -> None:
     print(f"  read       of these, {_size(found.num_read)} of weights")
     for line in _counted(found.unneeded):
         print(f"  skip       {line} (s3d-convert inspect lists them)")
+    if found.wrappers:
+        print(f"  leave out  {', '.join(found.wrappers)} of the names of tensors")
+    if found.ignored_fields:
+        print(f"  pass       {', '.join(found.ignored_fields)} of config.json, not understood")
     if found.drafts:
         print(f"  drafts     {', '.join(found.drafts)}")
     print(f"  tokenizer  {', '.join(found.tokenizer) or 'none: the model would take token ids'}")
@@ -179,13 +183,14 @@ def _inspect(argv: list[str]) -> int:
         metavar="HF_DIR_OR_ID",
         help="a folder, an id on the hub, a .gguf or a llama2.c .bin",
     )
-    add_options(parser, ConversionOptions, ["revision"])
+    add_options(parser, ConversionOptions, ["revision", "ignore_fields"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     from convert.plan import inspect
 
     with json_stdout(arguments.json) as out:
-        target, entries = inspect(arguments.source, build(ConversionOptions, arguments).revision)
+        options = build(ConversionOptions, arguments)
+        target, entries = inspect(arguments.source, options.revision, options.ignore_fields)
         model_type, num_params = target.origin.model_type, target.num_params
         faults = sum(entry.is_fault for entry in entries)
         if arguments.json:
@@ -194,6 +199,8 @@ def _inspect(argv: list[str]) -> int:
             print(json.dumps(facts | {"tensors": tensors}, indent=1), file=out)
         else:
             _print_entries(entries)
+            if wrappers := target.origin.wrappers:
+                print(f"left out of the names of tensors: {', '.join(wrappers)}")
             arrays, used = len(target.origin.table), sum(e.native is not None for e in entries)
             print(
                 f"{model_type}, {num_params:,} parameters: {used} tensors make up {arrays} native "
@@ -266,6 +273,10 @@ def _print_report(report: "ConversionReport") -> None:
         _print_loss(report)
     for line in _counted(report.unneeded):
         print(f"not converted: {line}")
+    if report.wrappers:
+        print(f"left out of the names of tensors: {', '.join(report.wrappers)}")
+    if report.ignored_fields:
+        print(f"not understood, and passed: {', '.join(report.ignored_fields)} of config.json")
     if report.parity is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
     else:

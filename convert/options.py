@@ -42,6 +42,13 @@ class ConversionOptions(Checked):
     revision: str | None = option(
         None, "take this branch, tag or commit on the hub", metavar="REV", shown="the main branch"
     )
+    ignore_fields: tuple[str, ...] = option(
+        (),
+        "pass a field of config.json that is not understood, since you know that it has no effect "
+        "on what the model computes; may be repeated",
+        flag="--ignore-field",
+        metavar="NAME",
+    )
     overwrite: bool = option(
         False,
         "replace an existing checkpoint: all that OUT_DIR holds is removed, files that you put "

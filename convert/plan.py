@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.families import Part, native_shape
@@ -36,6 +36,8 @@ class DryRun:
         num_free: bytes that the disk has free.
         memory: peak of the resident memory above the interpreter's own, in bytes, roughly.
         drafts: names of the trained drafts that come along.
+        ignored_fields: fields of config.json that are passed without being understood.
+        wrappers: prefixes that are left out of the names of tensors, and where they come from.
     """
 
     name: str
@@ -52,6 +54,8 @@ class DryRun:
     num_free: int
     memory: int
     drafts: tuple[str, ...]
+    ignored_fields: tuple[str, ...]
+    wrappers: tuple[str, ...]
 
 
 def dry_run(
@@ -94,6 +98,8 @@ def dry_run(
         num_free=free_space(out),
         memory=_peak_memory(target),
         drafts=origin.drafts,
+        ignored_fields=origin.ignored_fields,
+        wrappers=origin.wrappers,
     )
 
 
@@ -140,7 +146,9 @@ class TensorEntry:
 
 
 def inspect(
-    source: str | os.PathLike[str], revision: str | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    ignore_fields: Sequence[str] = (),
 ) -> tuple[ConversionTarget, tuple[TensorEntry, ...]]:
     """Lists the tensors of a source, in the order of the native arrays; missing ones too.
 
@@ -150,7 +158,9 @@ def inspect(
         ConfigError: config.json has settings that are wrong, unknown, or not supported.
         ConversionError: files are missing or damaged.
     """
-    target = ConversionTarget.of(open_origin(source, revision=revision, outline=True))
+    target = ConversionTarget.of(
+        open_origin(source, revision=revision, ignore_fields=ignore_fields, outline=True)
+    )
     tensors, problems = target.origin.source.tensors, target.problems()
     reasons = target.unneeded | problems
     places = {

@@ -13,6 +13,7 @@ from convert.options import ConversionOptions
 from convert.sources import base
 from convert.sources.base import FLOATS, UNKNOWN, Source
 from convert.sources.open import NATIVE, Origin, open_origin
+from convert.sources.wrappers import is_from_peft
 from s3d_jax.errors import ConversionError
 from s3d_jax.nn.transformer import weight_bytes
 from s3d_jax.settings.model import DTYPES, ModelConfig
@@ -95,7 +96,7 @@ class ConversionTarget:
                 continue
             # Tied embeddings make the head unneeded, not unknown.
             if name not in wanted and not (names and name == names.head):
-                problems[name] = "unknown"
+                problems[name] = "of an adapter (PEFT)" if is_from_peft(name) else "unknown"
             elif name in wanted and tensor.shape != wanted[name]:
                 shape, expected = list(tensor.shape), list(wanted[name])
                 problems[name] = f"shape {shape}, the config asks for {expected}"
@@ -121,6 +122,12 @@ class ConversionTarget:
                     "differs from the embeddings, and tie_word_embeddings is true: set it to false "
                     "in a copy of config.json if the head is one of its own"
                 )
+        if any(is_from_peft(name) for name in problems):
+            raise ConversionError(
+                "the weights hold an adapter that is not merged (names such as "
+                f"{next(filter(is_from_peft, problems)):.200}): load them with peft, merge by "
+                "model.merge_and_unload(), then save_pretrained, and convert that folder"
+            )
         if problems:
             lines = [f"{name:.200}: {problem}" for name, problem in problems.items()]
             raise ConversionError(
@@ -183,7 +190,11 @@ def open_target(
         ConfigError, ConversionError, CheckpointError: as `convert.convert`.
     """
     origin = open_origin(
-        source, revision=options.revision, tokenizer=options.tokenizer, outline=outline
+        source,
+        revision=options.revision,
+        tokenizer=options.tokenizer,
+        ignore_fields=options.ignore_fields,
+        outline=outline,
     )
     if origin.format == NATIVE and options.dtype is None and options.quantization is None:
         raise ConversionError(

@@ -20,7 +20,7 @@ from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.json_files import write_json
 from s3d_jax.storage.native import Header, read_group, read_header
 from s3d_jax.storage.staging import check_apart, staged_folder
-from s3d_jax.storage.tokenizer import tokenizer_files
+from s3d_jax.storage.tokenizer import copy_tokenizer
 from s3d_jax.storage.trees import flatten
 from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import widen_tree
@@ -83,8 +83,7 @@ def export(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
-        for path in tokenizer_files(header.path):
-            (folder / path.name).write_bytes(path.read_bytes())
+        copy_tokenizer(header.path, folder)
         if header.generation_config:
             write_json(folder / "generation_config.json", header.generation_config)
         write_json(folder / "config.json", fields)
@@ -97,7 +96,8 @@ def _hf_config(header: Header, config: ModelConfig) -> tuple[Family, dict[str, A
     if isinstance(original, dict):
         try:
             family = family_of(original)
-            same = family.config(original).replace(dtype=config.dtype) == config
+            ignored = header.source.get("ignored_fields", ())
+            same = family.config(original, ignored).replace(dtype=config.dtype) == config
             same &= family.model_type in FAMILIES  # or only the text model is left of it
         except ConfigError:
             same = False

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ class ConversionReport:
         loss: what quantisation cost, or None.
         loss_skipped: why `loss` is None, or "".
         drafts: names of trained drafts that came along.
+        ignored_fields: fields of config.json that were passed without being understood.
+        wrappers: what wrapped the model when it was saved, such as "_orig_mod. (torch.compile)":
+            prefixes that were left out of the names of tensors.
     """
 
     out: Path
@@ -56,6 +59,8 @@ class ConversionReport:
     loss: QuantizationLoss | None
     loss_skipped: str
     drafts: tuple[str, ...]
+    ignored_fields: tuple[str, ...]
+    wrappers: tuple[str, ...]
 
     @property
     def is_rounded(self) -> bool:
@@ -72,6 +77,7 @@ def convert(
     text: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    ignore_fields: str | Sequence[str] = (),
     overwrite: bool = False,
     parity: bool = True,
     progress: bool = True,
@@ -102,6 +108,8 @@ def convert(
             dialogues of the package.
         tokenizer: a folder to take the tokenizer from, if `source` has none.
         revision: branch, tag or commit on the hub.
+        ignore_fields: names of fields of config.json that are not understood, and that you know to
+            have no effect on what the model computes. The checkpoint records them.
         overwrite: replace an existing checkpoint folder, and all that it holds.
         parity: compare with HF transformers at the end, if torch is installed and memory allows;
             compare quantised weights with the weights they were made from.
@@ -124,6 +132,7 @@ def convert(
         text=text,
         tokenizer=tokenizer,
         revision=revision,
+        ignore_fields=(ignore_fields,) if isinstance(ignore_fields, str) else tuple(ignore_fields),
         overwrite=overwrite,
         parity=parity,
         progress=progress,
@@ -162,10 +171,13 @@ def write_native(
     parity, parity_skipped, loss, loss_skipped = None, _NOT_ASKED, None, _NOT_ASKED
     if options.parity:
         with notice("comparing with HF transformers", options.progress):
-            original = origin.path if origin.format == HF else None
-            parity, parity_skipped = measure_parity(
-                original, Path(out), target.num_stored, config.vocab_size
-            )
+            if origin.wrappers:
+                parity_skipped = f"it does not read {' and '.join(origin.wrappers)}"
+            else:
+                original = origin.path if origin.format == HF else None
+                parity, parity_skipped = measure_parity(
+                    original, Path(out), target.num_stored, config.vocab_size
+                )
         if options.quantization:
             with progress_bar("measuring", target.num_float_bytes, options.progress) as bar:
                 groups = target.read_groups(bar)
@@ -184,6 +196,8 @@ def write_native(
         loss=loss,
         loss_skipped=loss_skipped,
         drafts=origin.drafts,
+        ignored_fields=origin.ignored_fields,
+        wrappers=origin.wrappers,
     )
 
 

@@ -58,7 +58,7 @@ class TokenizerFolder:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        return tuple(file.name for file in tokenizer_files(self.path))
+        return tuple(str(file.relative_to(self.path)) for file in tokenizer_files(self.path))
 
     @property
     def is_complete(self) -> bool:
@@ -82,13 +82,11 @@ def given_tokenizer(folder: str | os.PathLike[str]) -> TokenizerSource:
 
 
 def _write_folder(folder: Path, writer: CheckpointWriter) -> str:
-    files = {file.name: file for file in tokenizer_files(folder)}
-    for file in files.values():
-        writer.add_file(file)
+    writer.add_tokenizer(folder)
     if not has_vocabulary(folder):
         return ""
     try:
-        if "tokenizer.json" in files:
+        if (folder / "tokenizer.json").is_file():
             read_tokenizer(folder)
             return ""
         tokenizer = _load(folder)
@@ -108,7 +106,7 @@ def _write_folder(folder: Path, writer: CheckpointWriter) -> str:
             "convert again"
         )
     (writer.folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    if "tokenizer_config.json" not in files:
+    if not (folder / "tokenizer_config.json").is_file():
         settings = {"tokenizer_class": type(tokenizer).__name__, **tokenizer.special_tokens_map}
         write_json(writer.folder / "tokenizer_config.json", settings)
     return ""

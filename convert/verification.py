@@ -80,9 +80,15 @@ def verify_with(
     """Does what `verify` does, and raises what it raises."""
     dtype, num_tokens = options.dtype, options.num_tokens
     header = read_header(native)
-    origin = open_origin(source, revision=options.revision)
+    ignored = header.source.get("ignored_fields", ())
+    origin = open_origin(source, revision=options.revision, ignore_fields=ignored)
     if origin.format != HF:
         raise ConversionError(f"{source} is no HF checkpoint, and nothing else can be compared")
+    if origin.wrappers:
+        raise ConversionError(
+            f"HF transformers does not read the names of tensors in {source}, which begin with "
+            f"{' and '.join(origin.wrappers)}: save the model inside of the wrapper, and give that"
+        )
     target = ConversionTarget.of(origin)
     target.check(reading=True)
     vocab_size = origin.config.vocab_size

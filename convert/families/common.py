@@ -113,18 +113,31 @@ class Family:
         }
     )
 
-    def config(self, fields: Mapping[str, Any]) -> ModelConfig:
+    def config(self, fields: Mapping[str, Any], ignored: Sequence[str] = ()) -> ModelConfig:
         """The model that config.json describes; its dtype is left at the default.
 
+        Args:
+            fields: of config.json.
+            ignored: names of fields that are not understood and have no effect, as the user says.
+
         Raises:
-            ConfigError: a field is missing, out of range, or not understood.
+            ConfigError: a field is missing, out of range, or not understood; or one of `ignored` is
+                understood, or is not there.
         """
-        return self.take(Fields(fields, self.defaults))
+        taken = Fields(fields, self.defaults, ignored=ignored)
+        config = self.take(taken)
+        if needless := [name for name in ignored if name not in taken.passed]:
+            raise taken.error(
+                f"--ignore-field {', '.join(needless):.200}: there is no such field whose meaning "
+                "is unknown, so leave the option out"
+            )
+        return config
 
     def take(self, fields: Fields) -> ModelConfig:
         """As `config`, from fields that have their defaults already."""
         architectures = fields.take("architectures", [self.architecture])
-        if architectures != [self.architecture]:
+        # Llama 1 is called LLaMAForCausalLM.
+        if str(architectures).lower() != str([self.architecture]).lower():
             raise fields.error(
                 f"architectures is {architectures!r:.80}, and supported is {self.architecture!r}"
             )

@@ -88,6 +88,8 @@ def read_rope(
     if kind == "longrope":
         settings["short_factors"] = rope.numbers("short_factor")
         settings["long_factors"] = rope.numbers("long_factor")
+    if kind in ("llama3", "yarn") and original is None:
+        original = max_position_embeddings  # as HF's `standardize_rope_params`
     if kind in ("dynamic", "llama3", "yarn", "longrope"):
         settings["original_max_position_embeddings"] = original
     try:

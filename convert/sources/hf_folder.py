@@ -3,14 +3,15 @@
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from convert.sources.base import AGAIN, Source, is_file, read_hf_json, reading
+from convert.sources.base import AGAIN, is_file, read_hf_json, reading
 from convert.sources.safetensors import SafetensorsSource
 from convert.sources.torch_bin import TorchSource
+from convert.sources.wrappers import Unwrapped
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.trees import bullets
 
 
-def open_weights(folder: Path) -> Source:
+def open_weights(folder: Path) -> Unwrapped:
     """The weights of a HF folder.
 
     Raises:
@@ -20,13 +21,13 @@ def open_weights(folder: Path) -> Source:
     return open_files(*weight_files(folder))
 
 
-def open_files(files: Sequence[Path], index: Mapping[str, str]) -> Source:
+def open_files(files: Sequence[Path], index: Mapping[str, str]) -> Unwrapped:
     """The weights in these files, as `weight_files` gives them; raises as `open_weights`.
 
     A .bin file may hold safetensors. A file named .safetensors is never unpickled.
     """
     pickled = files[0].suffix != ".safetensors" and not is_safetensors(files[0])
-    return TorchSource(files, index) if pickled else SafetensorsSource(files, index)
+    return Unwrapped(TorchSource(files, index) if pickled else SafetensorsSource(files, index))
 
 
 def is_safetensors(file: Path) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 from convert.sources.base import first_line
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.adapters import ADAPTER_CONFIG, adapter_problem
-from s3d_jax.storage.tokenizer import TOKENIZER_FILES
+from s3d_jax.storage.tokenizer import TEMPLATES, TOKENIZER_FILES
 
-_SMALL = ("config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
+_SMALL = ("config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, TEMPLATES)
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 _TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

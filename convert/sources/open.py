@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from convert.sources.gguf.metadata import is_gguf_file
 from convert.sources.gguf.open import open_gguf
 from convert.sources.hf_folder import is_safetensors, open_weights
 from convert.sources.native import open_native
-from convert.sources.outline import named_dtype, open_outline
+from convert.sources.outline import Outline, named_dtype, open_outline
 from convert.sources.torch_bin import is_torch_file
+from convert.sources.wrappers import Unwrapped
 from convert.tokenizer import TokenizerFolder, TokenizerSource, given_tokenizer
 from s3d_jax.drafters.stored import draft_names
 from s3d_jax.errors import ConfigError, ConversionError
@@ -45,6 +46,8 @@ class Origin:
         family: the kind of HF model; None for a native checkpoint.
         remote: of an outline, names and sizes of the files that are still on the hub.
         drafts: names of the trained drafts that come along.
+        wrappers: what wrapped a HF model when it was saved, in words: the names of its tensors had
+            prefixes that they have not here.
     """
 
     name: str
@@ -59,11 +62,17 @@ class Origin:
     family: Family | None = None
     remote: Mapping[str, int] = dataclasses.field(default_factory=dict)
     drafts: tuple[str, ...] = ()
+    wrappers: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted({tensor.file for tensor in self.source.tensors.values()})
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """Fields of HF's config.json that the user passed without their being understood."""
+        return tuple(self.provenance.get("ignored_fields", ()))
 
     @property
     def model_type(self) -> str:
@@ -85,12 +94,13 @@ def open_origin(
     *,
     revision: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    ignore_fields: Sequence[str] = (),
     outline: bool = False,
 ) -> Origin:
     """Finds out what `source` is, and opens it; downloads a model whose id on the hub it is.
 
     Args:
-        source, revision, tokenizer: as for `convert.convert`.
+        source, revision, tokenizer, ignore_fields: as for `convert.convert`.
         outline: do without weights that are not here.
 
     Raises:
@@ -105,6 +115,7 @@ def open_origin(
             f"{source} is on disk, and has no revision {revision!r}: leave --revision out"
         )
     if path.is_file():
+        _refuse_to_ignore(ignore_fields, name)
         return _open_file(path, own)
     if path.is_dir():
         folder, name = path, path.resolve().name
@@ -116,12 +127,29 @@ def open_origin(
         raise ConversionError(problem)
     fields = read_hf_json(folder / "config.json")
     if fields.get("format") == FORMAT:
+        _refuse_to_ignore(ignore_fields, name)
         return _open_native(folder, name, own)
     family = family_of(fields)
-    weights = open_outline(folder, remote, family, fields) if outline else open_weights(folder)
+    weights: Unwrapped | Outline = (
+        open_outline(folder, remote, family, fields, ignore_fields)
+        if outline
+        else open_weights(folder)
+    )
     generation = _generation_config(folder, fields)
-    origin = _describe(name, HF, folder, fields, generation, weights, own)
-    return dataclasses.replace(origin, tokenizer=own or TokenizerFolder(folder), remote=remote)
+    origin = _describe(name, HF, folder, fields, generation, weights, own, ignore_fields)
+    return dataclasses.replace(
+        origin,
+        tokenizer=own or TokenizerFolder(folder),
+        remote=remote,
+        wrappers=weights.wrappers,
+    )
+
+
+def _refuse_to_ignore(fields: Sequence[str], name: str) -> None:
+    if fields:
+        raise ConversionError(
+            f"--ignore-field is for the config.json of a HF model, and {name} is none: leave it out"
+        )
 
 
 def _open_file(path: Path, tokenizer: TokenizerSource | None) -> Origin:
@@ -162,6 +190,7 @@ def _describe(
     generation_config: dict[str, Any],
     source: Source,
     tokenizer: TokenizerSource | None,
+    ignored: Sequence[str] = (),
 ) -> Origin:
     """The origin that HF's config.json describes.
 
@@ -169,7 +198,7 @@ def _describe(
         ConfigError: a setting is wrong, unknown, or not supported.
     """
     family = family_of(fields)
-    config = family.config(fields).replace(dtype=_stored_dtype(source, fields))
+    config = family.config(fields, ignored).replace(dtype=_stored_dtype(source, fields))
     _check_eos(generation_config, config)
     return Origin(
         name=name,
@@ -178,7 +207,8 @@ def _describe(
         table=family.table(config, source.tensors),
         source=source,
         path=path,
-        provenance={"name": name, "format": form, "config": fields},
+        provenance={"name": name, "format": form, "config": fields}
+        | ({"ignored_fields": list(ignored)} if ignored else {}),
         generation_config=generation_config,
         tokenizer=tokenizer,
         family=family,

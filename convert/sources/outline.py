@@ -1,7 +1,7 @@
 """Sources whose weights need not be there yet, for `--dry-run` and `inspect`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from convert.families import Family
 from convert.sources.base import FLOATS, UNKNOWN, Source, StoredTensor, is_file
 from convert.sources.hf_folder import open_files, weight_files
+from convert.sources.wrappers import plain_name, wrappers_of
 from s3d_jax.errors import ConversionError
 from s3d_jax.settings.model import DTYPES
 
@@ -20,10 +21,13 @@ class Outline:
     Args:
         here: the source of the tensors that are here, or None.
         expected: the tensors that are not.
+        wrappers: what wrapped the model, in words.
     """
 
-    def __init__(self, here: Source | None, expected: Mapping[str, StoredTensor]) -> None:
-        self._here = here
+    def __init__(
+        self, here: Source | None, expected: Mapping[str, StoredTensor], wrappers: tuple[str, ...]
+    ) -> None:
+        self._here, self.wrappers = here, wrappers
         self.tensors = {**(here.tensors if here else {}), **expected}
         self.faults = here.faults if here else {}
 
@@ -34,8 +38,12 @@ class Outline:
 
 
 def open_outline(
-    folder: Path, remote: Mapping[str, int], family: Family, fields: Mapping[str, Any]
-) -> Source:
+    folder: Path,
+    remote: Mapping[str, int],
+    family: Family,
+    fields: Mapping[str, Any],
+    ignored: Sequence[str] = (),
+) -> Outline:
     """The weights of a HF folder, of which no more need be there than config.json and the index.
 
     The index says what the absent files hold. Without an index there is one file, which holds the
@@ -46,6 +54,7 @@ def open_outline(
         remote: names of files that can be fetched.
         family: the kind of model.
         fields: HF's config.json.
+        ignored: its fields that are not understood and may be.
 
     Raises:
         ConversionError: files are damaged, or there is neither a weight file nor an index.
@@ -53,9 +62,10 @@ def open_outline(
     """
     files, index = weight_files(folder, remote)
     here = [file for file in files if is_file(file)]
-    table = family.table(family.config(fields), index)
+    plain = {plain_name(name): folder / file for name, file in index.items()}
+    table = family.table(family.config(fields, ignored), plain)
     shapes = {part.name: part.shape for parts in table.values() for part in parts}
-    place = {n: folder / file for n, file in index.items()} or dict.fromkeys(shapes, files[0])
+    place = plain or dict.fromkeys(shapes, files[0])
     dtype = named_dtype(fields)
 
     def expect(name: str, file: Path) -> StoredTensor:
@@ -66,7 +76,9 @@ def open_outline(
 
     expected = {name: expect(name, file) for name, file in place.items() if file not in here}
     opened = {name: file for name, file in index.items() if folder / file in here}
-    return Outline(open_files(here, opened) if here else None, expected)
+    source = open_files(here, opened) if here else None
+    found = source.wrappers if source else ()
+    return Outline(source, expected, tuple(dict.fromkeys([*found, *wrappers_of(index)])))
 
 
 def named_dtype(fields: Mapping[str, Any]) -> str:

@@ -58,7 +58,14 @@ class PromptEncoder:
         """
         if self.tokenizer is None:
             raise InputError("chat needs a tokenizer, and this model has none")
-        if not getattr(self.tokenizer, "chat_template", None):
+        template = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, dict) and "default" not in template:
+            raise InputError(
+                f"this model's tokenizer has chat templates for {', '.join(template)} and no "
+                "default: choose one by lm.tokenizer.chat_template = "
+                f"lm.tokenizer.chat_template[{next(iter(template))!r}]"
+            )
+        if not template:
             raise InputError(
                 "this model's tokenizer has no chat template, so it was not made for chat: use "
                 "generate with a text, or set lm.tokenizer.chat_template"

@@ -36,7 +36,7 @@ from s3d_jax.storage.arrays import (
 )
 from s3d_jax.storage.json_files import AGAIN, read_json_object, write_json
 from s3d_jax.storage.staging import staged_folder
-from s3d_jax.storage.tokenizer import has_vocabulary, tokenizer_files
+from s3d_jax.storage.tokenizer import copy_tokenizer, has_vocabulary
 from s3d_jax.storage.trees import bullets, flatten, shape_problems, top_level_key, unflatten
 
 if TYPE_CHECKING:
@@ -162,17 +162,13 @@ class CheckpointWriter:
 
         self._arrays.add(arrays)
 
-    def add_file(self, source: str | os.PathLike[str]) -> None:
-        """Copies a tokenizer file into the folder.
+    def add_tokenizer(self, source: str | os.PathLike[str]) -> None:
+        """Copies the tokenizer files of another folder.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: one cannot be read.
         """
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
-        (self.folder / Path(source).name).write_bytes(data)
+        copy_tokenizer(source, self.folder)
 
     def finish(self, source: Mapping[str, Any], generation_config: Mapping[str, Any]) -> None:
         """Writes the small files. config.json comes last: a folder that has one is complete.
@@ -256,8 +252,8 @@ def save(
     ) as writer:
         for name, tree in params.items():
             writer.write_group(name, tree)
-        for file in tokenizer_files(tokenizer) if tokenizer is not None else ():
-            writer.add_file(file)
+        if tokenizer is not None:
+            writer.add_tokenizer(tokenizer)
     return Path(out)
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from s3d_jax.errors import InputError
+from s3d_jax.errors import CheckpointError, InputError
 
 # A tokenizer has at least one of the vocabularies.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates/*.jinja"  # named ones, for tools or documents
 NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run it
 NEEDS_CODE = (
     "its settings name a class whose code comes with it, and such code is never run: get a folder "
@@ -40,7 +41,25 @@ _PROBE = (
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     """The tokenizer files of a native or HF folder."""
-    return tuple(p for name in TOKENIZER_FILES if (p := Path(folder) / name).is_file())
+    path = Path(folder)
+    files = (*(path / name for name in TOKENIZER_FILES), *sorted(path.glob(TEMPLATES)))
+    return tuple(file for file in files if file.is_file())
+
+
+def copy_tokenizer(folder: str | os.PathLike[str], out: Path) -> None:
+    """Copies the tokenizer files of a folder, if it has any, to the same places in `out`.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    for file in tokenizer_files(folder):
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(data)
 
 
 def has_vocabulary(folder: str | os.PathLike[str]) -> bool:
@@ -56,7 +75,7 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes after an answer, or None.
+    """The special or added token that the chat template writes after an answer, or None.
 
     Chat models end their answers with it, whether or not generation_config.json names it.
     """
@@ -70,8 +89,14 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not found:  # the template omits answers, or changes them
         return None
     ids = tokenizer.encode(end, add_special_tokens=False)
-    special = special_tokens(tokenizer)
-    return next((i for i in ids if i in special), None)
+    ends = {*special_tokens(tokenizer), *_plain_added(tokenizer)}
+    return next((i for i in ids if i in ends), None)
+
+
+def _plain_added(tokenizer: Any) -> dict[int | None, Any]:
+    """Tokens that were added without being special, except for spaces and line breaks."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: t for i, t in added.items() if not t.special and t.content.strip()}
 
 
 def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -105,6 +130,8 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
                 tokenizer = kind.from_pretrained(path, local_files_only=True, **NO_CODE, **option)
                 if reference is None or _agrees(tokenizer, reference):
                     _name_special_tokens(tokenizer, path)
+                    _keep_templates(tokenizer, path)
+                    _make_end_of_turn_special(tokenizer)
                     return tokenizer
                 reason = _MANGLED.format(transformers.__version__)
             except Exception as error:  # transformers raises most kinds for files it cannot read
@@ -168,6 +195,25 @@ def _name_special_tokens(tokenizer: Any, folder: Path) -> None:
         is_free = name in _SPECIAL_TOKENS and name not in settings
         if is_free and getattr(tokenizer, name) is None and parameter.default in vocabulary:
             tokenizer.add_special_tokens({name: parameter.default})
+
+
+def _keep_templates(tokenizer: Any, folder: Path) -> None:
+    """Adds the templates of the settings to those of files, in place of which transformers drops
+    them."""
+    templates, others = tokenizer.chat_template, _settings(folder).get("chat_template")
+    if isinstance(templates, dict) and others:
+        if isinstance(others, str):
+            others = [{"name": "default", "template": others}]
+        tokenizer.chat_template = {t["name"]: t["template"] for t in others} | templates
+
+
+def _make_end_of_turn_special(tokenizer: Any) -> None:
+    """Makes the token that ends an answer a special one, which is no part of the answer's text."""
+    plain = _plain_added(tokenizer)
+    end = end_of_turn(tokenizer) if plain else None  # rendering costs some time
+    if end in plain:
+        plain[end].special = True
+        tokenizer.add_tokens([plain[end]], special_tokens=True)
 
 
 def _is_sentencepiece(reference: Any) -> bool:

@@ -29,7 +29,6 @@ from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
-from s3d_jax.storage.tokenizer import tokenizer_files
 from s3d_jax.train.data import concatenate, pack, row_length_for
 from s3d_jax.train.draft import DraftTask
 from s3d_jax.train.folder import check_run
@@ -372,8 +371,7 @@ def _save_model(
     with checkpoint.checkpoint_writer(out, config, **options) as writer:
         for group, tree in params.items():
             writer.write_group(group, tree)
-        for file in tokenizer_files(tokenizer):
-            writer.add_file(file)
+        writer.add_tokenizer(tokenizer)
         if draft is not None:
             name, settings, arrays, report = draft
             folder = writer.folder / "drafts" / name

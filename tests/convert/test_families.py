@@ -190,6 +190,76 @@ def test_refused(model_type, fields, message):
     assert message in refused(model_type, **fields)
 
 
+LLAMA_1 = {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 2048, "pad_token_id": -1}
+IF_OFF = {"is_decoder", "is_encoder_decoder", "add_cross_attention", "per_layer_config"}
+INERT = {  # what transformers and its kin write without any effect on logits
+    "_flash_attn_2_enabled": True,
+    "_model_name_or_path": "owner/name",
+    "_commit_hash": "0123",
+    "_attn_implementation_internal": "sdpa",
+    "unk_token_id": 0,
+    "mask_token_id": None,
+    "quantization_config": None,
+    "pruned_heads": {},
+    "per_layer_config": {},
+    "id2label": {"0": "LABEL_0"},
+    "num_labels": 2,
+    "classifier_dropout": 0.1,
+    "gradient_checkpointing": False,
+    "xla_device": None,
+    "loss_type": "ForCausalLM",
+    "min_p": 0.1,
+    "max_new_tokens": 20,
+    "guidance_scale": 1.0,
+    "output_logits": True,
+    "cache_config": {"batch_size": 1},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inert_fields_change_nothing(name):
+    assert read(name, **INERT) == read(name)
+    fields = transformers.GenerationConfig().to_dict() | transformers.PretrainedConfig().to_dict()
+    known = {"architectures", "model_type", "transformers_version"}
+    assert read(name, **{field: 1 for field in fields.keys() - known - IF_OFF}) == read(name)
+    for field in IF_OFF & fields.keys() | {"quantization_config"}:
+        assert f"{field} = {{'a': 1}}" in refused(name, **{field: {"a": 1}})
+
+
+def test_the_config_of_llama_1():
+    assert read("llama", **LLAMA_1) == read("llama")
+    without = {k: v for k, v in SIZES.items() if k != "max_position_embeddings"}
+    assert FAMILIES["llama"].config(without | LLAMA_1).max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_yarn_and_llama3_start_from_the_whole_context_if_nothing_is_said(name):
+    """As `standardize_rope_params` of transformers."""
+    for scaling in (
+        {"rope_type": "yarn", "factor": 4.0},
+        {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ):
+        config = read(name, rope_scaling=scaling)
+        kind = scaling.get("type") or scaling["rope_type"]
+        sizes = SIZES | {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | scaling}
+        theirs = transformers.CONFIG_MAPPING[name](**sizes).rope_parameters
+        ours = config.rope.original_max_position_embeddings
+        assert ours == config.max_position_embeddings == theirs["original_max_position_embeddings"]
+
+
+def test_fields_that_the_user_passes():
+    fields = SIZES | {"model_type": "llama", "colour": "red"}
+    family = FAMILIES["llama"]
+    assert family.config(fields, ["colour"]) == read("llama")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "finetuned": True}
+    assert family.config(fields | {"rope_scaling": yarn}, ["colour", "finetuned"]).rope.factor == 4
+    with pytest.raises(ConfigError, match=r"finetuned = True.*--ignore-field NAME"):
+        family.config(fields | {"rope_scaling": yarn}, ["colour"])
+    for name in ("hidden_size", "rope_theta", "shape", "unk_token_id"):  # known, or not there
+        with pytest.raises(ConfigError, match=f"--ignore-field {name}: there is no such field"):
+            family.config(fields | {"unk_token_id": 0}, ["colour", name])
+
+
 def test_null_is_not_the_default():
     """Mistral from v0.2 on says null and has no window; a file without the field has one."""
     assert read("mistral").sliding_window == (4096,) * 4

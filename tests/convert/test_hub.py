@@ -183,9 +183,12 @@ def test_an_id_gives_what_the_folder_gives_and_only_what_is_needed(hub, data_dir
         ".gitattributes",
     )
     nested = ("original/config.json", "onnx/model.safetensors")
-    hub.add("owner/baby", "main", source, **dict.fromkeys((*unneeded, *nested), b"x"))
+    template = "additional_chat_templates/rag.jinja"
+    extra = dict.fromkeys((*unneeded, *nested, template), b"x")
+    hub.add("owner/baby", "main", source, **extra)
     converted("owner/baby", tmp_path / "online")
-    assert sorted(hub.downloaded) == sorted(p.name for p in source.iterdir())
+    assert sorted(hub.downloaded) == sorted([template, *(p.name for p in source.iterdir())])
+    assert (tmp_path / "online" / template).read_bytes() == b"x"
     convert.convert(source, tmp_path / "local", parity=False, progress=False)
     assert_same_model(tmp_path / "online", tmp_path / "local")
     header = checkpoint.read_header(tmp_path / "online")

@@ -58,6 +58,57 @@ def test_bin_files_may_hold_safetensors_and_no_safetensors_are_unpickled(tmp_pat
         open_weights(folder)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    "wrap, words",
+    [
+        (lambda name: f"_orig_mod.{name}", "_orig_mod. (torch.compile)"),
+        (lambda name: f"module.{name}", "module. (DataParallel)"),
+        (
+            lambda name: "module._orig_mod." + name.replace("layers.1.", "layers.1._orig_mod."),
+            "module. (DataParallel), _orig_mod. (torch.compile)",
+        ),
+    ],
+)
+def test_names_of_wrappers_are_left_out(tmp_path, wrap, words, shards, capsys):
+    plain = write_folder(tmp_path / "plain")
+    tensors = {wrap(name): tensor for name, tensor in random_tensors().items()}
+    wrapped = str(write_folder(tmp_path / "wrapped", tensors, shards=shards))
+    out = tmp_path / "out"
+    assert main([wrapped, str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"left out of the names of tensors: {words}\n" in printed
+    assert "not measured, it does not read" in printed
+    convert.convert(plain, tmp_path / "from_plain", **QUIET)
+    from_plain = checkpoint.read_header(tmp_path / "from_plain")
+    assert checkpoint.read_header(out).arrays == from_plain.arrays
+    assert main(["inspect", wrapped]) == 0
+    assert f"{words}\nllama, " in capsys.readouterr().out
+    if shards > 1:
+        (tmp_path / "wrapped" / "model-00002-of-00002.safetensors").unlink()
+    assert main(["--dry-run", wrapped, str(tmp_path / "dry")]) == 0
+    assert f"leave out  {words}" in capsys.readouterr().out
+    with pytest.raises(ConversionError, match="save the model inside of the wrapper"):
+        convert.verify(out, write_folder(tmp_path / "again", tensors))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"base_model.model.{name}",
+        lambda name: name.replace("q_proj.", "q_proj.base_layer."),
+        lambda name: f"module.base_model.model.{name}",
+    ],
+)
+def test_an_adapter_that_is_not_merged_is_called_one(tmp_path, change):
+    tensors = {change(name): tensor for name, tensor in random_tensors().items()}
+    folder = write_folder(tmp_path / "hf", tensors)
+    with pytest.raises(ConversionError, match=r"not merged .*merge by model\.merge_and_unload\(\)"):
+        convert.convert(folder, tmp_path / "out", **QUIET)
+    reasons = {entry.reason for entry in inspect(folder)[1] if entry.is_fault}
+    assert reasons == {"missing", "of an adapter (PEFT)"}
+
+
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
 
 

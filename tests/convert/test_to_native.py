@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert import parity, target
+from convert.__main__ import main
 from convert.families import family_of
 from convert.sources import base
 from convert.sources.hf_folder import open_weights
@@ -198,6 +199,26 @@ def test_harmless_extras_are_let_through(tmp_path):
 
 
 # --- config.json ----------------------------------------------------------------------------------
+
+
+def test_a_field_that_the_user_passes_is_recorded_and_printed(tmp_path, capsys):
+    fields = FIELDS | {"colour": "red", "_commit_hash": "0123"}
+    folder, out = write_folder(tmp_path / "hf", random_tensors(), fields), tmp_path / "native"
+    assert "colour = 'red'" in failing(folder, tmp_path, ConfigError)
+    arguments = [str(folder), "--ignore-field", "colour"]
+    assert main([*arguments, str(out), "--no-parity"]) == 0
+    assert "not understood, and passed: colour of config.json\n" in capsys.readouterr().out
+    source = checkpoint.read_header(out).source
+    assert source["ignored_fields"] == ["colour"] and source["config"] == fields
+    assert main([*arguments, str(tmp_path / "dry"), "--dry-run"]) == 0
+    assert "pass       colour of config.json" in capsys.readouterr().out
+    assert main(["inspect", *arguments]) == 0
+    convert.export(out, tmp_path / "back", progress=False)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["colour"] == "red"
+    report = convert.convert(folder, tmp_path / "again", ignore_fields=["colour"], **QUIET)
+    assert report.ignored_fields == ("colour",)
+    message = failing(out, tmp_path, dtype="bfloat16", ignore_fields="colour")
+    assert "--ignore-field is for the config.json of a HF model" in message
 
 
 @pytest.mark.parametrize(

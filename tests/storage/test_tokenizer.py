@@ -9,9 +9,12 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
+import convert
 from s3d_jax.errors import InputError
 from s3d_jax.lm import EMBEDDED
-from s3d_jax.storage.tokenizer import read_tokenizer, tokenizer_files
+from s3d_jax.storage import native
+from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer, special_ids, tokenizer_files
+from tests.tiny import tiny_config, tiny_lm, tiny_params
 
 TEXT = "hello world,  日本\n<|user|> hi <|end|>"
 
@@ -94,3 +97,63 @@ def test_special_tokens_that_only_the_class_names(tmp_path, data_dir):
     assert tokenizer.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.encode("a</s>")[-1] == tokenizer.eos_token_id == 2
     assert tokenizer.decode([2], skip_special_tokens=True) == ""
+
+
+def add_templates(folder):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("documents")
+
+
+@pytest.mark.parametrize("main", ["chat_template.jinja", "settings", "list", "none"])
+def test_named_chat_templates(folder, main):
+    add_templates(folder)
+    default = folder / "chat_template.jinja"
+    if main != default.name:
+        text = default.read_text()
+        default.unlink()
+        listed = [{"name": "default", "template": text}, {"name": "rag", "template": "old"}]
+        change_settings(folder, chat_template={"settings": text, "list": listed}.get(main))
+    tokenizer = read_tokenizer(folder)
+    question = [{"role": "user", "content": "Hi"}]
+    rag = tokenizer.apply_chat_template(question, chat_template="rag", tokenize=False)
+    assert rag == "documents"
+    lm = tiny_lm()
+    lm.tokenizer = tokenizer
+    if main == "none":
+        with pytest.raises(InputError, match=r"templates for rag and no default: choose one by"):
+            lm.chat_prompt(question)
+        lm.tokenizer.chat_template = lm.tokenizer.chat_template["rag"]
+        assert lm.chat_prompt(question) == tokenizer.encode("documents", add_special_tokens=False)
+    else:
+        expected = "<|endoftext|><|user|>Hi<|end|><|assistant|>"
+        assert tokenizer.decode(lm.chat_prompt(question)) == expected
+
+
+def test_templates_in_a_folder_are_copied_with_the_tokenizer(folder, tmp_path_factory):
+    add_templates(folder)
+    (folder / "additional_chat_templates" / "notes.txt").write_text("no template")
+    config, out = tiny_config(), tmp_path_factory.mktemp("native")
+    native.save(out / "model", config, tiny_params(config), tokenizer=folder)
+    convert.export(out / "model", out / "hf", progress=False)
+    for copy in (out / "model", out / "hf"):
+        (file,) = (copy / "additional_chat_templates").iterdir()
+        assert file.name == "rag.jinja" and file.read_text() == "documents"
+        assert set(read_tokenizer(copy).chat_template) == {"default", "rag"}
+
+
+def test_a_token_that_ends_turns_ends_chats_though_it_is_not_special(folder):
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    for token in fields["added_tokens"]:
+        token["special"] &= token["content"] != "<|end|>"
+    path.write_text(json.dumps(fields))
+    change_settings(folder, extra_special_tokens=["<|user|>", "<|assistant|>"])
+    tokenizer = read_tokenizer(folder)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end_of_turn(tokenizer) == end and end in special_ids(tokenizer)
+    assert tokenizer.decode([40, end], skip_special_tokens=True) == tokenizer.decode([40])
+    # Spaces and line breaks, which some tokenizers add too, end nothing.
+    tokenizer = read_tokenizer(EMBEDDED)
+    tokenizer.add_tokens(["\n", "</s>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n</s>{% endfor %}"
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
