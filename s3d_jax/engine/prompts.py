@@ -166,13 +166,15 @@ def render_chat(
 
 def _check_text(what: str, value: Any) -> None:
     """Refuses a text that holds half a character, also within lists and objects."""
-    if isinstance(value, str) and not is_text(value):
-        raise InputError(
-            f"{what} is no valid text: it holds half a character (a lone surrogate), from bytes "
-            f"that are not UTF-8 or from a text that was cut: {value!r:.80}"
-        )
-    if isinstance(value, Mapping):
-        value = [*value, *value.values()]
-    if is_list(value):
-        for part in value:
-            _check_text(what, part)
+    parts = [value]
+    while parts:  # not recursive: files may nest deeply
+        part = parts.pop()
+        if isinstance(part, str) and not is_text(part):
+            raise InputError(
+                f"{what} is no valid text: it holds half a character (a lone surrogate), from "
+                f"bytes that are not UTF-8 or from a text that was cut: {part!r:.80}"
+            )
+        if isinstance(part, Mapping):
+            parts += [*part, *part.values()]
+        elif is_list(part):
+            parts += part

@@ -1,9 +1,12 @@
 """What each family reads from a config.json, and what it refuses."""
 
+import copy
 import json
 
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from convert.families import FAMILIES, Family, family_of, native_shape
 from s3d_jax.errors import ConfigError
@@ -387,3 +390,51 @@ def test_only_gemma3_may_be_inside_gemma3():
     fields["text_config"] |= {"model_type": "gemma2"}
     with pytest.raises(ConfigError, match="text_config: model_type is 'gemma2', and only 'gemma3_"):
         family_of(fields).config(fields)
+
+
+# --- damaged configs ------------------------------------------------------------------------------
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.sampled_from([0, -1, 2**31, 10**400, "", "linear", "float16", "full_attention"])
+    | st.text(max_size=3),
+    lambda some: (
+        st.lists(some, max_size=3)
+        | st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "a"]), some, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+def test_any_change_of_a_real_config_gives_a_model_or_a_clear_error(data_dir):
+    paths = sorted((data_dir / "configs").glob("*.json"))
+    configs = [json.loads(path.read_text()) for path in paths]
+    names = sorted({name for config in configs for name in config})
+    understood = set()
+
+    @settings(derandomize=True, max_examples=200, deadline=None, database=None)
+    @given(st.data())
+    def check(data):
+        fields = copy.deepcopy(data.draw(st.sampled_from(configs)))
+        if data.draw(st.booleans()):
+            fields["model_type"] = data.draw(st.sampled_from(sorted(FAMILIES)))
+        for name in data.draw(st.lists(st.sampled_from(names), max_size=2)):
+            nested = fields.get(name)
+            if isinstance(nested, dict) and nested:
+                nested[data.draw(st.sampled_from(sorted(nested)))] = data.draw(ANYTHING)
+            else:
+                fields[name] = data.draw(ANYTHING)
+        try:
+            config = family_of(fields).config(fields)
+        except ConfigError as error:
+            understood.add(False)
+            assert str(error)
+        else:
+            understood.add(True)
+            assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    check()
+    assert understood == {True, False}

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from s3d_jax.errors import InputError
 from s3d_jax.texts.documents import Document, read_documents, read_texts
@@ -215,6 +217,57 @@ def test_wrong_lines_are_named(line, message, tokenizer, tmp_path):
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(InputError, match=message):
         read_documents([path], tokenizer, None)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.integers(-2, 300)
+    | st.floats()
+    | st.sampled_from(["the cat", "", "user", "assistant", "\ud83d", "字", 2**31, 10**400, True]),
+    lambda some: (
+        st.lists(some, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "type"]), some, max_size=3)
+    ),
+    max_leaves=5,
+)
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(list(ROLES.values())), "content": VALUES}),
+    max_size=3,
+)
+LINES = st.dictionaries(
+    st.sampled_from(["text", "prompt", "tokens", "prompt_tokens"]), VALUES, max_size=3
+) | st.fixed_dictionaries({"messages": VALUES | TURNS})
+
+
+def test_any_line_gives_documents_or_a_clear_error(tokenizer, tmp_path):
+    path, outcomes = tmp_path / "data.jsonl", set()
+
+    @settings(
+        derandomize=True, max_examples=150, deadline=None, database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )  # fmt: skip
+    @given(LINES, st.booleans(), st.integers(0, 400))
+    def check(line, escaped, cut):
+        text = json.dumps(line, ensure_ascii=escaped)
+        part = text if cut > 40 else text[:cut]  # some are cut off
+        path.write_bytes(part.encode("utf-8", "surrogatepass"))
+        for read in (
+            lambda: read_documents([path], tokenizer, 0),
+            lambda: read_documents([path], tokenizer, None, prompts=True),
+            lambda: read_documents([path], tokenizer, None, texts=True),
+            lambda: read_documents([path], None, None),
+        ):
+            try:
+                documents = read()
+            except InputError as error:
+                outcomes.add(False)
+                assert str(path) in str(error) or "tokenizer" in str(error)
+            else:
+                outcomes.add(True)
+                assert all(len(d.tokens) == len(d.learn) > 0 for d in documents)
+
+    check()
+    assert outcomes == {True, False}
 
 
 def test_wrong_files_are_named(tokenizer, tmp_path):
