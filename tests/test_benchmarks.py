@@ -1,5 +1,6 @@
 """What the benchmarks count."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -46,3 +47,20 @@ def test_the_memory_of_training_says_what_is_wrong(monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="error: batch_size"):
         runpy.run_path(str(BENCHMARKS / "training_memory.py"), run_name="__main__")
+
+
+def test_the_soak_finds_what_grows_and_what_differs():
+    soak = runpy.run_path(str(BENCHMARKS / "soak.py"))
+    calls = [soak["make_call"](i, 2048) for i in range(300)]
+    assert calls[7] == soak["make_call"](7, 2048) == json.loads(json.dumps(calls[7]))
+    assert {c["kind"] for c in calls} == {"generate", "stream", "left", "conversation"}
+    flat, rising = [5.0] * 2000, [5.0] * 500 + [5 + i / 1000 for i in range(1500)]
+    assert soak["growth"](flat) == 1 and soak["growth"](rising) == pytest.approx(1.217, abs=1e-3)
+    good = dict(different_calls=[], most_memory_maps=50, allowed_memory_maps=100)
+    good |= dict(resident_growth=1.04, memory_maps_growth=None)
+    assert soak["passes"](good)
+    for bad in (
+        dict(different_calls=[99]), dict(most_memory_maps=51), dict(resident_growth=1.06),
+        dict(memory_maps_growth=1.06),
+    ):  # fmt: skip
+        assert not soak["passes"](good | bad)

@@ -129,7 +129,7 @@ class Batch:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a batch cannot be copied or pickled: each step takes the arrays of the one before; "
+            "a batch cannot be copied or pickled, since each step takes the arrays of the last: "
             "take its results when it has ended"
         )
 
