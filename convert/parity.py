@@ -11,6 +11,7 @@ import numpy as np
 
 from convert.sources.base import FLOATS, first_line
 from s3d_jax.errors import ConversionError
+from s3d_jax.jax_settings import under_usual_jax_settings
 
 # Long enough to see a wrong rotation, which a short prompt cannot.
 LENGTH = 640
@@ -97,6 +98,7 @@ def lacking_memory(needed: int) -> str:
     return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
+@under_usual_jax_settings
 def compare(
     hf_folder: Path, native: Path, *, dtype: str = "float32", num_tokens: int = LENGTH
 ) -> Parity:

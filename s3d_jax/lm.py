@@ -19,6 +19,7 @@ from s3d_jax.engine.programs import Programs
 from s3d_jax.engine.prompts import Message, Prompt
 from s3d_jax.engine.results import Result
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
@@ -40,6 +41,7 @@ def default_draft(config: ModelConfig) -> DraftConfig:
     return DraftConfig(skip=symmetric_skip(config.num_layers, config.num_layers // 2), gamma=4)
 
 
+@under_usual_jax_settings
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
@@ -148,6 +150,7 @@ class LM:
             or the second model has another vocabulary.
     """
 
+    @under_usual_jax_settings
     def __init__(
         self,
         config: ModelConfig,

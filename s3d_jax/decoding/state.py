@@ -15,6 +15,7 @@ import numpy as np
 from s3d_jax.decoding.adaptive import Budget, full_budget
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, penalize
 from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache, grown, init_cache
 from s3d_jax.settings.drafting import PassCosts
 from s3d_jax.settings.model import ModelConfig
@@ -171,6 +172,7 @@ class Inputs(NamedTuple):
     visible: int | None = None
 
 
+@under_usual_jax_settings
 def init_state(
     spec: DecodeSpec,
     sequences: list[np.ndarray],
@@ -224,6 +226,7 @@ def init_state(
     )
 
 
+@under_usual_jax_settings
 def restart(
     spec: DecodeSpec, state: DecodeState, plan: SlotPlan, running: Sequence[bool]
 ) -> DecodeState:

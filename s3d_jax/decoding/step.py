@@ -24,6 +24,7 @@ from s3d_jax.decoding.state import (
     process,
     row_keys,
 )
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.weights.trees import Params
@@ -168,6 +169,7 @@ def _verify_and_commit(
     return state.replace(budget=budget)
 
 
+@under_usual_jax_settings
 def decode(
     spec: DecodeSpec,
     params: Params,

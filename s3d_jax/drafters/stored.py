@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -95,6 +96,7 @@ def save_draft(
     return folder
 
 
+@under_usual_jax_settings
 def write_draft(
     folder: Path,
     model: ModelConfig,
@@ -164,6 +166,7 @@ def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
     return names[0]
 
 
+@under_usual_jax_settings
 def read_draft(
     model: str | os.PathLike[str], name: str, config: ModelConfig, *, weights: bool = True
 ) -> StoredDraft:
@@ -229,6 +232,7 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
     return sum(x.nbytes for name in draft.deltas for x in jax.tree.leaves(params[name]))
 
 
+@under_usual_jax_settings
 def merge_deltas(config: ModelConfig, params: Params, draft: DraftParams) -> DraftParams:
     """Adds a draft's deltas to copies of the layers that have them.
 

@@ -19,6 +19,7 @@ from s3d_jax.engine.programs import Programs, signature
 from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn.cache import Kept
 from s3d_jax.text import TextRow
@@ -52,6 +53,7 @@ class Batch:
         has_ended: whether `run` has come to its end, and was not left or interrupted before.
     """
 
+    @under_usual_jax_settings
     def __init__(
         self,
         engine: Engine,
@@ -118,6 +120,7 @@ class Batch:
         self._loops: dict[int, Any] = {}
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
+    @under_usual_jax_settings
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
         if self._has_stop_strings:
@@ -174,6 +177,7 @@ class Batch:
         rows = zip(self._prompts, self.tokens, strict=True)
         return [np.concatenate([prompt, new]).astype(np.int32) for prompt, new in rows]
 
+    @under_usual_jax_settings
     def results(self) -> list[Result]:
         """One Result per row; only when `has_ended`."""
         passes = jax.device_get(self._state.passes)
@@ -212,6 +216,7 @@ class Batch:
         more = 0 if drafter is None else drafter.nbytes(target, self._plan)
         return sum(weights.values()) + self._plan.cache_bytes(target.config) + more
 
+    @under_usual_jax_settings
     def kept(self) -> Kept | None:
         """The cache of the only row, which may have been left in the middle of its text.
 

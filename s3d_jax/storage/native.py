@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import (
     ArrayRecord,
@@ -137,6 +138,7 @@ class CheckpointWriter:
         self._expected = _expected_arrays(config)
         self._arrays = ArrayWriter(folder / "weights")
 
+    @under_usual_jax_settings
     def write_group(self, name: str, tree: Mapping[str, Any]) -> None:
         """Writes the subtree under the top-level key `name`.
 
@@ -259,6 +261,7 @@ def save(
     return Path(out)
 
 
+@under_usual_jax_settings
 def load(
     path: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
 ) -> Checkpoint:

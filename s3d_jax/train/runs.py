@@ -21,6 +21,7 @@ from s3d_jax.drafters.stored import (
     write_draft,
 )
 from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, load
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
@@ -40,6 +41,7 @@ from s3d_jax.train.validation import HeldOutDecoding, perplexity, warn_if_useles
 from s3d_jax.weights.trees import Params
 
 
+@under_usual_jax_settings
 def train_draft(
     model: str | os.PathLike[str],
     data: Files,
@@ -157,6 +159,7 @@ def train_draft(
     return report
 
 
+@under_usual_jax_settings
 def pretrain(
     data: Files,
     out: str | os.PathLike[str],

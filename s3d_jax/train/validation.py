@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from s3d_jax.errors import InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import target_stream
@@ -133,6 +134,7 @@ def _next_token_loss(
     return next_token_loss(logits, tokens, learn)
 
 
+@under_usual_jax_settings
 def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int = 8) -> float:
     """exp of the mean cross-entropy of the tokens that are learnt.
 
