@@ -24,6 +24,10 @@ class CheckpointError(S3DError):
     """A checkpoint folder that is missing, incomplete, corrupt, or of another format."""
 
 
+class DeviceError(S3DError):
+    """The device that JAX is to compute on is not there, or has too little free memory."""
+
+
 class ConversionError(CheckpointError):
     """Weights that cannot be converted; lists every offending tensor at once."""
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-import jax
 import numpy as np
 
 from s3d_jax.conversation import Conversation
@@ -20,6 +19,7 @@ from s3d_jax.engine.prompts import Message, Prompt
 from s3d_jax.engine.results import Result
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
@@ -77,6 +77,7 @@ def load(
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it. Or its tuning.json is damaged.
         ConfigError: `draft_model` has another vocabulary.
+        DeviceError: there is no device to load it onto.
 
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
@@ -109,7 +110,7 @@ def load(
 
 def _warn_if_slow(dtype: str) -> None:
     """NVIDIA GPUs before Ampere (T4, V100: compute capability below 8) only emulate bfloat16."""
-    device = jax.devices()[0]
+    device = default_device()
     capability = str(getattr(device, "compute_capability", ""))
     if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
         warnings.warn(

@@ -1,15 +1,36 @@
-"""The machine that jax computes on: its name, its cores, and the peak of its memory."""
+"""The machine that jax computes on: its device, its name, its cores, and its memory."""
 
 import os
 import platform
 from pathlib import Path
+from typing import Any
+
+from s3d_jax.errors import DeviceError
+
+
+def default_device() -> Any:
+    """The `jax.Device` that jax computes on.
+
+    Raises:
+        DeviceError: there is none, as where JAX_PLATFORMS names a kind that this machine lacks.
+    """
+    import jax
+
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # the second has no text: jax 0.10 and CUDA
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        named = f" of the kind that JAX_PLATFORMS={wanted} names" if wanted else ""
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise DeviceError(
+            f"jax finds no device{named}{reason}: unset JAX_PLATFORMS or set it to cpu, or install "
+            "jax for the device (for NVIDIA's: pip install 's3d-jax[cuda]')"
+        ) from error
 
 
 def machine_name() -> str:
     """The device that jax computes on, in words: "2 cores of Intel Xeon, Linux"."""
-    import jax
-
-    device = jax.devices()[0]
+    device = default_device()
     if device.platform != "cpu":
         return f"{device.device_kind}, {platform.system()}"
     name = platform.processor() or platform.machine()
@@ -80,7 +101,5 @@ def peak_memory_kind(was_reset: bool) -> str:
 
 def _allocator_peak() -> int | None:
     """Peak bytes of the device's allocator; None where it does not report them (CPUs)."""
-    import jax
-
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peak = (default_device().memory_stats() or {}).get("peak_bytes_in_use")
     return None if peak is None else int(peak)

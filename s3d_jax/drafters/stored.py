@@ -21,6 +21,7 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -181,6 +182,7 @@ def read_draft(
     Raises:
         CheckpointError: it is missing, damaged, of another version, of an unknown kind, or does not
             fit the target.
+        DeviceError: there is no device to put the arrays on.
     """
     folder = Path(model) / "drafts" / name
     fields = _read_config(folder)
@@ -199,6 +201,7 @@ def read_draft(
     count = sum(math.prod(record.shape) for record in index.values())
     params = None
     if weights:
+        default_device()  # as in storage.native.load
         dtype = jnp.dtype(config.dtype)
         arrays = {
             path: cast(read_array(folder / "weights", path, record, advice=_AGAIN), dtype, path)

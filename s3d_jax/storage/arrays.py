@@ -23,6 +23,8 @@ from s3d_jax.storage.json_files import AGAIN
 
 # Arrays are written together once they have this many bytes: each batch makes one file.
 _BATCH_BYTES = 2**25
+# What tensorstore raises for files that it cannot read, by the kind of damage.
+_REFUSALS = (ValueError, IndexError, KeyError, NotImplementedError, OSError)
 _MANIFEST = "manifest.ocdbt"
 
 
@@ -97,9 +99,9 @@ class ArrayWriter:
                 store = ts.open(spec, create=True, context=context, transaction=commit).result()
                 store.write(array, can_reference_source_data_indefinitely=True).result()
             commit.commit_async().result()
-        except ValueError as error:  # tensorstore's form of an OSError
-            if match := re.search(r"os_error_code='(\d+)'", str(error)):
-                raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+        except ValueError as error:
+            if (cause := _os_error(error)) is not None:
+                raise cause from error
             raise
         self._batch = {}
 
@@ -122,19 +124,28 @@ def read_array(
         advice: what the user can do about a damaged array.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or the system refuses to read it.
     """
     import tensorstore as ts
 
     spec = {"driver": "zarr3", "kvstore": _location(folder, path)}
     try:
         array = ts.open(spec, open=True).result().read().result()
-    except Exception as error:  # tensorstore raises most kinds for damaged files
+    except _REFUSALS as error:
+        cause = _os_error(error)
+        if cause is not None and not isinstance(cause, FileNotFoundError):
+            raise CheckpointError(f"cannot read {path} in {folder}: {cause.strerror}") from error
         raise CheckpointError(f"cannot read {path} in {folder}: {advice} ({error})") from error
     fits = array.shape == record.shape and (dtype is None or array.dtype == dtype)
     if not fits or _crc32(array) != record.crc32:
         raise CheckpointError(f"{path} in {folder} is damaged: {advice}")
     return array
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """The system's error that an error of tensorstore reports, if there is one."""
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def index_to_json(index: Mapping[str, ArrayRecord]) -> dict[str, dict[str, Any]]:

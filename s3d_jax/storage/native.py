@@ -23,6 +23,7 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import default_device
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import (
     ArrayRecord,
@@ -276,11 +277,13 @@ def load(
     Raises:
         CheckpointError: the folder is missing, of another format or version, incomplete or damaged.
         ConfigError: the dtype is unknown.
+        DeviceError: there is no device.
     """
     import jax
     from tqdm import tqdm
 
     header = read_header(path)
+    default_device()  # a missing one should not look like damaged weights
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from s3d_jax.drafters.stored import (
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, load
+from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -72,6 +73,7 @@ def train_draft(
     Raises:
         InputError, ConfigError, CheckpointError: files, settings or folders that do not fit.
         TrainingError: see `fit`.
+        DeviceError: there is no device.
     """
     _check_destination(model, config, overwrite)
     check_run(run, resume)
@@ -186,8 +188,9 @@ def pretrain(
         JSON: the options and what was reached.
 
     Raises:
-        InputError, ConfigError, CheckpointError, TrainingError: as `train_draft`.
+        InputError, ConfigError, CheckpointError, TrainingError, DeviceError: as `train_draft`.
     """
+    default_device()  # before files are read for minutes
     check_replaceable(out, overwrite)
     check_run(run, resume)
     check_row_length(config.row_length, model)
