@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ConversionError,
         DeviceError,
         InputError,
+        NumericalError,
         S3DError,
         TrainingError,
     )
@@ -42,6 +43,7 @@ _HOME = {
         "ConversionError",
         "DeviceError",
         "InputError",
+        "NumericalError",
         "S3DError",
         "TrainingError",
     ),
@@ -60,6 +62,7 @@ __all__ = [
     "GenerateOptions",
     "InputError",
     "ModelConfig",
+    "NumericalError",
     "Result",
     "RopeConfig",
     "S3DError",

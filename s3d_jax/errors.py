@@ -32,5 +32,9 @@ class ConversionError(CheckpointError):
     """Weights that cannot be converted; lists every offending tensor at once."""
 
 
+class NumericalError(S3DError):
+    """Results that are no numbers: a computation overflowed its dtype, or weights hold NaN."""
+
+
 class TrainingError(S3DError):
     """A training run that cannot begin, resume or continue."""

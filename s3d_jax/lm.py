@@ -234,7 +234,9 @@ class LM:
                 ...).
 
         Returns:
-            One Result per prompt, in order (a list also for a single prompt).
+            One Result per prompt, in order (a list also for a single prompt). A row whose logits
+            become NaN or infinite, as in float16, ends there, with finish_reason "error" and an
+            `error` that says what to do; the other rows continue.
 
         Raises:
             InputError: a prompt that is empty, too long, or holds ids outside the vocabulary, ...
@@ -268,7 +270,7 @@ class LM:
     ) -> Stream[list[int]]:
         """As `stream`, but yields the new ids of each iteration, 1 to γ+1 of them."""
         batch = self._single(prompt, options)
-        return Stream((rows[0] for rows in batch.run(1)), batch)
+        return Stream((rows[0] for rows in batch.run(1) if rows[0]), batch)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Result:
         """Answers a conversation.

@@ -34,6 +34,7 @@ class DecodeState(flax.struct.PyTreeNode):
         tokens: int32 [B, S], prompt and output; scratch after position n.
         cache: the key/value cache, S slots.
         done: bool [B], rows that have finished; they stay as they are.
+        broken: bool [B], rows that have ended since the logits of their next token are no numbers.
         limit: int32 [B], tokens (prompt included) at which a row ends.
         padding: int32 [B], tokens by which a row's prompt is shorter than the longest prompt that
             runs the same prefill programs (`SlotPlan.padded`).
@@ -50,6 +51,7 @@ class DecodeState(flax.struct.PyTreeNode):
     tokens: jax.Array
     cache: KVCache
     done: jax.Array
+    broken: jax.Array
     limit: jax.Array
     padding: jax.Array
     sampling: SamplingParams
@@ -205,6 +207,7 @@ def init_state(
         dict(
             tokens=tokens,
             done=lengths >= limit,
+            broken=np.zeros(batch, bool),
             limit=limit,
             padding=np.asarray(plan.padded, np.int32) - lengths,
             prompt_tokens=seen,

@@ -88,6 +88,7 @@ class Batch:
             else [TextRow(tokenizer, prompt.tolist(), request.stops) for prompt in prompts]
         )
         self.has_ended = False
+        self._broken = [False] * len(prompts)  # DecodeState.broken
         self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 
         if self._drafter is not None and self._drafter.keeps_state:
@@ -155,7 +156,8 @@ class Batch:
         used = max(n for n, runs in zip(plan.padded, running, strict=True) if runs) - 1
         finished = False
         while not finished:
-            tokens, lengths, done = self._decode(used, iterations_per_call)
+            tokens, lengths, done, broken = self._decode(used, iterations_per_call)
+            self._broken = broken.tolist()
             yield [self._take(b, tokens[b], int(lengths[b])) for b in range(len(tokens))]
             done = done | np.array(self._stopped)
             finished = bool(done.all())
@@ -166,10 +168,11 @@ class Batch:
 
     def _unfinished(self) -> list[bool]:
         """Rows that stopped at a limit of the plan before their end."""
-        rows = zip(self._sequences(), self._ends, self.tokens, self._stopped, strict=True)
+        ended = (a or b for a, b in zip(self._stopped, self._broken, strict=True))
+        rows = zip(self._sequences(), self._ends, self.tokens, ended, strict=True)
         return [
-            len(sequence) < end and not stopped and not (new and new[-1] in self._spec.stop_ids)
-            for sequence, end, new, stopped in rows
+            len(sequence) < end and not over and not (new and new[-1] in self._spec.stop_ids)
+            for sequence, end, new, over in rows
         ]
 
     def _sequences(self) -> list[np.ndarray]:
@@ -204,9 +207,26 @@ class Batch:
                 plain_iterations=counts.plain,
             )
             text = self.texts[b].text if self.texts else None
-            reason: Literal["stop", "length"] = "length" if stopped_by is None else "stop"
-            results.append(Result(tokens, text, reason, stopped_by, stats))
+            reason: Literal["stop", "length", "error"] = "length" if stopped_by is None else "stop"
+            error = None
+            if self._broken[b] and stopped_by is None:
+                reason, error = "error", self._no_numbers(b)
+            results.append(Result(tokens, text, reason, stopped_by, stats, error))
         return results
+
+    def _no_numbers(self, b: int) -> str:
+        """What is wrong with row b, whose next token has no distribution, and what to do."""
+        dtype = self._target.config.dtype
+        what = (
+            f"the logits of prompt {b} are no numbers (NaN or infinity) after "
+            f"{len(self.tokens[b])} new tokens, computed in {dtype}"
+        )
+        if dtype == "float16":
+            return (
+                f"{what}, which ends at 65504: load the model with dtype='bfloat16' or 'float32' "
+                "(--dtype)"
+            )
+        return f"{what}: the weights are damaged or hold NaN; convert or train the model again"
 
     @property
     def nbytes(self) -> int:
@@ -220,8 +240,11 @@ class Batch:
     def kept(self) -> Kept | None:
         """The cache of the only row, which may have been left in the middle of its text.
 
-        None after an interruption in the middle of a program, which has taken the cache with it.
+        None after an interruption in the middle of a program, which has taken the cache with it,
+        and after an error, since the cache may hold NaN.
         """
+        if any(self._broken):
+            return None
         cache, tokens = self._state.cache, self._state.tokens
         if any(x.is_deleted() for x in (*cache.keys, *cache.values, tokens)):
             return None
@@ -241,11 +264,11 @@ class Batch:
         self._prefill_seconds += time.perf_counter() - start
         return result
 
-    def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, ...]:
         """Continues in the program that reads `used` slots and what a step writes after them.
 
         Returns:
-            (tokens, lengths, done) of the rows.
+            (tokens, lengths, done, broken) of the rows.
         """
         visible = self._plan.visible_to_step(used)
         arrays = dict(
@@ -259,7 +282,7 @@ class Batch:
             self._loops[visible] = self._program(decode_jit, static, arrays, self._signatures)
         start = time.perf_counter()
         state = self._state = self._loops[visible](**arrays)
-        rows = jax.device_get((state.tokens, state.cache.length, state.done))
+        rows = jax.device_get((state.tokens, state.cache.length, state.done, state.broken))
         self._decode_seconds += time.perf_counter() - start
         return rows
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError
 from s3d_jax.storage.json_files import AGAIN
+from s3d_jax.storage.trees import bullets
 
 # Arrays are written together once they have this many bytes: each batch makes one file.
 _BATCH_BYTES = 2**25
@@ -172,11 +173,25 @@ def missing_arrays(folder: Path, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if not os.path.isdir(_location(folder, path)["path"])]
 
 
+class Overflow(CheckpointError):
+    """Values of some arrays, `names`, that are too large for a dtype."""
+
+    def __init__(self, names: Sequence[str], dtype: np.dtype) -> None:
+        self.names = tuple(names)
+        others = " or bfloat16 (float16 ends at 65504)" if dtype == np.float16 else ""
+        subject, more = f"{names[0]} holds", ""
+        if len(names) > 1:
+            subject, more = f"{len(names)} arrays hold", "\n" + bullets(list(names))
+        super().__init__(
+            f"{subject} values too large for {dtype.name}: use --dtype float32{others}{more}"
+        )
+
+
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """`values` in another dtype.
 
     Raises:
-        CheckpointError: a finite value becomes infinite (float16 ends at 65504).
+        Overflow: a finite value becomes infinite (float16 ends at 65504).
     """
     if values.dtype == dtype:
         return values
@@ -185,9 +200,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if dtype.itemsize <= 2 and not np.array_equal(
         np.isfinite(result.astype(np.float32)), np.isfinite(values.astype(np.float32))
     ):
-        raise CheckpointError(
-            f"{name} holds values too large for {dtype.name}: use --dtype float32"
-        )
+        raise Overflow([name], dtype)
     return result
 
 

@@ -28,6 +28,7 @@ from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import (
     ArrayRecord,
     ArrayWriter,
+    Overflow,
     cast,
     index_from_json,
     index_to_json,
@@ -275,7 +276,8 @@ def load(
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
-        CheckpointError: the folder is missing, of another format or version, incomplete or damaged.
+        CheckpointError: the folder is missing, of another format or version, incomplete or damaged;
+            or values overflow in the dtype (names every such array).
         ConfigError: the dtype is unknown.
         DeviceError: there is no device.
     """
@@ -287,6 +289,7 @@ def load(
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}
+    overflowing: list[str] = []
     with tqdm(
         total=sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items()),
         desc="loading",
@@ -297,8 +300,15 @@ def load(
         delay=1,
     ) as bar:
         for name in header.arrays:
-            params[name] = jax.device_put(cast(_read(header, name), dtypes[name], name))
-            bar.update(params[name].nbytes)
+            try:
+                array = cast(_read(header, name), dtypes[name], name)
+            except Overflow as error:  # go on, to name all of them
+                overflowing += error.names
+                continue
+            params[name] = jax.device_put(array)
+            bar.update(array.nbytes)
+    if overflowing:
+        raise Overflow(overflowing, np.dtype(config.dtype))
     return Checkpoint(header, config, unflatten(params))
 
 

@@ -94,8 +94,13 @@ def measure_acceptance(
         tokens_per_iteration: τ over all prompts together, new tokens over iterations;
         acceptance_per_position: how often the draft token at each position was accepted;
         prompts, new_tokens: what it was measured on.
+
+    Raises:
+        NumericalError: the model's logits are no numbers.
     """
     results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, adaptive=False, **options)
+    for result in results:
+        result.check()
     iterations = sum(r.stats.iterations for r in results)
     tokens = sum(r.stats.new_tokens for r in results)
     accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)
