@@ -20,7 +20,7 @@ from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.machine import peak_memory_bytes
+from s3d_jax.machine import check_memory, peak_memory_bytes
 from s3d_jax.nn.cache import Kept
 from s3d_jax.text import TextRow
 
@@ -28,6 +28,7 @@ UNLIMITED = int(np.iinfo(np.int32).max)
 # Stop strings are checked on the host every 8 iterations; the overshoot costs less than a sync per
 # step.
 _STEPS_PER_LOOK = 8
+_BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Batch:
 
         Raises:
             InputError, ConfigError: an option that is unknown or out of range.
+            DeviceError: the caches need more memory than is free.
         """
         target, tokenizer = engine.target, engine.tokenizer
         request = check_options(target, len(prompts), **options)
@@ -106,6 +108,7 @@ class Batch:
             known=known,
             least=0 if kept is None else kept.cache.slots,
         )
+        self._check_memory(kept)
         cache, self._written = None, 0
         if kept is not None:
             cache = kept.cache.replace(length=jnp.full((1,), known, jnp.int32))
@@ -227,6 +230,21 @@ class Batch:
                 "(--dtype)"
             )
         return f"{what}: the weights are damaged or hold NaN; convert or train the model again"
+
+    def _check_memory(self, kept: Kept | None) -> None:
+        """Refuses a batch whose caches cannot fit; the weights are in memory already."""
+        plan, rows = self._plan, len(self._prompts)
+        if kept is not None and kept.cache.slots >= plan.slots:
+            return
+        needed = plan.cache_bytes(self._target.config) + rows * plan.slots * _BYTES_PER_SLOT
+        if self._drafter is not None:
+            needed += self._drafter.state_bytes(plan)
+        check_memory(
+            needed,
+            f"{rows} row{'s' * (rows > 1)} of {plan.slots:,} tokens need{'s' * (rows == 1)}",
+            "lower max_new_tokens (--max-new-tokens) or max_length (--max-length), shorten the "
+            "prompts, or generate fewer at once",
+        )
 
     @property
     def nbytes(self) -> int:

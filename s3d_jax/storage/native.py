@@ -23,7 +23,7 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.machine import default_device
+from s3d_jax.machine import check_memory, default_device
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import (
     ArrayRecord,
@@ -279,7 +279,7 @@ def load(
         CheckpointError: the folder is missing, of another format or version, incomplete or damaged;
             or values overflow in the dtype (names every such array).
         ConfigError: the dtype is unknown.
-        DeviceError: there is no device.
+        DeviceError: there is no device, or less memory free than the weights need.
     """
     import jax
     from tqdm import tqdm
@@ -290,8 +290,15 @@ def load(
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
+    needed = sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items())
+    check_memory(
+        needed,
+        f"the weights of {path} in {config.precision} need",
+        "load them in 16 bits (dtype='bfloat16', --dtype bfloat16), convert the model to int8 "
+        "(s3d-convert --quantize int8), or free memory",
+    )
     with tqdm(
-        total=sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items()),
+        total=needed,
         desc="loading",
         unit="B",
         unit_scale=True,
