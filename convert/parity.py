@@ -11,6 +11,8 @@ import numpy as np
 
 from convert.sources.base import FLOATS, first_line
 from s3d_jax.errors import ConversionError
+from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import free_host_memory_bytes
 from s3d_jax.storage.tokenizer import NO_CODE
 
 # Long enough to see a wrong rotation, which a short prompt cannot.
@@ -98,6 +100,7 @@ def lacking_memory(needed: int) -> str:
     return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
+@under_usual_jax_settings
 def compare(
     hf_folder: Path, native: Path, *, dtype: str = "float32", num_tokens: int = LENGTH
 ) -> Parity:
@@ -161,9 +164,7 @@ def _hf_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _available_memory() -> int:
-    """Bytes of main memory that a new program could use."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: all of it
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of main memory that this process could use."""
+    free = free_host_memory_bytes()
+    # Where nothing says so: all of it.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free

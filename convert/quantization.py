@@ -11,6 +11,7 @@ import numpy as np
 
 from convert.parity import attempt, lacking_memory, logits_bytes
 from convert.sources.base import FLOATS
+from s3d_jax.machine import default_device
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.tokenizer import has_vocabulary, read_tokenizer
 from s3d_jax.texts.documents import read_texts
@@ -71,6 +72,7 @@ def _measure(
     from s3d_jax.nn.transformer import forward_logits, num_params
     from s3d_jax.storage import native as checkpoint
 
+    default_device()
     ids = _tokens(native, config.vocab_size, calibration_text)
     if ids.shape[1] < 2:
         return None, "the text is too short"

@@ -17,6 +17,7 @@ from convert.sources.wrappers import is_from_peft
 from s3d_jax.errors import ConversionError
 from s3d_jax.nn.transformer import weight_bytes
 from s3d_jax.settings.model import DTYPES, ModelConfig
+from s3d_jax.storage.arrays import Overflow
 from s3d_jax.storage.staging import check_apart
 from s3d_jax.storage.trees import bullets, top_level_key, unflatten
 
@@ -152,17 +153,26 @@ class ConversionTarget:
 
         Raises:
             ConversionError: a tensor cannot be read, or holds infinities or NaN.
-            CheckpointError: a value overflows in the float type.
+            Overflow: values of some tensors overflow in the float type; after the last group.
         """
+        overflowing: list[str] = []
         for group, table in self.groups.items():
-            yield group, self._read_group(group, table, bar)
+            yield group, self._read_group(group, table, bar, overflowing)
+        if overflowing:
+            raise Overflow(overflowing, FLOATS[self.config.dtype])
 
-    def _read_group(self, group: str, table: Table, bar: Any) -> dict[str, Any]:
+    def _read_group(
+        self, group: str, table: Table, bar: Any, overflowing: list[str]
+    ) -> dict[str, Any]:
         source, arrays = self.origin.source, {}
         for path, parts in table.items():
             array = np.empty(native_shape(parts), FLOATS[self.config.dtype])
             for part, piece in pieces(parts, array):
-                source.read(part.name, piece)
+                try:
+                    source.read(part.name, piece)
+                except Overflow as error:  # go on, to name all of them; nothing will be kept
+                    overflowing += error.names
+                    piece[...] = 0
                 if not _is_finite(piece):
                     raise ConversionError(
                         f"{part.name} in {source.tensors[part.name].file} holds infinities or NaN: "

@@ -16,6 +16,7 @@ from convert.progress import progress_bar
 from convert.sources.base import FLOATS
 from convert.sources.safetensors import SafetensorsWriter
 from s3d_jax.errors import ConfigError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.json_files import write_json
 from s3d_jax.storage.native import Header, read_group, read_header
@@ -29,6 +30,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+@under_usual_jax_settings
 def export(
     native: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from convert.quantization import QuantizationLoss, measure_loss, read_calibratio
 from convert.sources.open import HF
 from convert.target import is_rounded, open_target
 from s3d_jax.drafters.stored import read_draft, write_draft
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.native import CheckpointWriter, checkpoint_writer
 from s3d_jax.weights.formats import weight_format
@@ -140,6 +141,7 @@ def convert(
     return write_native(source, out, options)
 
 
+@under_usual_jax_settings
 def write_native(
     source: str | os.PathLike[str], out: str | os.PathLike[str], options: ConversionOptions
 ) -> ConversionReport:

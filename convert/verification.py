@@ -9,6 +9,7 @@ from convert.parity import Parity, compare, obstacle
 from convert.sources.open import HF, open_origin
 from convert.target import ConversionTarget, is_rounded
 from s3d_jax.errors import ConversionError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.storage.native import read_header
 
 # KL divergences in nats. With the same weights, float32 leaves about 1e-9 and 16 bits leave more; a
@@ -74,6 +75,7 @@ def verify(
     return verify_with(native, source, options)
 
 
+@under_usual_jax_settings
 def verify_with(
     native: str | os.PathLike[str], source: str | os.PathLike[str], options: VerificationOptions
 ) -> Verification:

@@ -64,8 +64,8 @@ class Conversation:
     def send(self, text: str) -> Result:
         """Sends a question to the model; returns its answer.
 
-        After an error the question is not among the messages. After an interruption (Ctrl-C) it is,
-        with an empty answer.
+        After an error (of the result, too) the question is not among the messages. After an
+        interruption (Ctrl-C) it is, with an empty answer.
 
         Raises:
             InputError: it is no text, too long, or refused by the template.
@@ -79,6 +79,9 @@ class Conversation:
             self.messages = before
             raise
         result = batch.results()[0]
+        if result.error is not None:
+            self.messages = before
+            return result
         self.messages[-1]["content"] = result.text or ""
         return result
 
@@ -86,8 +89,9 @@ class Conversation:
         """As `send`, but yields pieces of the answer as soon as they are certain.
 
         An answer that is not read to its end is kept as far as it was read. The stream ends when
-        the next turn begins.
+        the next turn begins. After an error of the result the question is not among the messages.
         """
+        before = self.messages
         batch = self._begin(text)
         answer = self.messages[-1]
 
@@ -95,6 +99,8 @@ class Conversation:
             source = text_pieces(batch)
             while self._batch is batch:  # or another turn has begun, and has the cache
                 if (piece := next(source, None)) is None:
+                    if batch.results()[0].error is not None:
+                        self.messages = before
                     return
                 answer["content"] += piece
                 yield piece

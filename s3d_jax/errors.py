@@ -24,8 +24,16 @@ class CheckpointError(S3DError):
     """A checkpoint folder that is missing, incomplete, corrupt, or of another format."""
 
 
+class DeviceError(S3DError):
+    """The device that JAX is to compute on is not there, or has too little free memory."""
+
+
 class ConversionError(CheckpointError):
     """Weights that cannot be converted; lists every offending tensor at once."""
+
+
+class NumericalError(S3DError):
+    """Results that are no numbers: a computation overflowed its dtype, or weights hold NaN."""
 
 
 class TrainingError(S3DError):

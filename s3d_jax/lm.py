@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-import jax
 import numpy as np
 
 from s3d_jax.conversation import Conversation
@@ -19,6 +18,8 @@ from s3d_jax.engine.programs import Programs
 from s3d_jax.engine.prompts import Message, Prompt
 from s3d_jax.engine.results import Result
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
@@ -40,6 +41,7 @@ def default_draft(config: ModelConfig) -> DraftConfig:
     return DraftConfig(skip=symmetric_skip(config.num_layers, config.num_layers // 2), gamma=4)
 
 
+@under_usual_jax_settings
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
@@ -75,6 +77,7 @@ def load(
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it. Or its tuning.json is damaged.
         ConfigError: `draft_model` has another vocabulary.
+        DeviceError: there is no device to load it onto.
 
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
@@ -107,7 +110,7 @@ def load(
 
 def _warn_if_slow(dtype: str) -> None:
     """NVIDIA GPUs before Ampere (T4, V100: compute capability below 8) only emulate bfloat16."""
-    device = jax.devices()[0]
+    device = default_device()
     capability = str(getattr(device, "compute_capability", ""))
     if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
         warnings.warn(
@@ -148,6 +151,7 @@ class LM:
             or the second model has another vocabulary.
     """
 
+    @under_usual_jax_settings
     def __init__(
         self,
         config: ModelConfig,
@@ -230,7 +234,9 @@ class LM:
                 ...).
 
         Returns:
-            One Result per prompt, in order (a list also for a single prompt).
+            One Result per prompt, in order (a list also for a single prompt). A row whose logits
+            become NaN or infinite, as in float16, ends there, with finish_reason "error" and an
+            `error` that says what to do; the other rows continue.
 
         Raises:
             InputError: a prompt that is empty, too long, or holds ids outside the vocabulary, ...
@@ -264,7 +270,7 @@ class LM:
     ) -> Stream[list[int]]:
         """As `stream`, but yields the new ids of each iteration, 1 to γ+1 of them."""
         batch = self._single(prompt, options)
-        return Stream((rows[0] for rows in batch.run(1)), batch)
+        return Stream((rows[0] for rows in batch.run(1) if rows[0]), batch)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Result:
         """Answers a conversation.

@@ -1,16 +1,37 @@
-"""The machine that jax computes on: its name, its cores, its memory."""
+"""The machine that jax computes on: its device, its name, its cores, and its memory."""
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from s3d_jax.errors import DeviceError
+
+
+def default_device() -> Any:
+    """The `jax.Device` that jax computes on.
+
+    Raises:
+        DeviceError: there is none, as where JAX_PLATFORMS names a kind that this machine lacks.
+    """
+    import jax
+
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # the second has no text: jax 0.10 and CUDA
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        named = f" of the kind that JAX_PLATFORMS={wanted} names" if wanted else ""
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise DeviceError(
+            f"jax finds no device{named}{reason}: unset JAX_PLATFORMS or set it to cpu, or install "
+            "jax for the device (for NVIDIA's: pip install 's3d-jax[cuda]')"
+        ) from error
 
 
 def machine_name() -> str:
     """The device that jax computes on, in words: "2 cores of Intel Xeon, Linux"."""
-    import jax
-
-    device = jax.devices()[0]
+    device = default_device()
     if device.platform != "cpu":
         return f"{device.device_kind}, {platform.system()}"
     name = platform.processor() or platform.machine()
@@ -28,6 +49,108 @@ def core_count() -> int:
     cores = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
     limit = os.environ.get("NPROC", "")
     return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
+
+
+def check_memory(needed: int, what: str, advice: str) -> None:
+    """Refuses what cannot fit, before any of it is allocated.
+
+    Args:
+        needed: bytes of the device's memory.
+        what: what needs them, with its verb: "the weights need".
+        advice: what the user can do.
+
+    Raises:
+        DeviceError: more is needed than is free. Not where that is unknown.
+    """
+    if needed < _ALWAYS_TRIED:
+        return
+    free = free_memory_bytes()
+    if free is not None and needed > free:
+        raise DeviceError(
+            f"{what} {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free: {advice}"
+        )
+
+
+_ALWAYS_TRIED = 64 * 2**20  # bytes; looking takes longer than it takes to allocate fewer
+
+
+def free_memory_bytes() -> int | None:
+    """Bytes that the device can still give; of a CPU those of the process. None if unknown."""
+    device = default_device()
+    if device.platform == "cpu":
+        return free_host_memory_bytes()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats or "bytes_in_use" not in stats:
+        return None
+    return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+
+
+def free_host_memory_bytes() -> int | None:
+    """Bytes of main memory that the process can still take; None where nothing says so.
+
+    The least of what the system, the process's limit (ulimit -v) and its control groups leave.
+    """
+    return min(_host_limits(), default=None)
+
+
+def _host_limits() -> Iterator[int]:
+    system = _fields(Path("/proc/meminfo"))
+    if "MemAvailable:" in system:  # a swapped cache is slow, but not impossible
+        yield 1024 * (system["MemAvailable:"] + system.get("SwapFree:", 0))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _fields(Path("/proc/self/status")).get("VmSize:")
+    if limit != resource.RLIM_INFINITY and used is not None:
+        yield max(0, limit - 1024 * used)
+    for folder, maximum, current in _control_groups():
+        allowed, taken = _number(folder / maximum), _number(folder / current)
+        if allowed is not None and taken is not None:
+            # The system gives up cached files before it refuses memory.
+            cached = _fields(folder / "memory.stat").get("inactive_file", 0)
+            yield max(0, allowed - taken + cached)
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Folders that may limit this process's memory, with the names of limit and use."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":  # version 2
+            base, names = root, ("memory.max", "memory.current")
+        elif "memory" in kinds.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = base / path.lstrip("/")
+        for folder in (own, *own.parents):  # a parent's limit holds too
+            yield folder, *names
+            if folder == base:
+                break
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers of a file of lines "name number ..."; empty if there is none."""
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def _number(path: Path) -> int | None:
+    """The number that a file holds; None if it holds another word ("max"), or is missing."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
 
 
 def peak_memory_bytes() -> int:
@@ -105,7 +228,5 @@ def memory_maps() -> MemoryMaps | None:
 
 def _allocator_peak() -> int | None:
     """Peak bytes of the device's allocator; None where it does not report them (CPUs)."""
-    import jax
-
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peak = (default_device().memory_stats() or {}).get("peak_bytes_in_use")
     return None if peak is None else int(peak)

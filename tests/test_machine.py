@@ -1,12 +1,20 @@
 """What is measured of the machine, and what it is called."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+import convert
+import s3d_jax.engine.batch
 from s3d_jax import machine
+from s3d_jax.commands.main import main
+from s3d_jax.errors import DeviceError
+from s3d_jax.lm import EMBEDDED
+from tests.convert.hf_folder import write_folder
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's name has no threads in it")
@@ -45,3 +53,107 @@ def test_memory_maps_are_counted(monkeypatch, tmp_path):
         assert 50 < maps.used < maps.most
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "none")
     assert machine.memory_maps() is None
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """As on a machine without what JAX_PLATFORMS names."""
+
+    def refuse(*_):
+        raise AssertionError  # jax's own
+
+    monkeypatch.setattr(jax, "devices", refuse)
+
+
+COMMANDS = ("generate Once", "chat", "bench --limit 1", "tune --no-save", "train --data x --run r",
+            "distill --prompts x --out o", "pretrain --data x --out o --run r")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_device_is_named(no_device, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(EMBEDDED)] if command.split()[0] in ("train", "distill") else []
+    extra = ["--overwrite"] if command.startswith("train") else []
+    assert main([*command.split(), *model, *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: jax finds no device") and error.count("\n") == 1
+    assert "set it to cpu" in error
+
+
+def test_what_needs_no_device_does_without(no_device, tmp_path, capsys):
+    assert main(["info"]) == 0
+    folder = write_folder(tmp_path / "hf")
+    report = convert.convert(folder, tmp_path / "out", quantization="int8", progress=False)
+    assert "DeviceError: jax finds no device" in report.loss_skipped
+    convert.export(tmp_path / "out", tmp_path / "back", progress=False)
+
+
+def test_the_platform_is_named():
+    command = [sys.executable, "-m", "s3d_jax", "generate", "Once"]
+    env = os.environ | {"JAX_PLATFORMS": "nonsense"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "JAX_PLATFORMS=nonsense" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_least_limit_counts(tmp_path, monkeypatch):
+    """The system, `ulimit -v` and the control group, each the tightest in turn."""
+    files = {
+        "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 7000 kB\nSwapFree: 1000 kB\n",
+        "/proc/self/status": "Name: x\nVmSize: 2000 kB\n",
+        "/proc/self/cgroup": "0::/jobs/mine\n",
+        "/sys/fs/cgroup/jobs/mine/memory.max": "max\n",
+        "/sys/fs/cgroup/jobs/memory.max": "max\n",
+    }
+
+    def read(path, *_, **__):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    limit = resource.RLIM_INFINITY
+    assert machine.free_host_memory_bytes() == 8000 * 1024
+    limit = 3000 * 1024
+    assert machine.free_host_memory_bytes() == 1000 * 1024
+    files["/sys/fs/cgroup/jobs/memory.max"] = "5000"
+    files["/sys/fs/cgroup/jobs/memory.current"] = "4800"
+    files["/sys/fs/cgroup/jobs/memory.stat"] = "anon 1\ninactive_file 100\n"
+    assert machine.free_host_memory_bytes() == 300
+    files.clear()
+    limit = resource.RLIM_INFINITY
+    assert machine.free_host_memory_bytes() is None
+    machine.check_memory(10**15, "it needs", "do less")  # unknown: never refused
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
+    lm = s3d_jax.load(max_length=20_000_000)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10**10)
+    many = dict(max_new_tokens=19_000_000)
+    with pytest.raises(
+        DeviceError, match=r"1 row of .* tokens needs \d+\.\d\d GB .* 10\.00 GB are"
+    ) as e:
+        lm.generate("Once", **many)
+    assert "--max-new-tokens" in str(e.value) and "--max-length" in str(e.value)
+    with pytest.raises(DeviceError, match="2 rows of"):
+        next(iter(s3d_jax.engine.batch.Batch(lm.engine, lm.token_ids(["a", "b"]), **many).run()))
+    conversation = lm.conversation(**many)
+    with pytest.raises(DeviceError, match="1 row of"):
+        conversation.send("Hi")
+    assert conversation.messages == []
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 0)
+    lm.generate("Once", max_new_tokens=1)  # a few MB are always tried
+    monkeypatch.setattr(machine, "_ALWAYS_TRIED", 2**20)
+    with pytest.raises(DeviceError, match=r"the weights of .* in int8 need"):
+        s3d_jax.load()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
+def test_a_limit_of_the_shell_is_respected():
+    sizes = "--max-length 20000000 --max-new-tokens 19000000"
+    command = f"ulimit -v 12000000; exec {sys.executable} -m s3d_jax generate Once {sizes}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "GB of memory" in done.stderr and "lower max_new_tokens" in done.stderr

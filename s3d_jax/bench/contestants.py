@@ -89,6 +89,7 @@ class Ours(Contestant):
         start = time.perf_counter()
         (result,) = self.lm.generate([prompt.tokens], **options)
         seconds = time.perf_counter() - start
+        result.check()
         stats = result.stats
         # The programs exist now; only the number of iterations per call differs.
         start = time.perf_counter()

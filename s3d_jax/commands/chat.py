@@ -36,8 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
         if not question:
             return 0
         try:
-            for piece in conversation.stream(question):
+            answer = conversation.stream(question)
+            for piece in answer:
                 print(piece, end="", flush=True)
+            answer.result.check()
         except InputError as error:  # the question is refused; the conversation continues
             print(f"error: {error}", file=sys.stderr)
             continue

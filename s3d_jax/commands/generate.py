@@ -42,7 +42,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object per prompt: text, tokens, finish_reason, stats",
+        help="print one JSON object per prompt: text, tokens, finish_reason, error, stats",
     )
     parser.set_defaults(run=run)
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         results = lm.generate(prompts, progress=lambda n: bar.update(n - bar.n) and None, **options)
     for text, result in zip(texts, results, strict=True):
         if arguments.json:
-            names = ("text", "tokens", "finish_reason", "stopped_by")
+            names = ("text", "tokens", "finish_reason", "stopped_by", "error")
             fields = {name: getattr(result, name) for name in names}
             stats = result.stats.to_dict()
             print(json.dumps({"prompt": text, **fields, "stats": stats}), file=arguments.out)
@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(text + result.text)
     if not arguments.json:
         print(_costs(arguments.method, [result.stats for result in results]), file=sys.stderr)
+    for result in results:  # after what the others have given
+        result.check()
     return 0
 
 

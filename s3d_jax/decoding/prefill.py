@@ -10,6 +10,7 @@ import numpy as np
 
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposer
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import fill_cache
 from s3d_jax.settings.model import ModelConfig
@@ -19,6 +20,7 @@ from s3d_jax.weights.trees import Params
 Call = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Any]
 
 
+@under_usual_jax_settings
 def prefill_chunk(
     config: ModelConfig,
     params: Params,
@@ -68,6 +70,7 @@ def call_directly(function: Any, static: Mapping[str, Any], arrays: Mapping[str,
     return function(**static, **arrays)
 
 
+@under_usual_jax_settings
 def prefill(
     spec: DecodeSpec,
     params: Params,

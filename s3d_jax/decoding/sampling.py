@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import choose, uniform
 from s3d_jax.settings.sampling import SamplingConfig
 
@@ -54,6 +55,7 @@ class SamplingParams(flax.struct.PyTreeNode):
     logit_bias: jax.Array
 
 
+@under_usual_jax_settings
 def batch_sampling(
     rows: Sequence[SamplingConfig], keys: jax.Array, vocab_size: int
 ) -> tuple[SamplingParams, SamplingFeatures]:

@@ -15,6 +15,7 @@ import numpy as np
 from s3d_jax.decoding.adaptive import Budget, full_budget
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, penalize
 from s3d_jax.decoding.sizes import SlotPlan
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache, grown, init_cache
 from s3d_jax.settings.drafting import PassCosts
 from s3d_jax.settings.model import ModelConfig
@@ -33,6 +34,7 @@ class DecodeState(flax.struct.PyTreeNode):
         tokens: int32 [B, S], prompt and output; scratch after position n.
         cache: the key/value cache, S slots.
         done: bool [B], rows that have finished; they stay as they are.
+        broken: bool [B], rows that have ended since the logits of their next token are no numbers.
         limit: int32 [B], tokens (prompt included) at which a row ends.
         padding: int32 [B], tokens by which a row's prompt is shorter than the longest prompt that
             runs the same prefill programs (`SlotPlan.padded`).
@@ -51,6 +53,7 @@ class DecodeState(flax.struct.PyTreeNode):
     tokens: jax.Array
     cache: KVCache
     done: jax.Array
+    broken: jax.Array
     limit: jax.Array
     padding: jax.Array
     stop_ids: jax.Array
@@ -172,6 +175,7 @@ class Inputs(NamedTuple):
     visible: int | None = None
 
 
+@under_usual_jax_settings
 def init_state(
     spec: DecodeSpec,
     sequences: list[np.ndarray],
@@ -206,6 +210,7 @@ def init_state(
         dict(
             tokens=tokens,
             done=lengths >= limit,
+            broken=np.zeros(batch, bool),
             limit=limit,
             padding=np.asarray(plan.padded, np.int32) - lengths,
             stop_ids=_filled_up(stop_ids),
@@ -238,6 +243,7 @@ def _filled_up(stop_ids: Sequence[int]) -> np.ndarray:
     return filled
 
 
+@under_usual_jax_settings
 def restart(
     spec: DecodeSpec, state: DecodeState, plan: SlotPlan, running: Sequence[bool]
 ) -> DecodeState:

@@ -24,6 +24,7 @@ from s3d_jax.decoding.state import (
     process,
     row_keys,
 )
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.weights.trees import Params
@@ -69,6 +70,23 @@ def accept(
     return accept_sampled(proposal.tokens, q, p, *keys, drafting_rows)
 
 
+def leading_numbers(logits: jax.Array) -> jax.Array:
+    """How many positions of each block come before the first without a usable distribution.
+
+    A position has none if some of its logits are NaN or +infinity, or all are -infinity, as after
+    an overflow of float16. Single ones may be -infinity (`logit_bias`).
+
+    Args:
+        logits: float32 [B, T, V].
+
+    Returns:
+        int32 [B], 0 … T.
+    """
+    best = jnp.argmax(logits, axis=-1, keepdims=True)  # NaN counts as the largest
+    finite = jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1)[..., 0])
+    return jnp.sum(jnp.cumprod(finite, axis=1, dtype=jnp.int32), axis=1)
+
+
 def commit(
     spec: DecodeSpec,
     state: DecodeState,
@@ -76,8 +94,16 @@ def commit(
     accepted: jax.Array,
     bonus: jax.Array,
     drafting_rows: jax.Array | None = None,
+    usable: jax.Array | None = None,
 ) -> DecodeState:
-    """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token."""
+    """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token.
+
+    Args:
+        spec, state: the program, and how far it is.
+        proposed_tokens, accepted, bonus, drafting_rows: of `accept`.
+        usable: int32 [B], from `leading_numbers`; a row that needs more of the block ends there, as
+            broken. None is all.
+    """
     length = state.cache.length
     record = 1 + accepted
     if drafting_rows is not None:
@@ -85,11 +111,15 @@ def commit(
     block = jnp.pad(proposed_tokens, ((0, 0), (0, 1)))
     column = jnp.arange(block.shape[1], dtype=jnp.int32)
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
-    count = jnp.minimum(accepted + 1, state.limit - (length + 1))
+    wanted = count = jnp.minimum(accepted + 1, state.limit - (length + 1))
+    if usable is not None:
+        count = jnp.minimum(count, usable)
+    short = count < wanted
     stops = jnp.any(block[..., None] == state.stop_ids, axis=-1) & (column < count[:, None])
     stopped = jnp.any(stops, axis=1)
     count = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count)
     count = jnp.where(state.done, 0, count)
+    broken = short & ~stopped & ~state.done
 
     put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
     counts = state.output_counts
@@ -100,7 +130,8 @@ def commit(
     return state.replace(
         tokens=put(state.tokens, block, length + 1),
         cache=state.cache.replace(length=new_length),
-        done=state.done | stopped | (new_length + 1 >= state.limit),
+        done=state.done | stopped | broken | (new_length + 1 >= state.limit),
+        broken=state.broken | broken,
         output_counts=counts,
         passes=jnp.where(
             state.done[:, None],
@@ -162,12 +193,14 @@ def _verify_and_commit(
     if drafting_rows is not None and budget is not None and spec.costs is not None:
         cost = spec.costs.iteration(spec.gamma)
         budget = settle(cost, budget, drafting_rows, accepted, state.done)
-    state = commit(spec, state, proposal.tokens, accepted, bonus, drafting_rows)
+    usable = leading_numbers(logits)
+    state = commit(spec, state, proposal.tokens, accepted, bonus, drafting_rows, usable)
     if spec.drafter is not None:
         state = state.replace(drafter_state=spec.drafter.update(state, accepted))
     return state.replace(budget=budget)
 
 
+@under_usual_jax_settings
 def decode(
     spec: DecodeSpec,
     params: Params,

@@ -124,9 +124,13 @@ class Drafter(Proposer):
         """Bytes that it needs in addition to the target's weights and cache."""
         shared = {id(x) for x in jax.tree.leaves(target.params)}
         own = {id(x): x.nbytes for x in jax.tree.leaves(self.params(target))}
-        state = jax.tree.leaves(jax.eval_shape(lambda: self.init(plan)))
         weights = sum(size for key, size in own.items() if key not in shared)
-        return weights + sum(x.size * x.dtype.itemsize for x in state)
+        return weights + self.state_bytes(plan)
+
+    def state_bytes(self, plan: SlotPlan) -> int:
+        """Bytes of its own state."""
+        state = jax.tree.leaves(jax.eval_shape(lambda: self.init(plan)))
+        return sum(x.size * x.dtype.itemsize for x in state)
 
     @property
     def gamma(self) -> int:

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
-
 from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
+from s3d_jax.machine import default_device
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.weights.formats import weight_format
@@ -49,7 +48,7 @@ class S3D(Drafter):
         if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
             return tuned.costs
         weights, dtype = weight_format(target.config), target.config.dtype
-        return PassCosts.estimated(draft, weights.bound_by_memory(dtype, jax.default_backend()))
+        return PassCosts.estimated(draft, weights.bound_by_memory(dtype, default_device().platform))
 
     def validate(self, target: Target) -> None:
         self.settings.validate_for(target.config)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -95,6 +97,7 @@ def save_draft(
     return folder
 
 
+@under_usual_jax_settings
 def write_draft(
     folder: Path,
     model: ModelConfig,
@@ -164,6 +167,7 @@ def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
     return names[0]
 
 
+@under_usual_jax_settings
 def read_draft(
     model: str | os.PathLike[str], name: str, config: ModelConfig, *, weights: bool = True
 ) -> StoredDraft:
@@ -178,6 +182,7 @@ def read_draft(
     Raises:
         CheckpointError: it is missing, damaged, of another version, of an unknown kind, or does not
             fit the target.
+        DeviceError: there is no device to put the arrays on.
     """
     folder = Path(model) / "drafts" / name
     fields = _read_config(folder)
@@ -196,6 +201,7 @@ def read_draft(
     count = sum(math.prod(record.shape) for record in index.values())
     params = None
     if weights:
+        default_device()  # as in storage.native.load
         dtype = jnp.dtype(config.dtype)
         arrays = {
             path: cast(read_array(folder / "weights", path, record, advice=_AGAIN), dtype, path)
@@ -229,6 +235,7 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
     return sum(x.nbytes for name in draft.deltas for x in jax.tree.leaves(params[name]))
 
 
+@under_usual_jax_settings
 def merge_deltas(config: ModelConfig, params: Params, draft: DraftParams) -> DraftParams:
     """Adds a draft's deltas to copies of the layers that have them.
 

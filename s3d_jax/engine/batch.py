@@ -20,7 +20,8 @@ from s3d_jax.engine.programs import Program, Programs, signature
 from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
-from s3d_jax.machine import peak_memory_bytes
+from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import check_memory, peak_memory_bytes
 from s3d_jax.nn.cache import Kept
 from s3d_jax.storage.tokenizer import special_tokens
 from s3d_jax.text import TextRow
@@ -29,6 +30,7 @@ UNLIMITED = int(np.iinfo(np.int32).max)
 # Stop strings are checked on the host every 8 iterations; the overshoot costs less than a sync per
 # step.
 _STEPS_PER_LOOK = 8
+_BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Batch:
         has_ended: whether `run` has come to its end, and was not left or interrupted before.
     """
 
+    @under_usual_jax_settings
     def __init__(
         self,
         engine: Engine,
@@ -74,6 +77,7 @@ class Batch:
 
         Raises:
             InputError, ConfigError: an option that is unknown or out of range.
+            DeviceError: the caches need more memory than is free.
         """
         target, tokenizer = engine.target, engine.tokenizer
         request = check_options(target, len(prompts), **options)
@@ -90,6 +94,7 @@ class Batch:
             special = special_tokens(tokenizer) if request.stops else {}
             self.texts = [TextRow(tokenizer, p.tolist(), request.stops, special) for p in prompts]
         self.has_ended = False
+        self._broken = [False] * len(prompts)  # DecodeState.broken
         self._stopped = [False] * len(prompts)  # by a stop string: unknown to the device
 
         if self._drafter is not None and self._drafter.keeps_state:
@@ -110,6 +115,7 @@ class Batch:
             least=0 if kept is None else kept.cache.slots,
             grows=to_keep,
         )
+        self._check_memory(kept)
         cache, self._written = None, 0
         if kept is not None:
             cache = kept.cache.replace(length=jnp.asarray(np.full(1, known, np.int32)))
@@ -133,6 +139,7 @@ class Batch:
             "take its results when it has ended"
         )
 
+    @under_usual_jax_settings
     def run(self, iterations_per_call: int = UNLIMITED) -> Iterator[list[list[int]]]:
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
         if self._has_stop_strings:
@@ -167,7 +174,8 @@ class Batch:
         used = max(n for n, runs in zip(plan.padded, running, strict=True) if runs) - 1
         finished = False
         while not finished:
-            tokens, lengths, done = self._decode(used, iterations_per_call)
+            tokens, lengths, done, broken = self._decode(used, iterations_per_call)
+            self._broken = broken.tolist()
             yield [self._take(b, tokens[b], int(lengths[b])) for b in range(len(tokens))]
             done = done | np.array(self._stopped)
             finished = bool(done.all())
@@ -178,10 +186,11 @@ class Batch:
 
     def _unfinished(self) -> list[bool]:
         """Rows that stopped at a limit of the plan before their end."""
-        rows = zip(self._sequences(), self._ends, self.tokens, self._stopped, strict=True)
+        ended = (a or b for a, b in zip(self._stopped, self._broken, strict=True))
+        rows = zip(self._sequences(), self._ends, self.tokens, ended, strict=True)
         return [
-            len(sequence) < end and not stopped and not (new and new[-1] in self._stop_ids)
-            for sequence, end, new, stopped in rows
+            len(sequence) < end and not over and not (new and new[-1] in self._stop_ids)
+            for sequence, end, new, over in rows
         ]
 
     def _sequences(self) -> list[np.ndarray]:
@@ -189,6 +198,7 @@ class Batch:
         rows = zip(self._prompts, self.tokens, strict=True)
         return [np.concatenate([prompt, new]).astype(np.int32) for prompt, new in rows]
 
+    @under_usual_jax_settings
     def results(self) -> list[Result]:
         """One Result per row; only when `has_ended`."""
         passes = jax.device_get(self._state.passes)
@@ -215,9 +225,41 @@ class Batch:
                 plain_iterations=counts.plain,
             )
             text = self.texts[b].text if self.texts else None
-            reason: Literal["stop", "length"] = "length" if stopped_by is None else "stop"
-            results.append(Result(tokens, text, reason, stopped_by, stats))
+            reason: Literal["stop", "length", "error"] = "length" if stopped_by is None else "stop"
+            error = None
+            if self._broken[b] and stopped_by is None:
+                reason, error = "error", self._no_numbers(b)
+            results.append(Result(tokens, text, reason, stopped_by, stats, error))
         return results
+
+    def _no_numbers(self, b: int) -> str:
+        """What is wrong with row b, whose next token has no distribution, and what to do."""
+        dtype = self._target.config.dtype
+        what = (
+            f"the logits of prompt {b} are no numbers (NaN or infinity) after "
+            f"{len(self.tokens[b])} new tokens, computed in {dtype}"
+        )
+        if dtype == "float16":
+            return (
+                f"{what}, which ends at 65504: load the model with dtype='bfloat16' or 'float32' "
+                "(--dtype)"
+            )
+        return f"{what}: the weights are damaged or hold NaN; convert or train the model again"
+
+    def _check_memory(self, kept: Kept | None) -> None:
+        """Refuses a batch whose caches cannot fit; the weights are in memory already."""
+        plan, rows = self._plan, len(self._prompts)
+        if kept is not None and kept.cache.slots >= plan.slots:
+            return
+        needed = plan.cache_bytes(self._target.config) + rows * plan.slots * _BYTES_PER_SLOT
+        if self._drafter is not None:
+            needed += self._drafter.state_bytes(plan)
+        check_memory(
+            needed,
+            f"{rows} row{'s' * (rows > 1)} of {plan.slots:,} tokens need{'s' * (rows == 1)}",
+            "lower max_new_tokens (--max-new-tokens) or max_length (--max-length), shorten the "
+            "prompts, or generate fewer at once",
+        )
 
     @property
     def nbytes(self) -> int:
@@ -227,11 +269,15 @@ class Batch:
         more = 0 if drafter is None else drafter.nbytes(target, self._plan)
         return sum(weights.values()) + self._plan.cache_bytes(target.config) + more
 
+    @under_usual_jax_settings
     def kept(self) -> Kept | None:
         """The cache of the only row, which may have been left in the middle of its text.
 
-        None after an interruption in the middle of a program, which has taken the cache with it.
+        None after an interruption in the middle of a program, which has taken the cache with it,
+        and after an error, since the cache may hold NaN.
         """
+        if any(self._broken):
+            return None
         cache, tokens = self._state.cache, self._state.tokens
         if cache.is_deleted or tokens.is_deleted():
             return None
@@ -251,11 +297,11 @@ class Batch:
         self._prefill_seconds += time.perf_counter() - start
         return result
 
-    def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _decode(self, used: int, iterations: int) -> tuple[np.ndarray, ...]:
         """Continues in the program that reads `used` slots and what a step writes after them.
 
         Returns:
-            (tokens, lengths, done) of the rows.
+            (tokens, lengths, done, broken) of the rows.
         """
         visible = self._plan.visible_to_step(used)
         arrays = dict(
@@ -270,7 +316,7 @@ class Batch:
             self._loops[visible] = loop
         start = time.perf_counter()
         state = self._state = loop(**arrays)
-        rows = jax.device_get((state.tokens, state.cache.length, state.done))
+        rows = jax.device_get((state.tokens, state.cache.length, state.done, state.broken))
         self._decode_seconds += time.perf_counter() - start
         return rows
 

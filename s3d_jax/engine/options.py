@@ -12,6 +12,7 @@ from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.drafters import registry
 from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import seeded_keys
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
@@ -91,6 +92,7 @@ class Request:
     stops: tuple[str, ...]
 
 
+@under_usual_jax_settings
 def check_options(
     target: Target,
     rows: int,

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
+from s3d_jax.errors import NumericalError
+
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -65,14 +67,21 @@ class Result:
         tokens: the new ids, including the end-of-text token that ended the row, if one did.
         text: their text, without special tokens and without the stop string; None without a
             tokenizer.
-        finish_reason: "stop" (end-of-text token or stop string) or "length" (max_new_tokens, or the
-            end of the cache).
+        finish_reason: "stop" (end-of-text token or stop string), "length" (max_new_tokens, or the
+            end of the cache), or "error" (the logits of the next token are no numbers).
         stopped_by: the token id or the stop string that caused "stop".
         stats: what it cost.
+        error: of "error", what went wrong and what to do; the tokens before it are valid.
     """
 
     tokens: list[int]
     text: str | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
     stopped_by: int | str | None
     stats: Stats
+    error: str | None = None
+
+    def check(self) -> None:
+        """Raises NumericalError if the row ended by an error."""
+        if self.error is not None:
+            raise NumericalError(self.error)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.rope import same_keys
 from s3d_jax.settings.model import ModelConfig
 
@@ -59,6 +60,7 @@ def layer_slots(config: ModelConfig, slots: int, largest_block: int | None) -> t
     )
 
 
+@under_usual_jax_settings
 def init_cache(
     config: ModelConfig,
     batch: int,
@@ -86,6 +88,7 @@ def init_cache(
     return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32), slots)
 
 
+@under_usual_jax_settings
 def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | None) -> KVCache:
     """The same cache with room for `slots` positions or more; see `init_cache`.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params, float_dtype, widen_tree
@@ -39,12 +40,14 @@ class DraftParams(flax.struct.PyTreeNode):
         return self.mask_embeddings[rows]
 
 
+@under_usual_jax_settings
 def untrained_draft(config: ModelConfig, params: Params) -> DraftParams:
     """The draft before any training: one mask embedding, the mean of the token embeddings."""
     mean = mean_embedding(config, params).astype(float_dtype(params))
     return DraftParams(mask_embeddings=mean[None])
 
 
+@under_usual_jax_settings
 def mean_embedding(config: ModelConfig, params: Params, power: int = 1) -> jax.Array:
     """The mean over all tokens of their embeddings, or of a power of each number: float32 [D]."""
     return _mean_embedding(config, params["embed"], float_dtype(params), power)

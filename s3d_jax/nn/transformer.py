@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
@@ -221,6 +222,7 @@ def bound(
     return Transformer(config, remat).bind({"params": params})
 
 
+@under_usual_jax_settings
 def forward(
     config: ModelConfig,
     params: Params,
@@ -274,6 +276,7 @@ def forward(
     return model.head(x), cache
 
 
+@under_usual_jax_settings
 def fill_cache(
     config: ModelConfig,
     params: Params,
@@ -290,6 +293,7 @@ def fill_cache(
     return model.run_layers(x, cache, shared)[1]
 
 
+@under_usual_jax_settings
 @functools.partial(jax.jit, static_argnames="config")
 def forward_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """Logits of whole sequences, without decoding.
@@ -307,6 +311,7 @@ def forward_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> ja
     return forward(config, params, tokens, cache)[0]
 
 
+@under_usual_jax_settings
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random parameters, N(0, 0.02²) for weights, in the tree that checkpoints hold."""
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -314,6 +319,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return Transformer(config).init(key, tokens, cache)["params"]
 
 
+@under_usual_jax_settings
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
     return jax.eval_shape(lambda: init_params(config, make_key(0)))

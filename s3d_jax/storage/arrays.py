@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,12 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError
 from s3d_jax.storage.json_files import AGAIN
+from s3d_jax.storage.trees import bullets
 
 # Arrays are written together once they have this many bytes: each batch makes one file.
 _BATCH_BYTES = 2**25
+# What tensorstore raises for files that it cannot read, by the kind of damage.
+_REFUSALS = (ValueError, IndexError, KeyError, NotImplementedError, OSError)
 _MANIFEST = "manifest.ocdbt"
 
 
@@ -97,9 +100,9 @@ class ArrayWriter:
                 store = ts.open(spec, create=True, context=context, transaction=commit).result()
                 store.write(array, can_reference_source_data_indefinitely=True).result()
             commit.commit_async().result()
-        except ValueError as error:  # tensorstore's form of an OSError
-            if match := re.search(r"os_error_code='(\d+)'", str(error)):
-                raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+        except ValueError as error:
+            if (cause := _os_error(error)) is not None:
+                raise cause from error
             raise
         self._batch = {}
 
@@ -122,19 +125,28 @@ def read_array(
         advice: what the user can do about a damaged array.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or the system refuses to read it.
     """
     import tensorstore as ts
 
     spec = {"driver": "zarr3", "kvstore": _location(folder, path)}
     try:
         array = ts.open(spec, open=True).result().read().result()
-    except Exception as error:  # tensorstore raises most kinds for damaged files
+    except _REFUSALS as error:
+        cause = _os_error(error)
+        if cause is not None and not isinstance(cause, FileNotFoundError):
+            raise CheckpointError(f"cannot read {path} in {folder}: {cause.strerror}") from error
         raise CheckpointError(f"cannot read {path} in {folder}: {advice} ({error})") from error
     fits = array.shape == record.shape and (dtype is None or array.dtype == dtype)
     if not fits or crc32(array) != record.crc32:
         raise CheckpointError(f"{path} in {folder} is damaged: {advice}")
     return array
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """The system's error that an error of tensorstore reports, if there is one."""
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def index_to_json(index: Mapping[str, ArrayRecord]) -> dict[str, dict[str, Any]]:
@@ -161,11 +173,25 @@ def missing_arrays(folder: Path, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if not os.path.isdir(_location(folder, path)["path"])]
 
 
+class Overflow(CheckpointError):
+    """Values of some arrays, `names`, that are too large for a dtype."""
+
+    def __init__(self, names: Sequence[str], dtype: np.dtype) -> None:
+        self.names = tuple(names)
+        others = " or bfloat16 (float16 ends at 65504)" if dtype == np.float16 else ""
+        subject, more = f"{names[0]} holds", ""
+        if len(names) > 1:
+            subject, more = f"{len(names)} arrays hold", "\n" + bullets(list(names))
+        super().__init__(
+            f"{subject} values too large for {dtype.name}: use --dtype float32{others}{more}"
+        )
+
+
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """`values` in another dtype.
 
     Raises:
-        CheckpointError: a finite value becomes infinite (float16 ends at 65504).
+        Overflow: a finite value becomes infinite (float16 ends at 65504).
     """
     if values.dtype == dtype:
         return values
@@ -174,9 +200,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if dtype.itemsize <= 2 and not np.array_equal(
         np.isfinite(result.astype(np.float32)), np.isfinite(values.astype(np.float32))
     ):
-        raise CheckpointError(
-            f"{name} holds values too large for {dtype.name}: use --dtype float32"
-        )
+        raise Overflow([name], dtype)
     return result
 
 

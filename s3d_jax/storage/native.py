@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
+from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.machine import check_memory, default_device
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.adapters import adapter_problem
 from s3d_jax.storage.arrays import (
     ArrayRecord,
     ArrayWriter,
+    Overflow,
     cast,
     index_from_json,
     index_to_json,
@@ -139,6 +142,7 @@ class CheckpointWriter:
         self._expected = _expected_arrays(config)
         self._arrays = ArrayWriter(folder / "weights")
 
+    @under_usual_jax_settings
     def write_group(self, name: str, tree: Mapping[str, Any]) -> None:
         """Writes the subtree under the top-level key `name`.
 
@@ -257,6 +261,7 @@ def save(
     return Path(out)
 
 
+@under_usual_jax_settings
 def load(
     path: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
 ) -> Checkpoint:
@@ -269,18 +274,29 @@ def load(
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
-        CheckpointError: the folder is missing, of another format or version, incomplete or damaged.
+        CheckpointError: the folder is missing, of another format or version, incomplete or damaged;
+            or values overflow in the dtype (names every such array).
         ConfigError: the dtype is unknown.
+        DeviceError: there is no device, or less memory free than the weights need.
     """
     import jax
     from tqdm import tqdm
 
     header = read_header(path)
+    default_device()  # a missing one should not look like damaged weights
     config = header.config if dtype is None else header.config.replace(dtype=dtype)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}
+    overflowing: list[str] = []
+    needed = sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items())
+    check_memory(
+        needed,
+        f"the weights of {path} in {config.precision} need",
+        "load them in 16 bits (dtype='bfloat16', --dtype bfloat16), convert the model to int8 "
+        "(s3d-convert --quantize int8), or free memory",
+    )
     with tqdm(
-        total=sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items()),
+        total=needed,
         desc="loading",
         unit="B",
         unit_scale=True,
@@ -289,8 +305,15 @@ def load(
         delay=1,
     ) as bar:
         for name in header.arrays:
-            params[name] = jax.device_put(cast(_read(header, name), dtypes[name], name))
-            bar.update(params[name].nbytes)
+            try:
+                array = cast(_read(header, name), dtypes[name], name)
+            except Overflow as error:  # go on, to name all of them
+                overflowing += error.names
+                continue
+            params[name] = jax.device_put(array)
+            bar.update(array.nbytes)
+    if overflowing:
+        raise Overflow(overflowing, np.dtype(config.dtype))
     return Checkpoint(header, config, unflatten(params))
 
 

@@ -65,6 +65,7 @@ def distill(
         progress: show a bar.
 
     Raises:
+        NumericalError: the model's logits are no numbers.
         InputError: `out` exists, or cannot be written; a partial file of other options; or prompts
             that cannot be used, noticed before the first one is continued.
     """
@@ -124,6 +125,8 @@ def _continued(
         top_p=config.top_p,
         seed=[(config.seed * 1_000_003 + int(i)) % 2**32 for i in numbers],
     )
+    for result in results:
+        result.check()
     for row, result, temperature in zip(batch, results, temperatures, strict=False):
         yield {
             "prompt_tokens": row.tolist(),

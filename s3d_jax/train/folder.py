@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from s3d_jax.errors import TrainingError
+from s3d_jax.machine import default_device
 from s3d_jax.storage.staging import write_atomically
 from s3d_jax.storage.trees import flatten
 from s3d_jax.train.state import TrainState
@@ -94,7 +95,7 @@ class RunFolder:
         import orbax.checkpoint as ocp
 
         abstract = jax.eval_shape(begin)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(default_device())
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
         )

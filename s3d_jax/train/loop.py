@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key, split_key
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
@@ -45,6 +46,7 @@ class Task(Protocol):
         """Losses and other metrics by name; `loss_weights` says which are minimized."""
 
 
+@under_usual_jax_settings
 def begin(task: Task, config: LoopConfig) -> TrainState:
     """The state before the first update."""
     tree = task.init(make_key(config.seed))
@@ -53,6 +55,7 @@ def begin(task: Task, config: LoopConfig) -> TrainState:
     return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(5))
 
 
+@under_usual_jax_settings
 def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
     """The compiled update: (state, frozen, batch) -> (state, metrics). It donates the state.
 
@@ -62,6 +65,7 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
     optimizer = make_optimizer(config.optimizer)
     key = make_key(config.seed)
 
+    @under_usual_jax_settings  # while it is traced, whoever calls it
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         import optax
 
@@ -116,6 +120,7 @@ def _sum_over_parts(gradient: Callable[..., Any], parts: Any, keys: jax.Array) -
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
+@under_usual_jax_settings
 def fit(
     task: Task,
     batches: Callable[[int], Mapping[str, np.ndarray]],

@@ -22,7 +22,9 @@ from s3d_jax.drafters.stored import (
     write_draft,
 )
 from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, load
+from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -45,6 +47,7 @@ from s3d_jax.train.validation import (
 from s3d_jax.weights.trees import Params
 
 
+@under_usual_jax_settings
 def train_draft(
     model: str | os.PathLike[str],
     data: Files,
@@ -76,6 +79,7 @@ def train_draft(
         InputError, ConfigError, CheckpointError: files, settings or folders that do not fit.
         TrainingError: see `fit`; or the trained draft is worse than the untrained one, or than the
             one that it would replace: it is not stored, and the run is kept.
+        DeviceError: there is no device.
     """
     _check_destination(model, config, overwrite)
     check_run(run, resume)
@@ -172,6 +176,7 @@ def train_draft(
     return report
 
 
+@under_usual_jax_settings
 def pretrain(
     data: Files,
     out: str | os.PathLike[str],
@@ -199,8 +204,9 @@ def pretrain(
         JSON: the options and what was reached.
 
     Raises:
-        InputError, ConfigError, CheckpointError, TrainingError: as `train_draft`.
+        InputError, ConfigError, CheckpointError, TrainingError, DeviceError: as `train_draft`.
     """
+    default_device()  # before files are read for minutes
     check_replaceable(out, overwrite)
     check_run(run, resume)
     check_row_length(config.row_length, model)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from s3d_jax.errors import InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import target_stream
@@ -94,8 +95,13 @@ def measure_acceptance(
         tokens_per_iteration: τ over all prompts together, new tokens over iterations;
         acceptance_per_position: how often the draft token at each position was accepted;
         prompts, new_tokens: what it was measured on.
+
+    Raises:
+        NumericalError: the model's logits are no numbers.
     """
     results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, adaptive=False, **options)
+    for result in results:
+        result.check()
     iterations = sum(r.stats.iterations for r in results)
     tokens = sum(r.stats.new_tokens for r in results)
     accepted = np.sum([r.stats.accepted_per_position for r in results], axis=0)
@@ -152,6 +158,7 @@ def _next_token_loss(
     return next_token_loss(logits, tokens, learn)
 
 
+@under_usual_jax_settings
 def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int = 8) -> float:
     """exp of the mean cross-entropy of the tokens that are learnt.
 

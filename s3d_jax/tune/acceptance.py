@@ -66,6 +66,9 @@ def write_texts(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int) -> Texts
 
     Returns:
         The texts, in an order of their own.
+
+    Raises:
+        NumericalError: the model's logits are no numbers.
     """
     rows: list[np.ndarray] = []
     lengths: list[int] = []
@@ -80,6 +83,8 @@ def write_texts(lm: LM, prompts: Sequence[Prompt], max_new_tokens: int) -> Texts
             results = lm.generate(
                 part, method="ar", max_new_tokens=max_new_tokens, eos_token_ids=ends
             )
+            for result in results:
+                result.check()
             rows += [np.concatenate([p, r.tokens]) for p, r in zip(part, results, strict=True)]
             lengths += map(len, part)
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)

@@ -10,6 +10,7 @@ import numpy as np
 from s3d_jax.bench import measure
 from s3d_jax.bench.contestants import Ours
 from s3d_jax.errors import InputError
+from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import Tuning
 from s3d_jax.texts.suites import Prompt
@@ -114,6 +115,7 @@ class TuningPlan:
         }
 
 
+@under_usual_jax_settings
 def tune(
     lm: LM,
     prompts: Sequence[Prompt],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import convert
 from convert.sources.hf_folder import open_weights
 from convert.sources.safetensors import (
     SafetensorsSource,
@@ -204,3 +205,17 @@ def test_sizes_are_exact(tmp_path):
         writer.write("x", array)
         writer.close()
         np.testing.assert_array_equal(load_file(tmp_path / "x")["x"], array)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_conversion_names_every_tensor_that_overflows(tmp_path, quantization):
+    tensors = random_tensors()
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 2)]
+    for name in names:
+        tensors[name][0, 0] = 7e4
+    folder = write_folder(tmp_path / "hf", tensors)
+    options = dict(quantization=quantization, parity=False, progress=False)
+    with pytest.raises(CheckpointError, match=r"2 arrays .*float16.* or bfloat16") as info:
+        convert.convert(folder, tmp_path / "out", dtype="float16", **options)
+    assert all(name in str(info.value) for name in names)
+    assert not (tmp_path / "out").exists()

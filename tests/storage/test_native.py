@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint
 import pytest
+import tensorstore
 
 from s3d_jax.errors import CheckpointError
 from s3d_jax.storage import arrays
@@ -357,3 +358,21 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="the disk is full"):
         checkpoint.save(tmp_path / "out", CONFIG, PARAMS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "raised, shown, message",
+    [
+        (ValueError("x os_error_code='13' y"), CheckpointError, "Permission denied$"),
+        (ValueError("x os_error_code='2' y"), CheckpointError, "convert the model again"),
+        (AssertionError("not of the file"), AssertionError, "not of the file"),
+        (MemoryError("not of the file"), MemoryError, "not of the file"),
+    ],
+)
+def test_only_damage_is_blamed_on_the_files(saved, monkeypatch, raised, shown, message):
+    def refuse(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(tensorstore, "open", refuse)
+    with pytest.raises(shown, match=message):
+        checkpoint.load(saved)
