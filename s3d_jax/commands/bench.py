@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rows": measure.summary(contestants, prompts, records, options.max_new_tokens),
     }
     if options.json:
-        print(json.dumps(found), file=arguments.out)
+        print(json.dumps(found), file=arguments.stdout)
     else:
         print(report.table(found))
     if options.plot:

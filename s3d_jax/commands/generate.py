@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             names = ("text", "tokens", "finish_reason", "stopped_by", "error")
             fields = {name: getattr(result, name) for name in names}
             stats = result.stats.to_dict()
-            print(json.dumps({"prompt": text, **fields, "stats": stats}), file=arguments.out)
+            print(json.dumps({"prompt": text, **fields, "stats": stats}), file=arguments.stdout)
         elif arguments.ids or result.text is None:
             print(*result.tokens)
         else:

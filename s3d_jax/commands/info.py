@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         "source": header.source,
     }
     if arguments.json:
-        print(json.dumps(facts), file=arguments.out)
+        print(json.dumps(facts), file=arguments.stdout)
         return 0
     rows = [
         ("model", arguments.model or "the embedded one"),

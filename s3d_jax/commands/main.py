@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without source lines
     try:
-        with json_stdout(getattr(arguments, "json", False)) as arguments.out:
+        with json_stdout(getattr(arguments, "json", False)) as arguments.stdout:
             return arguments.run(arguments)
     except S3DError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         **plan.to_dict(),
     }
     if options.json:
-        print(json.dumps(found), file=arguments.out)
+        print(json.dumps(found), file=arguments.stdout)
     else:
         print(report.table(found))
     if not options.no_save:
