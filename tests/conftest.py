@@ -82,8 +82,9 @@ def data_dir() -> Path:
 # Tests of arithmetic, bits, copies and memory: they ask how XLA optimizes a program. All others
 # compile without most optimizations, which takes half of the time.
 OPTIMIZED = (
-    "decoding", "drafters", "engine", "nn", "parity", "weights", "lm/test_lossless.py",
-    "storage/test_embedded.py",
+    "decoding", "drafters/test_methods.py", "engine", "nn", "parity", "lm/test_lossless.py",
+    "storage/test_embedded.py", "weights/test_dense.py", "weights/test_exact.py",
+    "weights/test_int8.py",
 )  # fmt: skip
 
 

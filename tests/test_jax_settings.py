@@ -29,6 +29,7 @@ from s3d_jax.train.folder import read_metrics
 from s3d_jax.train.runs import train_draft
 from s3d_jax.tune.plan import tune
 from tests.convert.hf_folder import write_folder
+from tests.sampled import sampled
 from tests.tiny import tiny_config, tiny_params
 
 SETTINGS = {
@@ -112,7 +113,10 @@ def usual(folder):
     return found
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    sampled(list(SETTINGS), ["jax_enable_x64", "jax_transfer_guard"]),
+)
 def test_outputs_are_the_same(folder, tmp_path, usual, name):
     with setting(name, SETTINGS[name]):
         out = tmp_path / name

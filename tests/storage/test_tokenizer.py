@@ -13,7 +13,7 @@ import convert
 from s3d_jax.errors import InputError
 from s3d_jax.lm import EMBEDDED
 from s3d_jax.storage import native
-from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer, special_ids, tokenizer_files
+from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer, special_tokens, tokenizer_files
 from tests.tiny import tiny_config, tiny_lm, tiny_params
 
 TEXT = "hello world,  日本\n<|user|> hi <|end|>"
@@ -150,7 +150,7 @@ def test_a_token_that_ends_turns_ends_chats_though_it_is_not_special(folder):
     change_settings(folder, extra_special_tokens=["<|user|>", "<|assistant|>"])
     tokenizer = read_tokenizer(folder)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
-    assert end_of_turn(tokenizer) == end and end in special_ids(tokenizer)
+    assert end_of_turn(tokenizer) == end and end in special_tokens(tokenizer)
     assert tokenizer.decode([40, end], skip_special_tokens=True) == tokenizer.decode([40])
     # Spaces and line breaks, which some tokenizers add too, end nothing.
     tokenizer = read_tokenizer(EMBEDDED)

@@ -186,6 +186,7 @@ def measured_again(folder, run_folder, dtype):
     return found, {name: reported[name] for name in found}
 
 
+@pytest.mark.exhaustive
 def test_a_bfloat16_target_trains_and_the_report_is_of_the_stored_draft(bfloat16_model):
     """Here the target computes in bfloat16; the trained weights and the optimizer are float32."""
     assert train(bfloat16_model, "default") == 0

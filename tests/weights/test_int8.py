@@ -187,7 +187,7 @@ def test_a_product_is_the_same_with_and_without_vnni(monkeypatch, rows):
 # --- the model ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", sampled(VARIANTS, ["gemma", "bfloat16"]))
+@pytest.mark.parametrize("changes", sampled(VARIANTS, ["gemma"]))
 def test_a_token_gets_the_same_bits_alone_and_in_a_block(changes):
     """What makes verification exact, although activations are rounded."""
     _, _, config, params = quantized(changes | dict(num_layers=2) | cut(changes))
@@ -224,7 +224,7 @@ def test_logits_are_near_those_of_the_float_model(changes):
     assert float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) <= 0.02
 
 
-@pytest.mark.parametrize("name", sampled(["plain", "gemma"], ["gemma"]))
+@pytest.mark.parametrize("name", sampled(["plain", "gemma"], ["plain"]))
 def test_s3d_is_plain_decoding(name):
     _, _, config, params = quantized(VARIANTS[name])
     draft = DraftConfig((False, True, False, False), 5)
