@@ -74,7 +74,7 @@ def test_code_of_a_folder_is_neither_run_nor_asked_about(folder, monkeypatch, ca
 def test_the_class_in_the_settings_does_not_change_the_tokens(folder, monkeypatch, name):
     change_settings(folder, tokenizer_class=name)
     for kind in ("AutoTokenizer", "LlamaTokenizer", "LlamaTokenizerFast"):
-        monkeypatch.setattr(transformers, kind, mangles(transformers.PreTrainedTokenizerFast))
+        monkeypatch.setattr(f"transformers.{kind}", mangles(transformers.PreTrainedTokenizerFast))
     tokenizer = read_tokenizer(folder)
     tokens = tokenizer.encode(TEXT)
     assert tokens == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
@@ -84,7 +84,7 @@ def test_the_class_in_the_settings_does_not_change_the_tokens(folder, monkeypatc
 
 def test_other_tokens_than_those_of_tokenizer_json_are_an_error(folder, monkeypatch):
     kind = mangles(transformers.PreTrainedTokenizerFast)
-    monkeypatch.setattr(transformers, "PreTrainedTokenizerFast", kind)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast", kind)
     with pytest.raises(InputError, match=r"splits a text otherwise than .*install another version"):
         read_tokenizer(folder)
 
