@@ -95,7 +95,7 @@ def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capabil
     config = tiny_config(dtype="bfloat16")
     s3d_jax.storage.native.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
     device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4", platform="gpu")
-    monkeypatch.setattr("s3d_jax.lm.jax.devices", lambda: [device])
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         s3d_jax.load(tmp_path / "model")
