@@ -17,7 +17,9 @@ _IMPL = "threefry2x32"
 
 def make_key(seed: int | jax.Array) -> jax.Array:
     """The typed PRNG key of a seed from 0 to 2³²-1."""
-    return jax.random.key(seed, impl=_IMPL)
+    # Not by `jax.random.key`, which adds `jax_random_seed_offset`.
+    data = jnp.stack([jnp.zeros((), jnp.uint32), jnp.asarray(seed, jnp.uint32)])
+    return jax.random.wrap_key_data(data, impl=_IMPL)
 
 
 def numbered_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -219,7 +219,7 @@ class TextRow:
         visible = self._visible(pending)
         found = []
         for marked, stop in self._stop:
-            if marked == stop and stop in visible:
+            if stop in visible:
                 found.append((visible.find(stop), stop))
             elif marked in pending:
                 found.append((len(self._visible(pending[: pending.find(marked)])), stop))

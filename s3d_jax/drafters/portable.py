@@ -130,7 +130,7 @@ def add_draft(
             "the text stays that of the model, but less may be accepted (s3d bench shows it)",
             stacklevel=2,
         )
-    training = dict(fields.get("training") or {})
+    training = {**(fields.get("training") or {}), "target_crc32": trained_for}
     return save_draft(model, name, config, params, training, overwrite=overwrite)
 
 

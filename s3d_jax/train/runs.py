@@ -146,9 +146,14 @@ def train_draft(
         untrained = decoding.measure(lm.params, untrained_draft(lm.config, lm.params))
     tau = reached["tokens_per_iteration"]
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
-    if config.start == config.name:
-        replaced = before["tokens_per_iteration"]
-        worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
+    if config.out is None and config.name in draft_names(model):
+        old = read_draft(model, config.name, lm.config)
+        if old.config.gamma == draft.gamma:  # τ of another γ says nothing
+            make_old = functools.partial(make_lm, draft_config=old.config)
+            held_out = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_old)
+            assert old.params is not None  # read_draft read the weights
+            replaced = held_out.measure(lm.params, old.params)["tokens_per_iteration"]
+            worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
     if worse:
         raise TrainingError(worse)
     report = {name: value for name, value in options.items() if name != "draft"} | {
@@ -159,6 +164,7 @@ def train_draft(
     if config.out is None:
         save_draft(model, config.name, draft, tree["draft"], report, overwrite=True)
     else:
+        del report["target_crc32"]  # it is for the weights next to which it is stored
         same = lm.config.dtype == stored.config.dtype
         params, trained = task.merged(tree, lm.params if same else checkpoint.load(model).params)
         _save_model(

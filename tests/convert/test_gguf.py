@@ -11,7 +11,7 @@ import convert
 import s3d_jax
 from convert import plan
 from convert.__main__ import main
-from s3d_jax.errors import ConversionError
+from s3d_jax.errors import ConfigError, ConversionError
 from tests.conftest import need
 
 gguf, torch, transformers = need("gguf"), need("torch"), need("transformers")
@@ -159,13 +159,16 @@ def test_dry_run_and_inspect_write_nothing(file, tmp_path, capsys):
         ({"expert_count": 8}, "mixture of experts"),
         ({"embedding_length": None}, "has no llama.embedding_length"),
         ({"rope.scaling.type": "magic"}, "rope.scaling.type 'magic'"),
+        ({"attention.head_count": 0}, "num_attention_heads"),
+        ({"block_count": 2**31}, "num_hidden_layers"),
+        ({"block_count": "two"}, "llama.block_count 'two', which is no size"),
         ({"attention.value_length": 8}, "keys of 16 numbers and values of 8"),
         ({"feed_forward_length": [96, 80]}, r"different llama.feed_forward_length: \[80, 96\]"),
     ],
 )
 def test_settings_that_are_refused(tmp_path, changes, message):
     write_gguf(tmp_path / "model.gguf", "llama", llama(), changes=changes)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises((ConversionError, ConfigError), match=message):
         convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
     assert not (tmp_path / "native").exists()
 
@@ -174,6 +177,7 @@ def test_settings_that_are_refused(tmp_path, changes, message):
     "keys, message",
     [
         ({"ggml.model": "gpt2", "ggml.pre": "klingon"}, "rules named 'klingon'.*--tokenizer"),
+        ({"ggml.model": "gpt2"}, "rules named None"),
         ({"ggml.model": "rwkv"}, "tokenizer of kind 'rwkv'"),
         ({**VOCABULARY, "ggml.eos_token_id": 7}, "no token for eos_token"),
         ({**VOCABULARY, "ggml.merges": ["x y"]}, "a vocabulary that makes no tokenizer"),

@@ -93,7 +93,7 @@ def test_interleaved_rotation_becomes_that_of_halves(tmp_path):
         (lambda data: struct.pack("<2i", 0x616B3432, 1) + data[8:], "format version 1"),
         (lambda data: struct.pack("<i", -64) + data[4:], "no llama2.c file"),
         (lambda data: struct.pack("<i", 63) + data[4:], "no llama2.c file"),
-        (lambda data: b"PK\3\4" * 2000, "no llama2.c file"),
+        (lambda data: b"PK\3\4" * 2000, "neither a GGUF nor a llama2.c file"),
     ],
 )
 def test_damage(tmp_path, data_dir, damage, message):

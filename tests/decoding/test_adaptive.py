@@ -190,6 +190,7 @@ def test_a_row_that_waits_at_its_turning_point_spends_nothing(temperature):
         assert alone.stats.plain_iterations == row.stats.plain_iterations
 
 
+@pytest.mark.exhaustive
 def test_int8_is_exact_with_and_without_drafts():
     config = CONFIG.replace(quantization="int8", hidden_size=32)
     params = model.init_params(config, jax.random.key(1))

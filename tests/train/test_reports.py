@@ -88,14 +88,22 @@ def test_a_draft_that_training_has_made_worse_is_not_stored(model, capsys, monke
     assert read_metrics(model / "run-broken" / "metrics.jsonl")[-1]["step"] == 1
 
 
-def test_a_worse_draft_does_not_replace_the_one_it_starts_from(model, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "start, taus",
+    [
+        (("--start", "good"), (2.0, 1.9, 1.5, 2.0)),  # start, outcome, untrained, replaced
+        (("--gamma", "3"), (1.5, 1.9, 2.0)),  # untrained, outcome, replaced
+    ],
+)
+def test_a_worse_draft_does_not_replace_a_better_one(start, taus, model, capsys, monkeypatch):
     config, draft = tiny_config(), DraftConfig((False, True, True, False), 3)
     empty = init_draft(config, tiny_params(config), draft, AdapterConfig(4, 8), jax.random.key(0))
-    save_draft(model / "model", "good", draft, empty, {"name": "the good one"})
-    taus = iter([2.0, 1.9, 1.5])  # of the start, of the outcome, untrained
-    monkeypatch.setattr(runs.HeldOutDecoding, "measure", lambda *_: report_of(next(taus)))
+    notes = {"name": "the good one"}
+    save_draft(model / "model", "good", draft, empty, notes, overwrite=True)
+    measured = iter(taus)
+    monkeypatch.setattr(runs.HeldOutDecoding, "measure", lambda *_: report_of(next(measured)))
     files = ("--model", model / "model", "--data", model / "own.jsonl", "--overwrite")
-    names = ("--run", model / "run-good", "--name", "good", "--start", "good")
+    names = ("--run", model / f"run-good{start[0]}", "--name", "good", *start)
     assert run("train", *files, *names, *ONE_STEP.split()) == 2
     assert (
         "1.90 tokens per iteration, the one that it would replace 2.00" in capsys.readouterr().err
@@ -132,6 +140,7 @@ PRETRAIN = """--vocab-size 280 --layers 4 --width 16 --heads 2 --kv-heads 1 --st
     --joint-draft"""
 
 
+@pytest.mark.exhaustive
 def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
     texts, tmp_path, monkeypatch
 ):

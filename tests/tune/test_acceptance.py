@@ -37,6 +37,7 @@ def test_counts_are_those_of_decoding_by_the_embedded_model():
     compare(lm, prompts, (False, True, True, True, True, True, False, False, False, False))
 
 
+@pytest.mark.exhaustive
 def test_counts_are_those_of_decoding_with_a_bidirectional_block():
     compare(model("bidirectional", trained=True), PROMPTS, (True, False, False))
 

@@ -178,6 +178,7 @@ def test_each_category_is_split():
     assert split(rows[3:5]) == ([rows[3], rows[4]], [])
 
 
+@pytest.mark.exhaustive
 def test_predictions_are_what_is_measured_where_time_follows_a_law(monkeypatch):
     """Decodes for real with simulated seconds; the clock's loop is faster than decoding."""
     layers, gammas, new = 6, (1, 3), 24

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert.sources.gguf.metadata import Metadata
+from s3d_jax.settings.records import is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +57,15 @@ class _Reader:
     def size(self, key: str, default: int | None = None) -> int:
         """A number that may be stored once per layer, if all layers have the same."""
         name = f"{self.prefix}.{key}"
-        value = self.take(key, default)
-        values = (
-            set(value)
-            if isinstance(value, list)
-            else {self.metadata.need(name)}
-            if (value is None)
-            else {value}
-        )
+        if (value := self.take(key, default)) is None:
+            value = self.metadata.need(name)
+        values = set(value) if isinstance(value, list) else {value}
         if len(values) != 1:
             raise self.metadata.error(f"has layers of different {name}: {sorted(values)}")
-        return int(values.pop())
+        (size,) = values
+        if not is_integer(size) or size < 0:
+            raise self.metadata.error(f"has {name} {size!r:.80}, which is no size")
+        return int(size)
 
 
 def hf_fields(
@@ -89,7 +88,7 @@ def hf_fields(
         raise metadata.error(f"is of architecture {name!r:.80}, and supported are {known}")
     reader = _Reader(metadata, name, vectors, {})
     hidden, heads = reader.size("embedding_length"), reader.size("attention.head_count")
-    head_dim = reader.size("attention.key_length", hidden // heads)
+    head_dim = reader.size("attention.key_length", hidden // max(1, heads))
     if (value_dim := reader.size("attention.value_length", head_dim)) != head_dim:
         raise metadata.error(f"has keys of {head_dim} numbers and values of {value_dim}")
     fields = {
@@ -158,7 +157,7 @@ def _rope(reader: _Reader) -> dict[str, Any]:
         )
         return fields | {"rope_scaling": scaling}
     if factors is not None:
-        return fields | {"rope_scaling": _llama3_scaling(reader, factors, fields["rope_theta"])}
+        return fields | {"rope_scaling": _llama3_scaling(reader, factors, fields.get("rope_theta"))}
     if attention_factor not in (None, 1.0):
         raise error(f"has rope.scaling.attn_factor {attention_factor} without LongRoPE")
     if kind == "linear":
@@ -184,12 +183,14 @@ _LLAMA3 = {
 }
 
 
-def _llama3_scaling(reader: _Reader, factors: np.ndarray, theta: float) -> dict[str, Any]:
+def _llama3_scaling(reader: _Reader, factors: np.ndarray, theta: float | None) -> dict[str, Any]:
     """The settings that gave these factors, one for each pair of a head.
 
     llama.cpp keeps only the factors of Llama 3's rope. The largest is the setting `factor`; the
     other settings are Meta's in all published models.
     """
+    if theta is None:
+        raise reader.metadata.error("has rope_freqs.weight and no rope.freq_base")
     dims = 2 * len(factors)
     factor = float(factors.max())
     frequencies = theta ** -(np.arange(0, dims, 2) / dims)
@@ -222,10 +223,9 @@ def _qwen(reader: _Reader) -> dict[str, Any]:
 def _gemma_caps(reader: _Reader, layers_of_27b: int) -> dict[str, Any]:
     """The largest Gemma scales its scores by the width of a head that its embedding would give."""
     sizes = reader.sizes
-    is_largest = sizes["num_hidden_layers"] == layers_of_27b
-    scalar = (
-        sizes["hidden_size"] // sizes["num_attention_heads"] if is_largest else (sizes["head_dim"])
-    )
+    scalar = sizes["head_dim"]
+    if sizes["num_hidden_layers"] == layers_of_27b:
+        scalar = sizes["hidden_size"] // sizes["num_attention_heads"]
     return {
         "query_pre_attn_scalar": scalar,
         "sliding_window": reader.size("attention.sliding_window"),

@@ -33,6 +33,11 @@ def open_gguf(
     """
     reader = open_reader(path)
     metadata = Metadata.of(path, reader)
+    if metadata.take("general.type") == "adapter":
+        raise metadata.error(
+            "is an adapter (LoRA), no model: merge it into its model first "
+            "(llama-export-lora, or model.merge_and_unload() in peft), and convert the result"
+        )
     if (parts := metadata.take("split.count", 0)) > 1:
         raise metadata.error(
             f"is one of {parts} parts: join them first (llama-gguf-split --merge), and convert the "
@@ -70,11 +75,13 @@ def _source(
     """The tensors under the names that HF's table of the family asks for."""
     import gguf
 
+    family = family_of(fields)
+    config = family.config(fields)  # checks the number of layers, for each of which there are names
     name = metadata.need("general.architecture")
     kinds = {value: kind for kind, value in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[name], fields["num_hidden_layers"])
-    family = family_of(fields)
-    config = family.config(fields)
+    if name not in kinds:
+        raise metadata.error(f"is of architecture {name!r}: pip install --upgrade gguf")
+    names = gguf.get_tensor_name_map(kinds[name], config.num_layers)
     wanted = [part.name for parts in family.table(config).values() for part in parts]
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     left = {name: tensor for name, tensor in tensors.items() if name not in _ROPE}

@@ -51,7 +51,6 @@ class _Pre:
 _GPT2, _DIGITS = _Pre(), _Pre(single_digits=True)
 _LLAMA3 = _Pre(_CL100K, ignore_merges=True, begins=True)
 _PRES = {
-    "default": _GPT2,
     "gpt-2": _GPT2,
     "phi-2": _GPT2,
     "olmo": _GPT2,
@@ -118,11 +117,11 @@ class GgufTokenizer:
             raise metadata.error(
                 f"has a tokenizer of kind {model!r:.80}; supported are gpt2 and llama: {advice}"
             )
-        name = take("pre", "default")
+        name = take("pre")
         pre = _PRES.get(name) if model == "gpt2" else None
         if model == "gpt2" and pre is None:
             raise metadata.error(
-                f"cuts text by rules named {name!r:.80}, which are unknown (known: "
+                f"cuts text by rules named {name!r:.80}, which are unknown here (known: "
                 f"{', '.join(_PRES)}): {advice}"
             )
         roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
