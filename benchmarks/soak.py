@@ -6,7 +6,7 @@ The calls differ in method, length, batch size, stop strings, end-of-text ids, s
 some are streams that are left half-way, some are conversations. The model is the one of the
 package. After each call the resident set and the number of memory maps are recorded, which only
 Linux reports. The output of every 100th call is compared with that of a fresh process; up to 10
-such calls share one.
+such calls share one. The process keeps 32 programs, so that some are freed all the time.
 
 Prints a JSON summary. The exit status is 1 where an output differs, memory maps pass half of what
 Linux allows, or either number grows by more than 5 % after the first 500 calls: from the median of
@@ -198,6 +198,7 @@ def passes(summary: dict[str, Any]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--programs", type=int, default=32, help="programs to keep (32)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
     parser.add_argument("--answer", action="store_true", help="answer the calls (JSON) on stdin")
     arguments = parser.parse_args()
@@ -209,6 +210,7 @@ def main() -> int:
         parser.error(f"--calls must be at least 1, got {arguments.calls}")
     if memory_maps() is None:
         sys.exit("error: this system does not count memory maps: run it on Linux")
+    s3d_jax.keep_programs(arguments.programs)
     summary, resident, maps = soak(arguments.calls)
     print(json.dumps(summary, indent=2))
     if arguments.plot:

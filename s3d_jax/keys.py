@@ -41,7 +41,8 @@ def seeded_keys(seeds: np.ndarray, numbers: np.ndarray) -> jax.Array:
     count = len(seeds)
     padded = np.zeros((2, 1 << (count - 1).bit_length()), np.uint32)  # few sizes, few programs
     padded[:, :count] = seeds, numbers
-    return jax.random.wrap_key_data(jnp.asarray(np.asarray(_key_data(*padded))[:count]), impl=_IMPL)
+    rows = jax.device_put(np.asarray(_key_data(*padded))[:count])
+    return jax.random.wrap_key_data(rows, impl=_IMPL)
 
 
 @jax.jit

@@ -223,7 +223,7 @@ def init_state(
         cache = init_cache(spec.config, batch, plan.slots, lengths, plan.largest_block)
     else:
         cache = grown(cache, spec.config, plan.slots, plan.largest_block)
-        cache = cache.replace(prompt_length=jnp.asarray(lengths))
+        cache = cache.replace(prompt_length=jax.device_put(lengths))
     return DecodeState(
         cache=cache,
         sampling=sampling,
@@ -258,10 +258,10 @@ def restart(
     """
     lengths = np.asarray(plan.lengths, np.int32)
     return state.replace(
-        cache=state.cache.replace(prompt_length=jnp.asarray(lengths)),
-        done=jnp.asarray(~np.array(running)),
-        limit=jnp.asarray(np.asarray(plan.limits, np.int32)),
-        padding=jnp.asarray(np.asarray(plan.padded, np.int32) - lengths),
+        cache=state.cache.replace(prompt_length=jax.device_put(lengths)),
+        done=jax.device_put(~np.array(running)),
+        limit=jax.device_put(np.asarray(plan.limits, np.int32)),
+        padding=jax.device_put(np.asarray(plan.padded, np.int32) - lengths),
         drafter_state=None if spec.drafter is None else spec.drafter.init(plan),
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.prefill import prefill
@@ -118,7 +117,7 @@ class Batch:
         self._check_memory(kept)
         cache, self._written = None, 0
         if kept is not None:
-            cache = kept.cache.replace(length=jnp.asarray(np.full(1, known, np.int32)))
+            cache = kept.cache.replace(length=jax.device_put(np.full(1, known, np.int32)))
             self._written = kept.written if known else 0
         self._known = known
         self._state = init_state(
@@ -182,7 +181,7 @@ class Batch:
             # Never less than before: another program would cost more than it saves.
             used = max(used, int((lengths + padding)[~done].max(initial=0)))
             if any(self._stopped) and not finished:
-                self._state = self._state.replace(done=jnp.asarray(done))
+                self._state = self._state.replace(done=jax.device_put(done))
 
     def _unfinished(self) -> list[bool]:
         """Rows that stopped at a limit of the plan before their end."""

@@ -19,6 +19,7 @@ from s3d_jax.settings.records import is_integer
 _MAPS_IN_USE = 0.5
 
 _most = 64
+_freed = 0  # programs since jax's own caches were cleared
 _stores: "weakref.WeakSet[Programs]" = weakref.WeakSet()
 _lock = threading.RLock()  # held while stores change; making room is part of a change
 _calls = itertools.count()
@@ -121,7 +122,13 @@ class Programs:
 
 
 def _make_room() -> None:
-    """Frees the programs that were called longest ago, but not the newest, while there are many."""
+    """Frees the programs that were called longest ago, but not the newest, while there are many.
+
+    Where as many programs were freed as are kept, jax's own caches are cleared too. They hold
+    megabytes of what was traced for each program, and jitted functions of others are compiled again
+    afterwards, so this must be seldom.
+    """
+    global _freed
     with _lock:
         kept = [(p.last_call, key, s) for s in _stores for key, p in s._programs.items()]
         kept.sort(key=lambda item: item[0])
@@ -129,6 +136,10 @@ def _make_room() -> None:
             if len(kept) - i <= _most and not _crowded():
                 break
             del store._programs[key]
+            _freed += 1
+        if _freed >= _most:
+            jax.clear_caches()
+            _freed = 0
 
 
 def _crowded() -> bool:

@@ -83,8 +83,10 @@ def init_cache(
     sizes = layer_slots(config, slots, largest_block)
     shapes = tuple((batch, config.num_kv_heads, size, config.head_dim) for size in sizes)
     keys, values = _zeros(shapes, config.dtype)()
-    # Made by numpy, which compiles nothing for another number of rows.
-    length = jnp.asarray(np.zeros(batch, np.int32))
+    # Put there from numpy, which compiles nothing for another number of rows.
+    length = jax.device_put(np.zeros(batch, np.int32))
+    if isinstance(prompt_length, np.ndarray):
+        prompt_length = jax.device_put(prompt_length.astype(np.int32))
     return KVCache(keys, values, length, jnp.asarray(prompt_length, jnp.int32), slots)
 
 

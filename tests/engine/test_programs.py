@@ -53,6 +53,25 @@ def test_the_program_that_was_called_longest_ago_goes_first(monkeypatch):
     assert [static["times"] for _, static in others] == [3] and freed() is None
 
 
+def test_what_jax_remembers_of_freed_programs_goes_too(monkeypatch):
+    monkeypatch.setattr(module, "_stores", weakref.WeakSet())
+    monkeypatch.setattr(module, "_most", 2)
+    monkeypatch.setattr(module, "_freed", 0)
+    traced, programs, x = [], Programs(), jnp.ones(3)
+
+    @jax.jit
+    def inner(x):
+        traced.append(x.shape)
+        return x + 1
+
+    outer = jax.jit(lambda x, times: inner(x) * times, static_argnames="times")
+    for times in range(5):
+        programs.get(outer, {"times": times}, {"x": x})
+    # The first trace serves four programs; two of them were freed when the last one was made.
+    assert len(traced) == 2
+    assert programs.get(outer, {"times": 4}, {"x": x})[0](x=x).tolist() == [8, 8, 8]
+
+
 def test_fewer_programs_are_kept_where_memory_maps_run_out(monkeypatch):
     monkeypatch.setattr(module, "_stores", weakref.WeakSet())
     doubled = jax.jit(lambda x, times: x * times, static_argnames="times")

@@ -1,5 +1,6 @@
 """How many programs are compiled, and what they read of the cache."""
 
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -106,6 +107,18 @@ def test_prompt_lengths_within_a_bucket_share_all_programs(lengths, new_tokens, 
     for prompts in others:
         results = lm.generate(prompts, max_new_tokens=new_tokens, method=method)
         assert results[0].stats.compile_seconds == 0
+
+
+def test_another_number_of_rows_compiles_its_programs_and_nothing_else(caplog):
+    """Small arrays are made without a program of their own: jax would keep those forever."""
+    lm = tiny_lm(num_layers=1)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for rows in (3, 4):  # keys are made for 4 rows each time
+            caplog.clear()
+            lm.generate([[1, 2]] * rows, max_new_tokens=4, temperature=1.0)
+    text = [r.getMessage() for r in caplog.records]
+    compiled = [m[1] for t in text if (m := re.match(r"Compiling (?:jit\()?([\w<>]+)", t))]
+    assert sorted(compiled) == ["<lambda>", "decode", "prefill_chunk"]
 
 
 def test_a_row_s_end_brings_no_smaller_program():
