@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.keys import make_key, split_key
+from s3d_jax.keys import make_key
 from s3d_jax.settings.arguments import take_any_text
 
 SHAPES = ((704, 128), (4096, 768), (768, 2048), (32000, 768))  # [out, in]
@@ -53,7 +53,7 @@ def main() -> int:
     for shape in SHAPES:
         size = shape[0] * shape[1] * jnp.dtype(arguments.dtype).itemsize
         count = max(2, min(64, round(MINIMUM_BYTES / size)))
-        keys = split_key(make_key(0), count)
+        keys = jax.random.split(make_key(0), count)
         weights = [random(key, shape, arguments.dtype) for key in keys]
         for rows in ROWS:
             times = measure(weights, rows, arguments.repeats)

@@ -23,7 +23,7 @@ from s3d_jax.decoding.sizes import PREFILL_BUCKETS, SlotPlan
 from s3d_jax.decoding.state import DecodeSpec, init_state
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.s3d import S3D
-from s3d_jax.keys import make_key, split_key
+from s3d_jax.keys import make_key
 from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn import attention
 from s3d_jax.nn import transformer as model
@@ -84,7 +84,7 @@ def step_times(layers: int, turns: int) -> None:
             states = []
             for block in (None, LARGEST_BLOCK):
                 sampling, features = batch_sampling(
-                    [SamplingConfig()], split_key(make_key(0), 1), config.vocab_size
+                    [SamplingConfig()], jax.random.split(make_key(0), 1), config.vocab_size
                 )
                 spec = DecodeSpec(config, drafter, features)
                 plan = SlotPlan((length,), (8180,), gamma, slots)
@@ -116,7 +116,7 @@ def prefill_once(length: int, at_once: bool) -> dict[str, float]:
     params = model.init_params(config, make_key(0))
     tokens = np.random.default_rng(0).integers(0, 1000, length).astype(np.int32)
     spec, plan = DecodeSpec(config), SlotPlan((length,), (length,), 0, length + 1)
-    keys = split_key(make_key(0), 1)
+    keys = jax.random.split(make_key(0), 1)
     sampling, _ = batch_sampling([SamplingConfig()], keys, config.vocab_size)
     state = init_state(spec, [tokens], plan, sampling)
     held = sum(x.nbytes for x in jax.tree.leaves((params, state.cache)))

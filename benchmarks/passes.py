@@ -31,7 +31,7 @@ from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import DecodeSpec, Inputs, init_state
 from s3d_jax.decoding.step import verify_pass
 from s3d_jax.drafters.s3d import S3D
-from s3d_jax.keys import make_key, split_key
+from s3d_jax.keys import make_key
 from s3d_jax.lm import LM
 from s3d_jax.machine import core_count, machine_name, peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params, weight_bytes
@@ -126,7 +126,7 @@ def pass_runs(
     config = lm.config
     skip = symmetric_skip(config.num_layers, config.num_layers // 2)
     spec = DecodeSpec(config, S3D(DraftConfig(skip, gamma=4)))
-    keys = split_key(make_key(0), batch)
+    keys = jax.random.split(make_key(0), batch)
     sampling, _ = batch_sampling([SamplingConfig()] * batch, keys, 1)
     slots = -(-(context + 32) // 64) * 64
     prompts = [np.arange(context, dtype=np.int32) % config.vocab_size] * batch

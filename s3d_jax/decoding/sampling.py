@@ -14,7 +14,6 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.keys import choose, uniform
 from s3d_jax.settings.sampling import SamplingConfig
 
 
@@ -248,7 +247,7 @@ def accept_sampled(
     q_draft = jnp.take_along_axis(q, draft[..., None], axis=-1)[..., 0]
     # u is in [0, 1), so q == p always accepts and p == 0 never does. There is no division, because
     # q may underflow to 0.
-    u = jax.vmap(lambda key: uniform(key, (gamma,)))(accept_keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (gamma,)))(accept_keys)
     ok = u * q_draft < p_draft
     if drafting_rows is not None:
         ok &= drafting_rows[:, None]
@@ -275,4 +274,6 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
     Returns:
         int32 [B, ...].
     """
-    return jax.vmap(choose)(keys, logits)
+    return jax.vmap(lambda key, row: jax.random.categorical(key, row).astype(jnp.int32))(
+        keys, logits
+    )

@@ -25,7 +25,7 @@ def adapter_problem(folder: Path, name: str = "") -> str:
         fields = {}
     kind, base = fields.get("peft_type") or "LORA", fields.get("base_model_name_or_path") or "BASE"
     has_model = (folder / "config.json").is_file()
-    what = "next to a model, which would be left out" if has_model else "and no model"
+    what = "next to a model, and the adapter would be left out" if has_model else "and no model"
     alone = "; or remove these files from a copy, to have the model alone" if has_model else ""
     return (
         f"{name or folder} holds an adapter ({kind!s:.20}: {', '.join(files)}) {what}. Merge "

@@ -114,12 +114,14 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
     file = path / "tokenizer.json"
     reference = _read_json(file) if file.is_file() else None
-    kinds: list[Any] = [transformers.AutoTokenizer]
-    if reference is not None:
+    kinds: list[Any] = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast]
+    if reference is None:
+        kinds = kinds[:1]
+    elif not _is_sentencepiece(reference):
         # The class that tokenizer_config.json names may rebuild what tokenizer.json holds, in
         # another way. The generic class takes it as it is. But a SentencePiece class also knows
         # whether the text after a special token begins with a space, which settings ("legacy") say.
-        kinds = [*kinds, transformers.PreTrainedTokenizerFast][not _is_sentencepiece(reference) :]
+        kinds = kinds[1:]
     # transformers looks for the model type in HF's config.json. Without this argument it therefore
     # warns about a wrong regex for each large vocabulary. Version 5.0.0 fails with the argument.
     options: tuple[dict[str, bool], ...] = ({"fix_mistral_regex": False}, {})
@@ -134,6 +136,7 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
                     _make_end_of_turn_special(tokenizer)
                     return tokenizer
                 reason = _MANGLED.format(transformers.__version__)
+                reference = _read_json(file)  # without the tokens that this class has added
             except Exception as error:  # transformers raises most kinds for files it cannot read
                 reason = f"{type(error).__name__}: {error}"
     if reference is None and needs_code(path):
@@ -198,8 +201,7 @@ def _name_special_tokens(tokenizer: Any, folder: Path) -> None:
 
 
 def _keep_templates(tokenizer: Any, folder: Path) -> None:
-    """Adds the templates of the settings to those of files, in place of which transformers drops
-    them."""
+    """Adds the templates of the settings, which transformers drops where files have others."""
     templates, others = tokenizer.chat_template, _settings(folder).get("chat_template")
     if isinstance(templates, dict) and others:
         if isinstance(others, str):

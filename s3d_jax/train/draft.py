@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
-from s3d_jax.keys import split_key
 from s3d_jax.nn.draft import DraftParams, mean_embedding, untrained_draft
 from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import abstract_params
@@ -46,13 +45,13 @@ def init_draft(
     Returns:
         Parameters in float32.
     """
-    masks_key, key = split_key(key, 2)
+    masks_key, key = jax.random.split(key)
     mean = untrained_draft(config, params).mask_embeddings.astype(jnp.float32)
     deviation = jnp.sqrt(jnp.mean(mean_embedding(config, params, 2)) - jnp.mean(mean) ** 2)
     shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
     masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
 
-    keys = iter(split_key(key, 8 * config.num_layers + 8))
+    keys = iter(jax.random.split(key, 8 * config.num_layers + 8))
 
     def factors(shape: tuple[int, int], rank: int) -> dict[str, jax.Array]:
         fan_in, fan_out = shape

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.keys import make_key, split_key
+from s3d_jax.keys import make_key
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
 from s3d_jax.train.health import DOUBTFUL, check_healthy, lost_gain, next_running
@@ -69,7 +69,7 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         import optax
 
-        keys = split_key(jax.random.fold_in(key, state.step), config.accumulate)
+        keys = jax.random.split(jax.random.fold_in(key, state.step), config.accumulate)
         parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
 
         def minimized(tree: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:

@@ -7,8 +7,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.keys import uniform
-
 
 def random_anchors(key: jax.Array, learn: jax.Array, count: int) -> jax.Array:
     """Draws anchors whose next token is learnt, without repetition.
@@ -23,7 +21,7 @@ def random_anchors(key: jax.Array, learn: jax.Array, count: int) -> jax.Array:
         since none of their tokens is learnt.
     """
     allowed = learn[:, 1:]
-    score = jnp.where(allowed, uniform(key, allowed.shape), -1.0)
+    score = jnp.where(allowed, jax.random.uniform(key, allowed.shape), -1.0)
     return jax.lax.top_k(score, count)[1].astype(jnp.int32)
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
-from s3d_jax.keys import split_key
 from s3d_jax.nn.streams import target_stream
 from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import DraftConfig
@@ -65,7 +64,7 @@ class PretrainTask:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random weights, N(0, 0.02²); at the end of residual branches they are √(2L) smaller."""
-        key, draft_key = split_key(key, 2)
+        key, draft_key = jax.random.split(key)
         params: Any = init_params(self.config.replace(dtype="float32"), key)
         shrink = (2 * self.config.num_layers) ** -0.5
         for i in range(self.config.num_layers):

@@ -26,7 +26,7 @@ from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.engine.programs import Program
-from s3d_jax.keys import make_key, split_key
+from s3d_jax.keys import make_key
 from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.settings.sampling import SamplingConfig
@@ -203,5 +203,5 @@ def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:
 
 
 def _greedy(lm: LM) -> tuple[SamplingParams, SamplingFeatures]:
-    keys = split_key(make_key(0), 1)
+    keys = jax.random.split(make_key(0), 1)
     return batch_sampling([SamplingConfig()], keys, lm.config.vocab_size)

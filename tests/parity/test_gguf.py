@@ -8,7 +8,15 @@ import convert
 import s3d_jax
 from s3d_jax.nn.transformer import forward_logits
 from tests.conftest import need
-from tests.parity.test_families import LLAMA3, LONGROPE, TOKENS, hf_greedy, hf_logits, hf_model
+from tests.parity.test_families import (
+    LLAMA3,
+    LONGROPE,
+    MODELS,
+    TOKENS,
+    hf_greedy,
+    hf_logits,
+    hf_model,
+)
 from tests.sampled import combinations
 
 need("gguf")
@@ -62,15 +70,7 @@ FEATURES = {
         ),
     ),
     "olmo2": ("Olmo2", {}),
-    "granite": (
-        "Granite",
-        dict(
-            embedding_multiplier=3.5,
-            attention_multiplier=0.21,
-            residual_multiplier=0.72,
-            logits_scaling=2.5,
-        ),
-    ),
+    "granite": MODELS["granite"],
     "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 1, 1, 0])),
 }
 
