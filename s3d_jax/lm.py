@@ -13,6 +13,7 @@ from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.base import SecondModel, Target
 from s3d_jax.drafters.stored import choose_draft, merge_deltas, merged_bytes, read_draft
 from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
+from s3d_jax.engine.costs import Experiences
 from s3d_jax.engine.options import GenerateOptions, checked_ids
 from s3d_jax.engine.programs import Programs
 from s3d_jax.engine.prompts import Message, Prompt
@@ -144,6 +145,7 @@ class LM:
         draft_model: the second model of the method "two-model", or None. May be set later.
         tuning: γ and skip that `s3d tune` chose, used instead of the draft's; None without tuning.
         programs: the compiled programs that are kept (see `keep_programs`).
+        experiences: what drafting has cost and gained, by which texts draft or not.
 
     Raises:
         InputError: eos_token_ids are no list of ids of the vocabulary.
@@ -183,6 +185,7 @@ class LM:
             DraftConfig(tuning.skip).validate_for(config)
         self.tuning = tuning
         self.programs = Programs()
+        self.experiences = Experiences()
 
     @property
     def draft_model(self) -> "LM | None":
@@ -213,7 +216,7 @@ class LM:
     @property
     def engine(self) -> Engine:
         """What runs batches of this model."""
-        return Engine(self.target, self.tokenizer, self.programs)
+        return Engine(self.target, self.tokenizer, self.programs, self.experiences)
 
     def generate(
         self,

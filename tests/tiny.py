@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import s3d_jax
+from s3d_jax.decoding.adaptive import Budget, new_budget
 from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.sampling import SamplingParams, batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan, prefill_chunks
@@ -81,7 +82,7 @@ def run(
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     sampling, features = batch_sampling(rows, keys, config.vocab_size)
     chosen = None if draft is None else drafter(draft)
-    spec = DecodeSpec(config, chosen, features, costs)
+    spec = DecodeSpec(config, chosen, features)
     arrays = [np.asarray(p, np.int32) for p in prompts]
     lengths = tuple(map(len, arrays))
     chunks = prefill_chunks(max(lengths) - 1)
@@ -89,7 +90,8 @@ def run(
     plan = SlotPlan(lengths, tuple(n + new_tokens for n in lengths), spec.gamma, slots)
     if draft is not None and draft_params is None:
         draft_params = untrained_draft(config, params)
-    state = init_state(spec, arrays, plan, sampling, stop_ids=stop_ids)
+    budget = None if costs is None else new_budget(len(prompts), costs.iteration(spec.gamma))
+    state = init_state(spec, arrays, plan, sampling, stop_ids=stop_ids, budget=budget)
     state = prefill(spec, params, draft_params, state, arrays, plan)
     return decode_jit(spec, params, draft_params, state, jnp.int32(10**6))
 
@@ -101,11 +103,12 @@ def begin(
     slots: int,
     sampling: SamplingParams,
     stop_ids: Sequence[int] = (),
+    budget: Budget | None = None,
 ) -> DecodeState:
     """The state before prefill."""
     arrays = [np.asarray(p, np.int32) for p in prompts]
     plan = SlotPlan(tuple(map(len, arrays)), tuple(map(int, limits)), spec.gamma, slots)
-    return init_state(spec, arrays, plan, sampling, stop_ids=stop_ids)
+    return init_state(spec, arrays, plan, sampling, stop_ids=stop_ids, budget=budget)
 
 
 def outputs(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -141,6 +144,6 @@ def drafter_of(tokens_at: Callable[[jax.Array, int], jax.Array]) -> type[Drafter
     class FromFunction(Drafter):
         def propose(self, inputs) -> Proposal:
             cache = inputs.state.cache
-            return Proposal(tokens_at(cache.length + 1, self.gamma), None, cache)
+            return Proposal(tokens_at(cache.length + 1, self.gamma), cache)
 
     return FromFunction

@@ -109,8 +109,8 @@ class Ours(Contestant):
 
     def in_full(self) -> dict[str, Any]:
         target = self.lm.target
-        drafter, costs = registry.choose(target, self.method, **self.settings)
-        return {} if drafter is None else drafter.described(target, costs)
+        choice = registry.choose(target, self.method, **self.settings)
+        return {} if choice.drafter is None else choice.drafter.described(target, choice.costs)
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
         options = self._options(prompt, max_new_tokens)

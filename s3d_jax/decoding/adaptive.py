@@ -6,6 +6,8 @@ neighbours, and under sampling it keeps the target's distribution. docs/log/ say
 either γ tokens or none.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 
 _CAPACITY = 12.0  # steps of plain decoding that a row may lose before it drafts no more
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # iterations; powers of two, so that pauses end together
+BY_BUDGET, NEVER, ALWAYS = range(3)  # whether rows draft
 
 
 class Budget(flax.struct.PyTreeNode):
@@ -28,11 +31,15 @@ class Budget(flax.struct.PyTreeNode):
         steps: float32 [B], 0 … _CAPACITY.
         iterations: int32 [B], so far.
         pause: int32 [B], iterations between two attempts.
+        cost: float32 [B], of an iteration with a draft, in steps of plain decoding.
+        mode: int32 [B], BY_BUDGET, or NEVER or ALWAYS while costs are measured.
     """
 
     steps: jax.Array
     iterations: jax.Array
     pause: jax.Array
+    cost: jax.Array
+    mode: jax.Array
 
     @property
     def drafting_rows(self) -> jax.Array:
@@ -41,36 +48,50 @@ class Budget(flax.struct.PyTreeNode):
         Attempts come where `iterations` is a multiple of the pause, so in all rows of a batch at
         once: a draft pass costs the same for one row and for all.
         """
-        return (self.steps > 0) | (self.iterations % self.pause == 0)
+        by_budget = (self.steps > 0) | (self.iterations % self.pause == 0)
+        return (by_budget | (self.mode == ALWAYS)) & (self.mode != NEVER)
 
 
-def full_budget(batch: int) -> Budget:
-    """The budget of `batch` rows before decoding."""
-    # Made by numpy, which compiles nothing for another number of rows.
-    steps = np.full(batch, _CAPACITY, np.float32)
-    iterations, pause = np.zeros(batch, np.int32), np.full(batch, _FIRST_PAUSE, np.int32)
-    return Budget(*jax.device_put((steps, iterations, pause)))
-
-
-def settle(
-    cost: float, budget: Budget, drafted: jax.Array, accepted: jax.Array, done: jax.Array
+def new_budget(
+    batch: int, cost: float, *, steps: Sequence[float] | None = None, pause: int = _FIRST_PAUSE
 ) -> Budget:
+    """The budget of `batch` rows before decoding.
+
+    Args:
+        batch: B.
+        cost: of an iteration with a draft, in steps of plain decoding.
+        steps: that each row may lose at first, [B]; None is all that a budget can hold. A row with
+            none drafts for the first time after a pause.
+        pause: the first, a power of two.
+    """
+    # Made by numpy, which compiles nothing for another number of rows.
+    held = np.full(batch, _CAPACITY, np.float32)
+    if steps is not None:
+        held = np.minimum(np.asarray(steps, np.float32), held)
+    arrays = (
+        held,
+        (held == 0).astype(np.int32),
+        np.full(batch, pause, np.int32),
+        np.full(batch, cost, np.float32),
+        np.full(batch, BY_BUDGET, np.int32),
+    )
+    return Budget(*jax.device_put(arrays))
+
+
+def settle(budget: Budget, drafted: jax.Array, accepted: jax.Array, done: jax.Array) -> Budget:
     """The budget after an iteration.
 
     Args:
-        cost: of an iteration with a draft, in steps of plain decoding.
         budget: before it.
         drafted: bool [B], rows that drafted in it.
         accepted: int32 [B], their accepted draft tokens.
         done: bool [B], rows that only waited for the others; their budget stays as it is, since a
             row that waits at its turning point (LongRoPE) continues later.
     """
-    gained = jnp.where(drafted, accepted + 1 - cost, 0.0)
+    gained = jnp.where(drafted, accepted + 1 - budget.cost, 0.0)
     steps = jnp.clip(budget.steps + gained, 0.0, _CAPACITY)
     longer = jnp.where(drafted & (steps == 0), 2 * budget.pause, budget.pause)
-    settled = Budget(
-        steps=steps,
-        iterations=budget.iterations + 1,
-        pause=jnp.where(steps == _CAPACITY, _FIRST_PAUSE, jnp.minimum(longer, _LONGEST_PAUSE)),
-    )
+    longest = jnp.maximum(budget.pause, _LONGEST_PAUSE)
+    pause = jnp.where(steps == _CAPACITY, _FIRST_PAUSE, jnp.minimum(longer, longest))
+    settled = budget.replace(steps=steps, iterations=budget.iterations + 1, pause=pause)
     return jax.tree.map(lambda old, new: jnp.where(done, old, new), budget, settled)

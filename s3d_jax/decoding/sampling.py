@@ -1,4 +1,4 @@
-"""Logits processors, warpers and the acceptance rules: pure functions of arrays and keys.
+"""Logits processors, warpers, choice and acceptance: pure functions of arrays and keys.
 
 Letters: B batch, T positions of a block, γ draft tokens, V vocabulary. All arithmetic is float32.
 """
@@ -190,13 +190,48 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
     return jnp.where(greedy[..., None], jnp.where(one_hot, 0.0, -jnp.inf), x)
 
 
-# --- acceptance -----------------------------------------------------------------------------------
+# --- choice and acceptance ------------------------------------------------------------------------
 
 
-def accept_greedy(
+def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
+    """Noise that makes the largest of logits a draw from their softmax (the Gumbel-max trick).
+
+    Args:
+        keys: typed PRNG keys [...].
+        vocab_size: V.
+
+    Returns:
+        float32 [..., V].
+    """
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32))(keys.ravel())
+    return noise.reshape(*keys.shape, vocab_size)
+
+
+def choose(
+    logits: jax.Array,
+    params: SamplingParams,
+    features: SamplingFeatures,
+    noise: jax.Array | None,
+) -> jax.Array:
+    """The token of each position: the most likely one, or a draw where a row is sampled.
+
+    Args:
+        logits: float32 [B, T, V].
+        params, features: the rows' settings.
+        noise: float32 [B, T, V], from `gumbel_noise`; None where no row is sampled.
+
+    Returns:
+        int32 [B, T].
+    """
+    if noise is not None:
+        logits = warp(logits, params, features) + noise
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def accept(
     draft: jax.Array, target: jax.Array, drafting_rows: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The longest prefix of the draft that the target would have chosen itself.
+    """The longest prefix of the draft that the target chose itself.
 
     Args:
         draft: int [B, γ].
@@ -215,65 +250,3 @@ def accept_greedy(
     accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
     bonus = jnp.take_along_axis(target, accepted[:, None], axis=1)[:, 0]
     return accepted, bonus
-
-
-def accept_sampled(
-    draft: jax.Array,
-    q: jax.Array,
-    p: jax.Array,
-    accept_keys: jax.Array,
-    bonus_keys: jax.Array,
-    drafting_rows: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Rejection sampling of a draft (Leviathan et al., arXiv 2211.17192).
-
-    Draft token i is accepted with probability min(1, p_i / q_i); at the first rejection the bonus
-    token is drawn from norm(max(0, p - q)), after γ acceptances from the last row of p. The
-    committed tokens are then distributed as p, whatever q is, provided that the draft was drawn
-    from q.
-
-    Args:
-        draft: int [B, γ], drawn from q.
-        q: float32 [B, γ, V], probabilities the draft was drawn from.
-        p: float32 [B, γ+1, V], the target's probabilities.
-        accept_keys, bonus_keys: typed PRNG keys [B].
-        drafting_rows: as in `accept_greedy`. It must not depend on the draft.
-
-    Returns:
-        (accepted, bonus), as in `accept_greedy`.
-    """
-    gamma = draft.shape[1]
-    p_draft = jnp.take_along_axis(p[:, :gamma], draft[..., None], axis=-1)[..., 0]
-    q_draft = jnp.take_along_axis(q, draft[..., None], axis=-1)[..., 0]
-    # u is in [0, 1), so q == p always accepts and p == 0 never does. There is no division, because
-    # q may underflow to 0.
-    u = jax.vmap(lambda key: jax.random.uniform(key, (gamma,)))(accept_keys)
-    ok = u * q_draft < p_draft
-    if drafting_rows is not None:
-        ok &= drafting_rows[:, None]
-        # Nothing was rejected in the other rows: their bonus token is drawn from p.
-        q = jnp.where(drafting_rows[:, None, None], q, 0.0)
-    accepted = jnp.sum(jnp.cumprod(ok, axis=1, dtype=jnp.int32), axis=1)
-
-    row = accepted[:, None, None]
-    p_row = jnp.take_along_axis(p, row, axis=1)[:, 0]
-    q_row = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), row, axis=1)[:, 0]
-    residual = jnp.maximum(p_row - q_row, 0.0)
-    # p <= q everywhere can only be rounding (both sum to 1): then p is as good as its own residual.
-    residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p_row)
-    return accepted, categorical(bonus_keys, jnp.log(residual))
-
-
-def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws from softmax(logits) with one key per row.
-
-    Args:
-        keys: typed PRNG keys [B].
-        logits: float32 [B, ..., V].
-
-    Returns:
-        int32 [B, ...].
-    """
-    return jax.vmap(lambda key, row: jax.random.categorical(key, row).astype(jnp.int32))(
-        keys, logits
-    )

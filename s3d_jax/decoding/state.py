@@ -12,16 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.decoding.adaptive import Budget, full_budget
-from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, penalize
+from s3d_jax.decoding.adaptive import Budget
+from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, gumbel_noise, penalize
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache, grown, init_cache
-from s3d_jax.settings.drafting import PassCosts
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params
-
-RNG_DRAFT, RNG_ACCEPT, RNG_BONUS = range(3)  # purposes of row_keys
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -70,14 +67,11 @@ class Proposal(NamedTuple):
 
     Attributes:
         tokens: int32 [B, γ].
-        logits: float32 [B, γ, V], warped; their softmax is what the tokens were drawn from. None
-            where the tokens were chosen without chance.
         cache: the target's cache, whose scratch slots may have been written.
         drafter_state: the drafter's own state; None keeps it as it was.
     """
 
     tokens: jax.Array
-    logits: jax.Array | None
     cache: KVCache
     drafter_state: Any = None
 
@@ -139,17 +133,11 @@ class DecodeSpec:
         config: the model.
         drafter: proposes γ tokens per iteration; None is plain AR.
         features: which sampling code is needed.
-        costs: of the passes, by which each row decides whether to draft (`adaptive`); None always
-            drafts.
     """
 
     config: ModelConfig
     drafter: Proposer | None = None
     features: SamplingFeatures = SamplingFeatures()
-    costs: PassCosts | None = None
-
-    def __post_init__(self) -> None:
-        assert self.costs is None or len(self.costs.verify) == self.gamma + 1
 
     @property
     def gamma(self) -> int:
@@ -166,6 +154,8 @@ class Inputs(NamedTuple):
         drafter_params: the drafter's.
         state: how far decoding is.
         visible: static, slots of the cache that are read; None is all.
+        noise: float32 [B, γ+1, V], by which sampled rows choose the token of each position; None
+            where no row is sampled.
     """
 
     spec: DecodeSpec
@@ -173,6 +163,7 @@ class Inputs(NamedTuple):
     drafter_params: Any
     state: DecodeState
     visible: int | None = None
+    noise: jax.Array | None = None
 
 
 @under_usual_jax_settings
@@ -183,6 +174,7 @@ def init_state(
     sampling: SamplingParams,
     cache: KVCache | None = None,
     stop_ids: Sequence[int] = (),
+    budget: Budget | None = None,
 ) -> DecodeState:
     """The state before prefill.
 
@@ -196,6 +188,7 @@ def init_state(
         cache: one that holds the beginnings of the sequences, `cache.length` tokens of each; may
             have fewer slots. None makes an empty one.
         stop_ids: tokens that end a row.
+        budget: by which rows decide whether to draft; None always drafts.
     """
     batch, vocab = len(sequences), spec.config.vocab_size
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
@@ -228,7 +221,7 @@ def init_state(
         cache=cache,
         sampling=sampling,
         drafter_state=None if spec.drafter is None else spec.drafter.init(plan),
-        budget=None if spec.costs is None else full_budget(batch),
+        budget=budget,
         **arrays,
     )
 
@@ -266,13 +259,25 @@ def restart(
     )
 
 
-def row_keys(state: DecodeState, purpose: int) -> jax.Array:
-    """Fresh keys [B], from a row's own key and position: its neighbours do not matter."""
+_CHOICE = 2  # what a position's key is used for
+
+
+def choice_noise(spec: DecodeSpec, state: DecodeState, count: int) -> jax.Array | None:
+    """The noise by which sampled rows choose their next tokens: float32 [B, count, V].
+
+    It depends on a row's own key and the position alone. So a token is the same whether its
+    position is the first after a pass or a later one, in whatever batch and by whatever method.
+    None where no row is sampled.
+    """
+    if not spec.features.sampled:
+        return None
 
     def fold(key: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, position), purpose)
+        return jax.random.fold_in(jax.random.fold_in(key, position), _CHOICE)
 
-    return jax.vmap(fold)(state.sampling.keys, state.cache.length)
+    positions = state.cache.length[:, None] + jnp.arange(count)
+    keys = jax.vmap(jax.vmap(fold, (None, 0)))(state.sampling.keys, positions)
+    return gumbel_noise(keys, spec.config.vocab_size)
 
 
 def process(

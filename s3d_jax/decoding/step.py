@@ -12,17 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.adaptive import settle
-from s3d_jax.decoding.sampling import accept_greedy, accept_sampled, warp
+from s3d_jax.decoding.sampling import accept, choose
 from s3d_jax.decoding.state import (
-    RNG_ACCEPT,
-    RNG_BONUS,
     DecodeSpec,
     DecodeState,
     Inputs,
-    Proposal,
+    choice_noise,
     last_token,
     process,
-    row_keys,
 )
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
@@ -41,33 +38,6 @@ def verify_pass(
     block = jnp.concatenate([last_token(state), proposed_tokens], axis=1)
     logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
     return process(spec, logits, state, proposed_tokens), cache
-
-
-def accept(
-    spec: DecodeSpec,
-    state: DecodeState,
-    proposal: Proposal,
-    logits: jax.Array,
-    drafting_rows: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """How many proposed tokens are accepted, and the bonus token: int32 [B] each.
-
-    Args:
-        spec, state: the program, and how far it is.
-        proposal: the γ proposed tokens.
-        logits: float32 [B, γ+1, V], the target's.
-        drafting_rows: bool [B], rows that use their draft; None is all.
-    """
-    if not spec.features.sampled:
-        target = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return accept_greedy(proposal.tokens, target, drafting_rows)
-    p = jax.nn.softmax(warp(logits, state.sampling, spec.features), axis=-1)
-    if proposal.logits is None:
-        q = jax.nn.one_hot(proposal.tokens, p.shape[-1], dtype=jnp.float32)
-    else:
-        q = jax.nn.softmax(proposal.logits, axis=-1)
-    keys = row_keys(state, RNG_ACCEPT), row_keys(state, RNG_BONUS)
-    return accept_sampled(proposal.tokens, q, p, *keys, drafting_rows)
 
 
 def leading_numbers(logits: jax.Array) -> jax.Array:
@@ -160,12 +130,14 @@ def step(
     """
     if spec.drafter is None:
         return _plain_step(spec, params, state, visible)
-    proposal = spec.drafter.propose(Inputs(spec, params, drafter_params, state, visible))
+    noise = choice_noise(spec, state, spec.gamma + 1)
+    inputs = Inputs(spec, params, drafter_params, state, visible, noise)
+    proposal = spec.drafter.propose(inputs)
     state = state.replace(cache=proposal.cache)
     if proposal.drafter_state is not None:
         state = state.replace(drafter_state=proposal.drafter_state)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
-    return _verify_and_commit(spec, params, state, proposal, drafting_rows, visible)
+    return _verify_and_commit(inputs._replace(state=state), proposal.tokens, drafting_rows)
 
 
 def _plain_step(
@@ -174,27 +146,23 @@ def _plain_step(
     """An iteration in which no row drafts."""
     nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
     drafting_rows = None if state.budget is None else jnp.zeros_like(state.done)
-    proposal = Proposal(nothing, None, state.cache)
-    return _verify_and_commit(spec, params, state, proposal, drafting_rows, visible)
+    inputs = Inputs(spec, params, None, state, visible, choice_noise(spec, state, 1))
+    return _verify_and_commit(inputs, nothing, drafting_rows)
 
 
 def _verify_and_commit(
-    spec: DecodeSpec,
-    params: Params,
-    state: DecodeState,
-    proposal: Proposal,
-    drafting_rows: jax.Array | None,
-    visible: int | None,
+    inputs: Inputs, proposed_tokens: jax.Array, drafting_rows: jax.Array | None
 ) -> DecodeState:
-    logits, cache = verify_pass(spec, params, state, proposal.tokens, visible)
+    spec, state = inputs.spec, inputs.state
+    logits, cache = verify_pass(spec, inputs.params, state, proposed_tokens, inputs.visible)
     state = state.replace(cache=cache)
-    accepted, bonus = accept(spec, state, proposal, logits, drafting_rows)
+    target = choose(logits, state.sampling, spec.features, inputs.noise)
+    accepted, bonus = accept(proposed_tokens, target, drafting_rows)
     budget = state.budget
-    if drafting_rows is not None and budget is not None and spec.costs is not None:
-        cost = spec.costs.iteration(spec.gamma)
-        budget = settle(cost, budget, drafting_rows, accepted, state.done)
+    if drafting_rows is not None and budget is not None:
+        budget = settle(budget, drafting_rows, accepted, state.done)
     usable = leading_numbers(logits)
-    state = commit(spec, state, proposal.tokens, accepted, bonus, drafting_rows, usable)
+    state = commit(spec, state, proposed_tokens, accepted, bonus, drafting_rows, usable)
     if spec.drafter is not None:
         state = state.replace(drafter_state=spec.drafter.update(state, accepted))
     return state.replace(budget=budget)

@@ -7,16 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.sampling import categorical, warp
+from s3d_jax.decoding.sampling import choose
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import (
-    RNG_DRAFT,
-    DecodeSpec,
-    DecodeState,
-    Proposer,
-    process,
-    row_keys,
-)
+from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning
@@ -60,10 +53,12 @@ class Choice(NamedTuple):
     Attributes:
         drafter: None is AR.
         costs: None always drafts.
+        gain: speed over that of plain decoding as tuning measured it; None where it did not.
     """
 
     drafter: "Drafter | None" = None
     costs: PassCosts | None = None
+    gain: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +132,21 @@ class Drafter(Proposer):
         return self.settings.gamma
 
 
-def pick_tokens(
-    spec: DecodeSpec, logits: jax.Array, state: DecodeState
-) -> tuple[jax.Array, jax.Array | None]:
-    """Draft tokens from logits [B, T, V], and what they were drawn from, as in `Proposal`."""
-    # A broken draft may cost speed but never correctness: without this, NaN would reach the
-    # residual.
+def pick_tokens(inputs: Inputs, logits: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """Draft tokens by the rule by which the target chooses: int32 [B, T].
+
+    Sampled rows use the target's own noise. So the more alike both distributions are, the more
+    often both choose the same token.
+
+    Args:
+        inputs: of the iteration; `inputs.state` has the tokens that the logits have seen.
+        logits: float32 [B, T, V].
+        noise: of these T positions, from `inputs.noise`.
+    """
+    spec, state = inputs.spec, inputs.state
+    # A broken draft may cost speed but never correctness: NaN would be chosen always.
     logits = process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
-    if not spec.features.sampled:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
-    logits = warp(logits, state.sampling, spec.features)
-    return categorical(row_keys(state, RNG_DRAFT), logits), logits
+    return choose(logits, state.sampling, spec.features, noise)
 
 
 def checked_bool(name: str, value: Any) -> bool:

@@ -49,4 +49,4 @@ class PromptLookup(Drafter):
         place = jnp.max(jnp.where(found, slots, -1), axis=1, keepdims=True)
         period = jnp.where(best > 0, n - place, 1)
         at = n - period + 1 + jnp.arange(self.gamma) % period
-        return Proposal(jnp.take_along_axis(tokens, at, axis=1), None, state.cache)
+        return Proposal(jnp.take_along_axis(tokens, at, axis=1), state.cache)

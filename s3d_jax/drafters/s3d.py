@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
+
 from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
 from s3d_jax.machine import default_device
+from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.weights.formats import weight_format
@@ -38,17 +41,16 @@ class S3D(Drafter):
         """With `adaptive` (default True) a row falls back to AR where drafting does not pay."""
         options = dict(options)
         adaptive = checked_bool("adaptive", options.pop("adaptive", True))
-        drafter, _ = super().choose(target, options)
+        drafter = super().choose(target, options).drafter
         assert isinstance(drafter, S3D)
-        return Choice(drafter, drafter.costs(target) if adaptive else None)
-
-    def costs(self, target: Target) -> PassCosts:
-        """As measured, where the device was tuned to these settings; else as estimated."""
-        tuned, draft = target.tuning, self.settings
+        if not adaptive:
+            return Choice(drafter)
+        tuned, draft = target.tuning, drafter.settings
         if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
-            return tuned.costs
+            return Choice(drafter, tuned.costs, tuned.improvement_factor)
         weights, dtype = weight_format(target.config), target.config.dtype
-        return PassCosts.estimated(draft, weights.bound_by_memory(dtype, default_device().platform))
+        memory_bound = weights.bound_by_memory(dtype, default_device().platform)
+        return Choice(drafter, PassCosts.estimated(draft, memory_bound))
 
     def validate(self, target: Target) -> None:
         self.settings.validate_for(target.config)
@@ -63,12 +65,18 @@ class S3D(Drafter):
             found["skip"] = self.settings.skip
         found["adaptive"] = costs is not None
         if costs is not None:
-            measured = target.tuning is not None and costs == target.tuning.costs
-            found["costs"] = "measured" if measured else "estimated"
+            tuned = target.tuning is not None and costs == target.tuning.costs
+            found["costs"] = "tuned" if tuned else "measured"
         return found
 
     def propose(self, inputs: Inputs) -> Proposal:
-        logits, cache = forward(
+        logits, cache = self.logits(inputs)
+        noise = None if inputs.noise is None else inputs.noise[:, : self.gamma]
+        return Proposal(pick_tokens(inputs, logits, noise), cache)
+
+    def logits(self, inputs: Inputs) -> tuple[jax.Array, KVCache]:
+        """The draft pass: logits float32 [B, γ, V], and the cache."""
+        return forward(
             inputs.spec.config,
             inputs.params,
             last_token(inputs.state),
@@ -79,4 +87,3 @@ class S3D(Drafter):
             bidirectional=self.settings.block_attention == "bidirectional",
             visible=inputs.visible,
         )
-        return Proposal(*pick_tokens(inputs.spec, logits, inputs.state), cache)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Inputs, Proposal, last_token
+from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Drafter, Target, pick_tokens
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.cache import KVCache
@@ -48,15 +48,15 @@ class SelfSpeculative(Drafter):
         return {"gamma": self.gamma, "skip": self.settings.skip}
 
     def propose(self, inputs: Inputs) -> Proposal:
-        spec, params, _, state, visible = inputs
+        spec, params, state, visible = inputs.spec, inputs.params, inputs.state, inputs.visible
         skip = self.settings.skip
 
         def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
             return forward(spec.config, params, block, cache, skip=skip, visible=visible)
 
         logits, cache = one_pass(last_token(state), state.cache)
-        tokens, q, cache = draft_token_by_token(spec, state, one_pass, logits, cache)
-        return Proposal(tokens, q, cache.replace(length=state.cache.length))
+        tokens, cache = draft_token_by_token(inputs, one_pass, logits, cache)
+        return Proposal(tokens, cache.replace(length=state.cache.length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,49 +84,43 @@ class EarlyExit(SelfSpeculative):
 
 
 def draft_token_by_token(
-    spec: DecodeSpec,
-    state: DecodeState,
-    one_pass: OnePass,
-    logits: jax.Array,
-    cache: KVCache,
-) -> tuple[jax.Array, jax.Array | None, KVCache]:
+    inputs: Inputs, one_pass: OnePass, logits: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
     """γ draft tokens, each of which sees the ones before it.
 
     Args:
-        spec, state: of the target.
+        inputs: of the iteration.
         one_pass: (tokens [B, 1], cache) -> (logits [B, 1, V], cache).
         logits: float32 [B, 1, V], of the first draft token.
         cache: of the model that drafts; holds what these logits have seen.
 
     Returns:
-        Tokens and logits as in Proposal, and the cache.
+        The tokens, int32 [B, γ], and the cache.
     """
+    spec, state = inputs.spec, inputs.state
     n = state.cache.length
     rows = jnp.arange(n.shape[0])
 
-    def choose(
-        logits: jax.Array, i: jax.Array, counts: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        # Each token uses the keys of its own position. Keys of a draft token that was judged are
-        # never used again, since the next iteration begins after it.
-        here = state.replace(cache=state.cache.replace(length=n + i), output_counts=counts)
-        token, q = pick_tokens(spec, logits, here)
+    def pick(logits: jax.Array, i: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The draft token i, int32 [B, 1], and the counts with it."""
+        noise = inputs.noise
+        if noise is not None:
+            noise = jax.lax.dynamic_slice_in_dim(noise, i, 1, axis=1)
+        here = inputs._replace(state=state.replace(output_counts=counts))
+        token = pick_tokens(here, logits, noise)
         if spec.features.penalized:
             counts = counts.at[rows, token[:, 0]].add(1)
-        return token, q, counts
+        return token, counts
 
     def body(
         carry: tuple[jax.Array, KVCache, jax.Array], i: jax.Array
-    ) -> tuple[tuple[jax.Array, KVCache, jax.Array], tuple[jax.Array, jax.Array | None]]:
+    ) -> tuple[tuple[jax.Array, KVCache, jax.Array], jax.Array]:
         token, cache, counts = carry
         logits, cache = one_pass(token, cache.replace(length=n + i))
-        token, q, counts = choose(logits, i, counts)
-        return (token, cache, counts), (token[:, 0], None if q is None else q[:, 0])
+        token, counts = pick(logits, i, counts)
+        return (token, cache, counts), token[:, 0]
 
-    token, q, counts = choose(logits, jnp.int32(0), state.output_counts)
+    token, counts = pick(logits, jnp.int32(0), state.output_counts)
     steps = jnp.arange(1, spec.gamma, dtype=jnp.int32)
-    (_, cache, _), (tokens, qs) = jax.lax.scan(body, (token, cache, counts), steps)
-    tokens = jnp.concatenate([token, tokens.T], axis=1)
-    if q is not None and qs is not None:
-        q = jnp.concatenate([q, qs.swapaxes(0, 1)], axis=1)
-    return tokens, q, cache
+    (_, cache, _), tokens = jax.lax.scan(body, (token, cache, counts), steps)
+    return jnp.concatenate([token, tokens.T], axis=1), cache

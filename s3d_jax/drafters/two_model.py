@@ -58,7 +58,7 @@ class TwoModel(Drafter):
         return prefill_chunk(self.settings.model, params, tokens, state, offset, visible)
 
     def propose(self, inputs: Inputs) -> Proposal:
-        spec, _, params, state, visible = inputs
+        params, state, visible = inputs.drafter_params, inputs.state, inputs.visible
         model, n = self.settings.model, state.cache.length
 
         def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -72,5 +72,5 @@ class TwoModel(Drafter):
         block = jnp.take_along_axis(state.tokens, at, axis=1)
         logits, cache = one_pass(block, state.drafter_state.replace(length=first))
         logits = jnp.take_along_axis(logits, (n - first)[:, None, None], axis=1)
-        tokens, q, cache = draft_token_by_token(spec, state, one_pass, logits, cache)
-        return Proposal(tokens, q, state.cache, cache)
+        tokens, cache = draft_token_by_token(inputs, one_pass, logits, cache)
+        return Proposal(tokens, state.cache, cache)

@@ -9,11 +9,13 @@ from typing import Any, Literal, NoReturn, Unpack
 import jax
 import numpy as np
 
+from s3d_jax.decoding.adaptive import BY_BUDGET
 from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import init_state, restart
-from s3d_jax.decoding.step import decode_jit, statistics
+from s3d_jax.decoding.step import Counts, decode_jit, statistics
 from s3d_jax.drafters.base import Target
+from s3d_jax.engine.costs import MOST_PER_CALL, Experiences, Pace
 from s3d_jax.engine.options import GenerateOptions, check_options
 from s3d_jax.engine.programs import Program, Programs, signature
 from s3d_jax.engine.prompts import PromptEncoder
@@ -34,11 +36,18 @@ _BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What runs batches: a model, its tokenizer if it has one, and its compiled programs."""
+    """What runs batches: a model, its tokenizer if it has one, and what earlier batches left.
+
+    Attributes:
+        target, tokenizer: the model, and its tokenizer or None.
+        programs: compiled ones.
+        experiences: what drafting costs and gains.
+    """
 
     target: Target
     tokenizer: Any
     programs: Programs
+    experiences: Experiences
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -120,8 +129,16 @@ class Batch:
             cache = kept.cache.replace(length=jax.device_put(np.full(1, known, np.int32)))
             self._written = kept.written if known else 0
         self._known = known
+        self._request, self._experiences = request, engine.experiences
+        self._pace: Pace | None = None
+        self._mode = BY_BUDGET
         self._state = init_state(
-            self._spec, prompts, self._plan, request.sampling, cache, sorted(self._stop_ids)
+            self._spec,
+            prompts,
+            self._plan,
+            request.sampling,
+            cache,
+            sorted(self._stop_ids),
         )
         # A lookup takes as long as an AR step of a small model. So the parameters' signatures are
         # computed once, and the compiled loops are found by the number of slots that they read.
@@ -143,6 +160,7 @@ class Batch:
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
         if self._has_stop_strings:
             iterations_per_call = min(iterations_per_call, _STEPS_PER_LOOK)
+        self._begin_pace(iterations_per_call)
         running = [True] * len(self._prompts)
         while any(running):
             yield from self._run(running, iterations_per_call)
@@ -153,6 +171,7 @@ class Batch:
                 self._state = restart(self._spec, self._state, self._plan, running)
         for text in self.texts or ():
             text.finish()
+        self._end_pace()
         self.has_ended = True
 
     def _run(self, running: list[bool], iterations_per_call: int) -> Iterator[list[list[int]]]:
@@ -173,7 +192,7 @@ class Batch:
         used = max(n for n, runs in zip(plan.padded, running, strict=True) if runs) - 1
         finished = False
         while not finished:
-            tokens, lengths, done, broken = self._decode(used, iterations_per_call)
+            tokens, lengths, done, broken = self._paced_decode(used, iterations_per_call)
             self._broken = broken.tolist()
             yield [self._take(b, tokens[b], int(lengths[b])) for b in range(len(tokens))]
             done = done | np.array(self._stopped)
@@ -182,6 +201,52 @@ class Batch:
             used = max(used, int((lengths + padding)[~done].max(initial=0)))
             if any(self._stopped) and not finished:
                 self._state = self._state.replace(done=jax.device_put(done))
+
+    def _begin_pace(self, iterations_per_call: int) -> None:
+        """Decides how the rows begin, where they decide by costs whether to draft."""
+        costs, spec = self._request.costs, self._spec
+        if costs is None:
+            return
+        # Short calls cost more on the host, so they are other settings.
+        size = min(iterations_per_call, MOST_PER_CALL)
+        settings = spec.drafter, spec.features, len(self._prompts), size
+        known = self._experiences.of(settings)
+        self._pace = Pace(costs.iteration(spec.gamma), self._request.gain, known)
+        self._state = self._state.replace(budget=self._pace.budget(self._request.max_new_tokens))
+
+    def _paced_decode(self, used: int, iterations_per_call: int) -> tuple[np.ndarray, ...]:
+        """As `_decode`; drafts as the pace wants, and tells it the time."""
+        pace, budget = self._pace, self._state.budget
+        if pace is None or budget is None:
+            return self._decode(used, iterations_per_call)
+        call = pace.next_call()
+        if call.most is None and call.mode == self._mode:
+            return self._decode(used, iterations_per_call)
+        rows = len(self._prompts)
+        before, self._mode = int(np.max(budget.iterations)), call.mode
+        mode, cost = np.full(rows, call.mode, np.int32), np.full(rows, pace.cost, np.float32)
+        mode, cost = jax.device_put((mode, cost))
+        self._state = self._state.replace(budget=budget.replace(mode=mode, cost=cost))
+        if call.most is not None:
+            iterations_per_call = min(iterations_per_call, call.most)
+        seconds = self._decode_seconds
+        found = self._decode(used, iterations_per_call)
+        assert self._state.budget is not None
+        iterations = int(np.max(self._state.budget.iterations)) - before
+        pace.took(iterations, self._decode_seconds - seconds)
+        return found
+
+    def _end_pace(self) -> None:
+        """Remembers what drafting has gained."""
+        if self._pace is not None:
+            passes = jax.device_get(self._state.passes)
+            rows = [self._counts(b, passes[b]) for b in range(len(passes))]
+            drafting = sum(row.iterations - row.plain for row in rows)
+            self._pace.ended(sum(sum(row.accepted) for row in rows) + drafting, drafting)
+
+    def _counts(self, b: int, passes: np.ndarray) -> Counts:
+        """What row b cost."""
+        return statistics(passes, len(self._prompts[b]), len(self.tokens[b]), self._spec.gamma)
 
     def _unfinished(self) -> list[bool]:
         """Rows that stopped at a limit of the plan before their end."""
@@ -207,13 +272,12 @@ class Batch:
             stopped_by: int | str | None = self.texts[b].stopped_by if self.texts else None
             if stopped_by is None and tokens and tokens[-1] in self._stop_ids:
                 stopped_by = tokens[-1]
-            gamma, prompt_tokens = self._spec.gamma, len(self._prompts[b])
-            counts = statistics(passes[b], prompt_tokens, len(tokens), gamma)
+            counts = self._counts(b, passes[b])
             stats = Stats(
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=len(self._prompts[b]),
                 new_tokens=len(tokens),
                 iterations=counts.iterations,
-                drafted=(counts.iterations - counts.plain) * gamma,
+                drafted=(counts.iterations - counts.plain) * self._spec.gamma,
                 accepted=sum(counts.accepted),
                 accepted_per_position=counts.accepted,
                 prefill_seconds=self._prefill_seconds,
@@ -222,6 +286,7 @@ class Batch:
                 peak_memory_bytes=memory,
                 cached_tokens=self._known,
                 plain_iterations=counts.plain,
+                iteration_cost=None if self._pace is None else self._pace.cost,
             )
             text = self.texts[b].text if self.texts else None
             reason: Literal["stop", "length", "error"] = "length" if stopped_by is None else "stop"

@@ -14,6 +14,7 @@ from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import seeded_keys
+from s3d_jax.settings.drafting import PassCosts
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.text import is_text
@@ -78,6 +79,8 @@ class Request:
         spec: the program.
         stop_ids: tokens that end a text.
         drafter: proposes the draft tokens; None is AR.
+        costs: of the passes, by which rows decide whether to draft; None always drafts.
+        gain: speed over that of plain decoding, where tuning has measured it.
         drafter_params: its parameters.
         sampling: the rows' sampling settings.
         stops: strings that end a text.
@@ -87,6 +90,8 @@ class Request:
     spec: DecodeSpec
     stop_ids: frozenset[int]
     drafter: Drafter | None
+    costs: PassCosts | None
+    gain: float | None
     drafter_params: Any
     sampling: SamplingParams
     stops: tuple[str, ...]
@@ -140,7 +145,6 @@ def check_options(
         config=target.config,
         drafter=choice.drafter,
         features=features,
-        costs=choice.costs,
     )
     drafter_params = None if choice.drafter is None else choice.drafter.params(target)
     limits = tuple(min(n, target.max_length) for n in new_tokens)
@@ -149,6 +153,8 @@ def check_options(
         spec=spec,
         stop_ids=frozenset(checked_ids(ids, vocab_size)),
         drafter=choice.drafter,
+        costs=choice.costs,
+        gain=choice.gain,
         drafter_params=drafter_params,
         sampling=params,
         stops=_stop_strings(stop),

@@ -23,6 +23,8 @@ class Stats:
         cached_tokens: prompt tokens that were in the cache already, from a conversation's previous
             turn; they are not prefilled.
         plain_iterations: iterations without a draft: how often a method that drafts fell back.
+        iteration_cost: of an iteration with a draft, in steps of plain decoding, by which a method
+            decides whether to draft; None where it does not decide.
         peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
             the peak resident set of this process.
     """
@@ -39,6 +41,7 @@ class Stats:
     peak_memory_bytes: int
     cached_tokens: int = 0
     plain_iterations: int = 0
+    iteration_cost: float | None = None
 
     @property
     def tokens_per_iteration(self) -> float:

@@ -187,7 +187,7 @@ class _RepeatLast(Drafter):
     def propose(self, inputs: Inputs) -> Proposal:
         last = last_token(inputs.state)
         tokens = jnp.broadcast_to(last, (last.shape[0], self.gamma))
-        return Proposal(tokens, None, inputs.state.cache)
+        return Proposal(tokens, inputs.state.cache)
 
 
 def _mean_visible(lm: LM, texts: Texts, max_new_tokens: int, gamma: int) -> int:

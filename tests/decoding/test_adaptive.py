@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax.decoding import adaptive, sampling
+from s3d_jax.decoding import adaptive
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.state import DecodeSpec
 from s3d_jax.decoding.step import decode_jit, statistics
@@ -122,12 +122,12 @@ settle = jax.jit(adaptive.settle)
 def test_no_more_is_lost_than_the_budget_and_the_attempts(accepted, draft):
     """Against plain decoding, at every moment; and rows that only win never stop drafting."""
     cost = PassCosts(draft, FAIR.verify).iteration(GAMMA)
-    budget, gained, lowest, peak, attempts = adaptive.full_budget(1), 0.0, 0.0, 0.0, 0
+    budget, gained, lowest, peak, attempts = adaptive.new_budget(1, cost), 0.0, 0.0, 0.0, 0
     for a in accepted:
         drafts = bool(budget.drafting_rows[0])
         attempts += drafts and float(budget.steps[0]) == 0
         accepted_here = jnp.array([a if drafts else 0])
-        budget = settle(cost, budget, jnp.array([drafts]), accepted_here, jnp.array([False]))
+        budget = settle(budget, jnp.array([drafts]), accepted_here, jnp.array([False]))
         gained += a + 1 - cost if drafts else 0
         lowest = min(lowest, gained)
         peak = max(peak, gained)
@@ -139,11 +139,11 @@ def test_no_more_is_lost_than_the_budget_and_the_attempts(accepted, draft):
 
 
 def test_a_losing_row_drafts_ever_more_rarely():
-    budget, drafted = adaptive.full_budget(1), []
+    budget, drafted = adaptive.new_budget(1, 2.25), []
     for i in range(600):
         drafts = bool(budget.drafting_rows[0])
         drafted += [i] * drafts
-        budget = settle(2.25, budget, jnp.array([drafts]), jnp.array([0]), jnp.array([False]))
+        budget = settle(budget, jnp.array([drafts]), jnp.array([0]), jnp.array([False]))
     assert drafted == [*range(10), 16, 32, 64, 128, 256, 384, 512]
 
 
@@ -228,9 +228,9 @@ def test_programs_copy_no_cache():
     settings, features = batch_sampling(
         [SamplingConfig()] * 2, jax.random.split(jax.random.key(0)), 31
     )
-    spec = DecodeSpec(CONFIG, S3D(DRAFT), features, costs=FAIR)
+    spec, budget = DecodeSpec(CONFIG, S3D(DRAFT), features), adaptive.new_budget(2, 2.25)
     for slots in (512, 4096):
-        state = begin(spec, [np.arange(3), np.arange(9)], [90, 90], slots, settings)
+        state = begin(spec, [np.arange(3), np.arange(9)], [90, 90], slots, settings, budget=budget)
         arguments = (spec, PARAMS, draft_params, state, jnp.int32(5), 64)
         program = decode_jit.lower(*arguments).compile()
         cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
@@ -239,24 +239,3 @@ def test_programs_copy_no_cache():
         assert not re.findall(rf"= f32\[2,2,{slots},10\]\S* copy\(", program.as_text())
         sizes.append(memory.temp_size_in_bytes)
     assert sizes[1] - sizes[0] < cache / 100
-
-
-def test_a_row_that_does_not_draft_samples_from_the_target():
-    """Nothing was rejected there, so the residual of p and q is the wrong distribution."""
-    rng, n, vocab = np.random.default_rng(2), 100_000, 5
-    p = rng.dirichlet(np.ones(vocab)).astype(np.float32)
-    q = rng.dirichlet(np.ones(vocab) * 0.5).astype(np.float32)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(3 * n))
-    draft = sampling.categorical(keys[:n], jnp.broadcast_to(jnp.log(q), (n, 2, vocab)))
-    drafts = jnp.arange(n) % 2 == 0
-    accepted, bonus = sampling.accept_sampled(
-        draft,
-        jnp.broadcast_to(q, (n, 2, vocab)),
-        jnp.broadcast_to(p, (n, 3, vocab)),
-        *(keys[n : 2 * n], keys[2 * n :], drafts),
-    )
-    first = np.where(np.asarray(accepted) > 0, np.asarray(draft)[:, 0], np.asarray(bonus))
-    assert (np.asarray(accepted)[1::2] == 0).all()
-    for mine in (first[::2], first[1::2]):
-        histogram = np.bincount(mine, minlength=vocab) / len(mine)
-        assert (np.abs(histogram - p) <= 4.5 * np.sqrt(p * (1 - p) / len(mine))).all()

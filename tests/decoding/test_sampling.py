@@ -1,5 +1,6 @@
-"""Warpers, penalties, and the acceptance rule: exact against plain Python, and in distribution."""
+"""Warpers, penalties and choices: exact against plain Python, in distribution, by any method."""
 
+import functools
 import itertools
 
 import jax
@@ -9,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3d_jax.decoding import adaptive, sampling
+from s3d_jax.decoding import sampling
 from s3d_jax.decoding.sampling import batch_sampling, warp
-from s3d_jax.decoding.step import Proposal
+from s3d_jax.decoding.state import Proposal
 from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.prompt_lookup import PromptLookup
 from s3d_jax.drafters.s3d import S3D
@@ -22,7 +23,7 @@ from s3d_jax.nn.transformer import forward_logits
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig, TwoModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
 from tests.sampled import sampled
-from tests.tiny import outputs, run, tiny_config, tiny_params
+from tests.tiny import counted, outputs, run, tiny_config, tiny_params
 
 
 def reference_distribution(
@@ -170,34 +171,30 @@ def test_penalties_against_the_definitions():
         np.testing.assert_allclose(jax.nn.softmax(ours[b, 0]), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("hostile", [False, True])
-def test_acceptance_rule_yields_the_target_distribution(hostile):
-    """One position: accepted draft or bonus is distributed as p, and α = Σ min(p, q)."""
-    rng = np.random.default_rng(2)
-    n, vocab = 200_000, 6
-    p = rng.dirichlet(np.ones(vocab)).astype(np.float32)
-    q = rng.dirichlet(np.ones(vocab) * 0.3).astype(np.float32)
-    if hostile:  # proposes what the target never says
-        p[:2] = 0
-        p /= p.sum()
-        q[:] = [0.6, 0.4, 0, 0, 0, 0]
-    keys = jax.random.split(jax.random.key(0), n)
-    draw, accept_keys, bonus_keys = (
-        jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(3)
+def test_the_same_noise_makes_alike_distributions_choose_alike():
+    """Each choice alone is distributed as it must be; both agree more often than a coin decides.
+
+    Two choices by the same noise agree with probability Σ_x 1 / Σ_y max(p_y / p_x, q_y / q_x).
+    """
+    rng, n, vocab = np.random.default_rng(2), 200_000, 6
+    p, q = rng.dirichlet(np.ones(vocab), 2)
+    keys = jax.random.split(jax.random.key(0), (n, 1))
+    noise = sampling.gumbel_noise(keys, vocab)
+    params, features = batch_sampling([SamplingConfig(temperature=1.0)] * n, keys[:, 0], vocab)
+    ours, theirs = (
+        np.asarray(
+            sampling.choose(
+                jnp.broadcast_to(jnp.log(jnp.float32(x)), (n, 1, vocab)), params, features, noise
+            )
+        ).ravel()
+        for x in (p, q)
     )
-    draft = sampling.categorical(draw, jnp.broadcast_to(jnp.log(q), (n, 1, vocab)))
-    target = jnp.broadcast_to(p, (n, 2, vocab))
-    accepted, bonus = sampling.accept_sampled(
-        draft, jnp.broadcast_to(q, (n, 1, vocab)), target, accept_keys, bonus_keys
-    )
-    first = np.where(np.asarray(accepted) > 0, np.asarray(draft)[:, 0], np.asarray(bonus))
-    histogram = np.bincount(first, minlength=vocab) / n
-    sigma = np.sqrt(p * (1 - p) / n)
-    assert (np.abs(histogram - p) <= 4.5 * sigma + 1e-12).all()
-    alpha = np.minimum(p, q).sum()
-    assert (
-        abs(np.mean(np.asarray(accepted)) - alpha) <= 4.5 * np.sqrt(alpha * (1 - alpha) / n) + 1e-12
-    )
+    for chosen, x in ((ours, p), (theirs, q)):
+        histogram = np.bincount(chosen, minlength=vocab) / n
+        assert (np.abs(histogram - x) <= 4.5 * np.sqrt(x * (1 - x) / n)).all()
+    agree = sum(1 / np.maximum(p / p[i], q / q[i]).sum() for i in range(vocab))
+    assert agree > np.sum(p * q) + 0.1
+    assert abs(np.mean(ours == theirs) - agree) <= 4.5 * np.sqrt(agree * (1 - agree) / n)
 
 
 # --- the whole decoder in distribution ------------------------------------------------------------
@@ -232,13 +229,11 @@ def exact_distribution(row: SamplingConfig) -> np.ndarray:
     return joint
 
 
-def sampled_tokens(rows: list[SamplingConfig], drafter=S3D, draft=None, **other) -> np.ndarray:
-    """int [rows, samples, 3], all in one batch."""
+def sampled_tokens(rows: list[SamplingConfig]) -> np.ndarray:
+    """Of plain decoding: int [rows, samples, 3], all in one batch."""
     batch = [row for row in rows for _ in range(SAMPLES)]
     prompts = [PROMPT] * len(batch)
-    draft = draft or DraftConfig((False, True, False), gamma=3)
-    options = dict(draft=draft, rows=batch, seed=5, drafter=drafter, **other)
-    state = run(CONFIG, PARAMS, prompts, 3, **options)
+    state = run(CONFIG, PARAMS, prompts, 3, rows=batch, seed=5)
     return np.array(outputs(state, prompts)).reshape(len(rows), SAMPLES, 3)
 
 
@@ -278,73 +273,68 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("name", sampled(list(DISTRIBUTIONS), ["penalties, bias and greedy rows"]))
-def test_s3d_samples_from_the_target(name):
+def test_plain_decoding_samples_from_the_target(name):
     rows = DISTRIBUTIONS[name]
     for row, tokens in zip(rows, sampled_tokens(rows), strict=True):
         check_distribution(tokens, exact_distribution(row))
 
 
-def test_hostile_drafts_do_not_bend_the_distribution():
-    """A constant draft, and one that is sampled from a wrong distribution."""
-    rows = [SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.6, top_k=3)]
+# --- the other methods draw what plain decoding draws ---------------------------------------------
 
-    class Constant(Drafter):
-        def propose(self, inputs):
-            cache = inputs.state.cache
-            tokens = jnp.full((len(cache.length), self.gamma), 2, jnp.int32)
-            return Proposal(tokens, None, cache)
-
-    class Skewed(Drafter):
-        def propose(self, inputs):
-            cache, keys = inputs.state.cache, inputs.state.sampling.keys
-            shape = (len(cache.length), self.gamma, VOCAB)
-            logits = jnp.broadcast_to(jnp.array([3.0, 0, -3, 2, 0, 1]), shape)
-            keys = jax.vmap(lambda k, n: jax.random.fold_in(k, n + 1000))(keys, cache.length)
-            return Proposal(sampling.categorical(keys, logits), logits, cache)
-
-    for drafter in (Constant, Skewed):
-        for row, tokens in zip(rows, sampled_tokens(rows, drafter), strict=True):
-            check_distribution(tokens, exact_distribution(row))
+SAMPLED = [row for rows in DISTRIBUTIONS.values() for row in rows] * 2
+PROMPTS = [[*PROMPT, *range(i % VOCAB)] for i in range(len(SAMPLED))]
 
 
-def test_falling_back_and_drafting_again_do_not_bend_the_distribution(monkeypatch):
-    """Rows draft or not by what was accepted before, in one batch; half of the time they do."""
-    monkeypatch.setattr(adaptive, "_CAPACITY", 1.0)
-    monkeypatch.setattr(adaptive, "_FIRST_PAUSE", 2)
-    rows = [SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.6, top_k=3)]
-    draft = DraftConfig((False, True, False), gamma=1)
-    tokens = sampled_tokens(rows, draft=draft, costs=PassCosts(1.0, (1, 1.0)))
-    for row, drawn in zip(rows, tokens, strict=True):
-        check_distribution(drawn, exact_distribution(row))
+class Constant(Drafter):
+    """Proposes the same token always."""
+
+    def propose(self, inputs):
+        cache = inputs.state.cache
+        return Proposal(jnp.full((len(cache.length), self.gamma), 2, jnp.int32), cache)
 
 
 OTHER = tiny_config(
     **dict(vocab_size=VOCAB, num_layers=1, hidden_size=6, intermediate_size=8),
     **dict(num_heads=1, num_kv_heads=1, head_dim=4),
 )
+HALF = DraftConfig((False, True, False), gamma=3)
 DRAFTERS = {
-    "self-spec": (SelfSpeculative, DraftConfig((False, True, False), gamma=3), None),
-    "prompt-lookup": (PromptLookup, PromptLookupConfig(gamma=3), None),
-    "two-model, the same": (TwoModel, TwoModelConfig(CONFIG, gamma=3), PARAMS),
-    "two-model, another": (
-        TwoModel,
-        TwoModelConfig(OTHER, gamma=3),
-        tiny_params(OTHER, seed=1, scale=20.0),
+    "s3d": dict(drafter=S3D, draft=HALF),
+    "s3d that falls back": dict(drafter=S3D, draft=HALF, costs=PassCosts(1.3, (1, 1, 1, 1.2))),
+    "self-spec": dict(drafter=SelfSpeculative, draft=HALF),
+    "prompt-lookup": dict(drafter=PromptLookup, draft=PromptLookupConfig(gamma=3)),
+    "two-model": dict(
+        drafter=TwoModel,
+        draft=TwoModelConfig(OTHER, gamma=3),
+        draft_params=tiny_params(OTHER, seed=1, scale=20.0),
     ),
+    "the same model": dict(
+        drafter=TwoModel, draft=TwoModelConfig(CONFIG, gamma=3), draft_params=PARAMS
+    ),
+    "a constant": dict(drafter=Constant, draft=HALF),
 }
 
 
-@pytest.mark.parametrize("name", sampled(list(DRAFTERS), ["two-model, another"]))
-def test_other_methods_sample_from_the_target(name):
-    """What a draft token was drawn from depends on those before it, also by penalties."""
-    drafter, draft, params = DRAFTERS[name]
-    rows = [
-        SamplingConfig(temperature=1.0, top_p=0.9),
-        SamplingConfig(temperature=1.5, presence_penalty=0.8, repetition_penalty=1.3),
-    ]
-    tokens = sampled_tokens(rows, drafter, draft, draft_params=params)
-    for row, drawn in zip(rows, tokens, strict=True):
-        check_distribution(drawn, exact_distribution(row))
+@functools.cache
+def drawn_plainly() -> list[list[int]]:
+    return outputs(run(CONFIG, PARAMS, PROMPTS, 40, rows=SAMPLED), PROMPTS)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_method_draws_the_tokens_of_plain_decoding(name):
+    """Token for token, from the same keys, whatever is drafted and accepted."""
+    state = run(CONFIG, PARAMS, PROMPTS, 40, rows=SAMPLED, **DRAFTERS[name])
+    assert outputs(state, PROMPTS) == drawn_plainly()
+    iterations, accepted = counted(state, PROMPTS, 3)
+    assert accepted.sum() > 0 and iterations.sum() < 40 * len(PROMPTS)
+    if name == "the same model":  # which draws the same, so that all is accepted
+        assert iterations.tolist() == [10] * len(PROMPTS)
+
+
+def test_tokens_depend_on_the_seed():
+    assert drawn_plainly() != outputs(
+        run(CONFIG, PARAMS, PROMPTS, 40, rows=SAMPLED, seed=1), PROMPTS
+    )
 
 
 def test_the_check_itself_notices_a_small_error():

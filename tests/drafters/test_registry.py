@@ -57,7 +57,7 @@ class Counting(Drafter):
         state = inputs.state
         steps = jnp.arange(1, self.gamma + 1) * self.settings.step
         tokens = (last_token(state) + steps) % inputs.drafter_params["vocab"]
-        return Proposal(tokens, None, state.cache)
+        return Proposal(tokens, state.cache)
 
     def update(self, state, accepted):
         return state.drafter_state | {"iterations": state.drafter_state["iterations"] + 1}

@@ -151,17 +151,21 @@ CASES = {
         "float32 B T V",
     ),
     "warp": (partial(sampling.warp, features=ALL), ("float32 B T V", ROWS), "float32 B T V"),
-    "accept_greedy": (
-        sampling.accept_greedy,
+    "choose": (
+        lambda logits, rows, noise: sampling.choose(logits, rows, ALL, noise),
+        ("float32 B T V", ROWS, "float32 B T V"),
+        "int32 B T",
+    ),
+    "accept": (
+        sampling.accept,
         ("int32 B γ", "int32 B γ+1", "bool B"),
         ("int32 B", "int32 B"),
     ),
-    "accept_sampled": (
-        sampling.accept_sampled,
-        ("int32 B γ", "float32 B γ V", "float32 B γ+1 V", "key B", "key B", "bool B"),
-        ("int32 B", "int32 B"),
+    "gumbel_noise": (
+        partial(sampling.gumbel_noise, vocab_size=SIZES["V"]),
+        ("key B T",),
+        "float32 B T V",
     ),
-    "categorical": (sampling.categorical, ("key B", "float32 B T V"), "int32 B T"),
 }
 
 

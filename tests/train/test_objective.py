@@ -41,8 +41,9 @@ def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _propose(spec, params, draft, state):
-    return spec.drafter.propose(Inputs(spec, params, draft, state))
+def _draft_logits(spec, params, draft, state):
+    logits, _ = spec.drafter.logits(Inputs(spec, params, draft, state))
+    return logits[0]
 
 
 def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
@@ -55,7 +56,7 @@ def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
     plan = SlotPlan((length,), (length + 4,), draft_config.gamma, 64)
     state = init_state(spec, [prompt], plan, sampling)
     state = prefill(spec, params, draft, state, [prompt], plan)
-    return np.asarray(_propose(spec, params, draft, state).logits[0])
+    return np.asarray(_draft_logits(spec, params, draft, state))
 
 
 _target_stream = jax.jit(target_stream, static_argnums=(0, 3))
