@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,12 @@ from s3d_jax.errors import S3DError
 from s3d_jax.settings.arguments import RAW, add_options, build, json_stdout, take_any_text
 
 if TYPE_CHECKING:
+    from convert.parity import Parity
     from convert.plan import DryRun, TensorEntry
     from convert.to_native import ConversionReport
     from convert.verification import Verification
+
+_MAX_ARRAYS = 20  # that differ, and are named
 
 _DESCRIPTION = """\
 Converts a language model to the native checkpoint of s3d_jax:
@@ -24,7 +28,7 @@ Converts a language model to the native checkpoint of s3d_jax:
   s3d-convert HF_DIR_OR_ID OUT_DIR                from Hugging Face (or a .gguf or llama2.c file)
   s3d-convert NATIVE_DIR OUT_DIR --quantize int8  from a native checkpoint, to int8
   s3d-convert inspect HF_DIR_OR_ID                list the tensors, and what each becomes
-  s3d-convert verify NATIVE_DIR HF_DIR_OR_ID      measure how far the two differ
+  s3d-convert verify NATIVE_DIR HF_DIR_OR_ID      measure how far the two differ (or a file)
   s3d-convert export NATIVE_DIR OUT_DIR           back to a Hugging Face folder
 
 Works tensor by tensor, so a model larger than the memory can be converted. OUT_DIR appears when it
@@ -62,14 +66,18 @@ examples:
   s3d-convert inspect microsoft/Phi-3-mini-4k-instruct --json"""
 
 _VERIFY_DESCRIPTION = """\
-Runs a native checkpoint, and its original in HF transformers, over the same random tokens, and
-compares the logits. One model is in memory at a time. Needs torch: pip install 's3d-jax[torch]'.
+Runs a native checkpoint, and its original in HF transformers, over the same tokens, and compares
+the logits. The tokens are a text's where the checkpoint has a tokenizer, else random. One model is
+in memory at a time. Needs torch: pip install 's3d-jax[torch]'.
 
-Exit code: 0 if the KL divergence is within --max-kl, else 1."""
+Of a GGUF or llama2.c file, settings and weights are compared first, bit for bit, without torch.
+
+Exit code: 0 if weights agree and the KL divergence is within --max-kl, else 1."""
 
 _VERIFY_EPILOG = """\
 examples:
   s3d-convert verify models/smollm HuggingFaceTB/SmolLM-135M
+  s3d-convert verify models/smollm2 SmolLM2-135M-Instruct.Q4_1.gguf
   s3d-convert verify models/phi3 ~/Phi-3-mini-4k-instruct --dtype bfloat16 --json"""
 
 
@@ -227,7 +235,9 @@ def _verify(argv: list[str]) -> int:
     parser = _parser("s3d-convert verify", _VERIFY_DESCRIPTION, _VERIFY_EPILOG)
     parser.add_argument("native", metavar="NATIVE_DIR", help="a native checkpoint folder")
     parser.add_argument(
-        "source", metavar="HF_DIR_OR_ID", help="what it was converted from: a folder, or a hub id"
+        "source",
+        metavar="HF_DIR_OR_ID",
+        help="what it was converted from: a folder, a hub id, a .gguf or a llama2.c .bin",
     )
     add_options(parser, VerificationOptions)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -246,18 +256,42 @@ def _verify(argv: list[str]) -> int:
 
 
 def _print_verification(verification: "Verification", arguments: argparse.Namespace) -> None:
-    parity = verification.parity
     verdict = "agrees" if verification.agrees else "DIFFERS"
     print(
         f"{arguments.native} ({verification.native_dtype}) against {arguments.source} "
-        f"({' and '.join(verification.stored_dtypes)}), computed in {verification.dtype}, "
-        f"{parity.num_tokens} random tokens:"
+        f"({' and '.join(verification.stored_dtypes)}):"
     )
-    print(f"  largest difference of a logit  {parity.max_difference:.1e}")
-    print(f"  mean difference of a logit     {parity.mean_difference:.1e}")
-    print(f"  KL divergence from HF          {parity.kl:.1e} nats")
-    print(f"  same greedy token              {parity.greedy_agreement:.1%} of the positions")
+    if (stored := verification.stored) is not None:
+        for line in stored.settings:
+            print(f"  another setting: {line}")
+        equal = stored.num_arrays - len(stored.arrays)
+        print(f"  weights the same bit for bit   {equal} of {stored.num_arrays} arrays")
+        for path, difference in itertools.islice(stored.arrays.items(), _MAX_ARRAYS):
+            how = "missing, or of another shape" if difference is None else f"by {difference:.1e}"
+            print(f"    {path} differs: {how}")
+    if (parity := verification.parity) is None:
+        print(f"  logits                         not compared: {verification.parity_skipped}")
+        print(f"{verdict}: of settings and weights, which count as the same if they are equal")
+        return
+    print(
+        f"  ours in {parity.dtype} against HF transformers in {parity.reference}, {_what(parity)}:"
+    )
+    _print_parity(parity)
+    if parity.hf_rounding:
+        print(f"  HF's own rounding: HF in {parity.dtype} against HF in {parity.reference}:")
+        _print_parity(parity.hf_rounding)
     print(f"{verdict}: a KL divergence up to {verification.max_kl:.0e} counts as the same model")
+
+
+def _print_parity(parity: "Parity") -> None:
+    print(f"    largest difference of a logit  {parity.max_difference:.1e}")
+    print(f"    mean difference of a logit     {parity.mean_difference:.1e}")
+    print(f"    KL divergence from HF          {parity.kl:.1e} nats")
+    print(f"    same greedy token              {parity.greedy_agreement:.1%} of the positions")
+
+
+def _what(parity: "Parity") -> str:
+    return f"{parity.num_tokens} {'tokens of text' if parity.is_text else 'random tokens'}"
 
 
 def _print_report(report: "ConversionReport") -> None:
@@ -277,24 +311,32 @@ def _print_report(report: "ConversionReport") -> None:
         print(f"left out of the names of tensors: {', '.join(report.wrappers)}")
     if report.ignored_fields:
         print(f"not understood, and passed: {', '.join(report.ignored_fields)} of config.json")
-    if report.parity is None:
+    if (parity := report.parity) is None:
         print(f"parity with HF transformers: not measured, {report.parity_skipped}")
     else:
         print(
-            f"parity with HF transformers in float32, {report.parity.num_tokens} tokens: largest "
-            f"difference of a logit {report.parity.max_difference:.1e}, same greedy token at "
-            f"{report.parity.greedy_agreement:.1%} of the positions"
+            f"parity with HF transformers in {parity.reference}, ours in {parity.dtype}, "
+            f"{_what(parity)}: {_shortly(parity)}"
         )
-        if report.is_rounded:
+        if parity.hf_rounding:
+            print(f"  HF's own rounding to {parity.dtype}: {_shortly(parity.hf_rounding)}")
+        elif report.is_rounded:
             stored = " and ".join(report.stored_dtypes)
             print(
                 f"  these differences include the rounding of the weights from {stored} to "
-                f"{report.config.precision}; convert with --dtype float32 to see them without it"
+                f"{report.config.precision}"
             )
     if report.tokenizer:
         print(f'next: s3d generate "Once upon a time" --model {report.out}')
     else:
         print(f"next: s3d info --model {report.out}")
+
+
+def _shortly(parity: "Parity") -> str:
+    return (
+        f"largest difference of a logit {parity.max_difference:.1e}, same greedy token at "
+        f"{parity.greedy_agreement:.1%} of the positions"
+    )
 
 
 def _print_loss(report: "ConversionReport") -> None:

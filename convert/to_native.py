@@ -11,7 +11,6 @@ from convert.options import ConversionOptions, Dtype, Quantization
 from convert.parity import Parity, measure_parity
 from convert.progress import notice, progress_bar
 from convert.quantization import QuantizationLoss, measure_loss, read_calibration_text
-from convert.sources.open import HF
 from convert.target import is_rounded, open_target
 from s3d_jax.drafters.stored import read_draft, write_draft
 from s3d_jax.jax_settings import under_usual_jax_settings
@@ -173,13 +172,11 @@ def write_native(
     parity, parity_skipped, loss, loss_skipped = None, _NOT_ASKED, None, _NOT_ASKED
     if options.parity:
         with notice("comparing with HF transformers", options.progress):
-            if origin.wrappers:
-                parity_skipped = f"it does not read {' and '.join(origin.wrappers)}"
-            else:
-                original = origin.path if origin.format == HF else None
-                parity, parity_skipped = measure_parity(
-                    original, Path(out), target.num_stored, config.vocab_size
-                )
+            # Where the cast rounded the weights, HF's model rounded so stands next to ours.
+            is_cast = config.quantization is None and is_rounded(target.stored_dtypes, config)
+            parity, parity_skipped = measure_parity(
+                origin, Path(out), target.num_stored, config.dtype if is_cast else "float32"
+            )
         if options.quantization:
             with progress_bar("measuring", target.num_float_bytes, options.progress) as bar:
                 groups = target.read_groups(bar)

@@ -15,6 +15,7 @@ from convert.__main__ import main
 from convert.families import family_of
 from convert.sources import base
 from convert.sources.hf_folder import open_weights
+from convert.sources.open import open_origin
 from convert.sources.safetensors import SafetensorsSource
 from convert.to_hf import parse_size
 from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
@@ -446,13 +447,14 @@ def test_parity_report(tmp_path, data_dir, monkeypatch):
     source = data_dir / "checkpoints" / "babyllama-1m"
     report = convert.convert(source, tmp_path / "good", progress=False)
     assert report.num_params == 936_448 and report.num_bytes == 4 * 936_448 and report.tokenizer
-    assert report.parity.num_tokens >= 600
+    assert report.parity.num_tokens >= 600 and report.parity.is_text
     assert report.parity.max_difference <= 1e-4 and report.parity.greedy_agreement == 1.0
     # It must detect what a short prompt does not: a wrong base of the rotation.
     fields = json.loads((tmp_path / "good" / "config.json").read_text())
     fields["model"]["rope"]["theta"] = 11_000.0
     (tmp_path / "good" / "config.json").write_text(json.dumps(fields))
-    wrong, _ = parity.measure_parity(source, tmp_path / "good", report.num_params, 105)
+    origin = open_origin(source)
+    wrong, _ = parity.measure_parity(origin, tmp_path / "good", report.num_params)
     assert wrong.max_difference > 0.1 and wrong.greedy_agreement < 0.99
 
     with monkeypatch.context() as patch:  # the conversion is done, whatever fails in the comparison
@@ -462,8 +464,9 @@ def test_parity_report(tmp_path, data_dir, monkeypatch):
             assert report.parity is None and reason in report.parity_skipped
             checkpoint.load(tmp_path / "good")
 
-    assert "no HF checkpoint" in parity.measure_parity(None, tmp_path / "good", 1, 1)[1]
+    found = open_origin(tmp_path / "good")
+    assert "native checkpoint" in parity.measure_parity(found, tmp_path / "good", 1)[1]
     monkeypatch.setattr(parity, "_available_memory", lambda: 10**8)
-    assert "0.1 GB are free" in parity.measure_parity(source, tmp_path / "good", 1, 1)[1]
+    assert "0.1 GB are free" in parity.measure_parity(origin, tmp_path / "good", 1)[1]
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
-    assert "torch is not installed" in parity.measure_parity(source, tmp_path / "good", 1, 1)[1]
+    assert "torch is not installed" in parity.measure_parity(origin, tmp_path / "good", 1)[1]

@@ -10,7 +10,9 @@ import pytest
 import convert
 from convert import parity
 from convert.__main__ import main
+from convert.passage import PASSAGE
 from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.storage.tokenizer import read_tokenizer
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 
@@ -32,12 +34,16 @@ def test_a_conversion_agrees(pair, capsys):
     words = [str(path) for path in pair]
     assert main(["verify", *words]) == 0
     text = capsys.readouterr().out
-    assert "(bfloat16) against" in text and "computed in float32, 640 random tokens" in text
+    assert "(bfloat16) against" in text
+    assert "ours in float32 against HF transformers in float32, 640 random tokens" in text
     assert "same greedy token              100.0%" in text and "agrees" in text
+    assert "rounding" not in text
     assert main(["verify", *words, "--json", "--tokens", "700"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["agrees"] and facts["max_kl"] == 1e-6 and facts["stored_dtypes"] == ["bfloat16"]
+    assert facts["stored"] is None and facts["parity_skipped"] == ""
     measured = facts["parity"]
+    assert measured["is_text"] is False and measured["hf_rounding"] is None
     assert measured["num_tokens"] == 700 and measured["greedy_agreement"] == 1.0
     assert measured["mean_difference"] < measured["max_difference"] <= 2e-4
     assert abs(measured["kl"]) < 1e-8
@@ -68,6 +74,49 @@ def test_rounding_is_allowed_for(pair, tmp_path):
     assert not convert.verify(native, tmp_path / "hf", max_kl=1e-12).agrees
 
 
+def test_hf_s_own_rounding_stands_next_to_ours(pair, monkeypatch, capsys):
+    """In float32 and in bfloat16, HF's model runs; where memory has no room for float32, it says so."""
+    import torch
+    import transformers
+
+    native, source = pair
+    assert main(["verify", str(native), str(source), "--dtype", "bfloat16", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["parity"]
+    assert (measured["dtype"], measured["reference"]) == ("bfloat16", "float32")
+    tokens, _ = parity._tokens(native, 37, 640)
+    logits = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with torch.inference_mode():
+            logits.append(model(torch.tensor(tokens)).logits[0].float().numpy())
+    rounding = measured["hf_rounding"]
+    assert rounding["max_difference"] == pytest.approx(np.abs(logits[0] - logits[1]).max())
+    assert 1e-8 < rounding["kl"] and 0.2 < measured["kl"] / rounding["kl"] < 5
+    assert main(["verify", str(native), str(source), "--dtype", "bfloat16"]) == 0
+    text = capsys.readouterr().out
+    assert "ours in bfloat16 against HF transformers in float32" in text
+    assert "HF's own rounding: HF in bfloat16 against HF in float32:" in text
+
+    params = sum(x.size for x in random_tensors().values())
+    room = 3 * params + parity.logits_bytes(640, 37)  # for weights of two bytes, not of four
+    monkeypatch.setattr(parity, "_available_memory", lambda: room)
+    measured = convert.verify(native, source, dtype="bfloat16").parity
+    assert measured.reference == "bfloat16" and measured.hf_rounding is None
+
+
+def test_the_tokens_are_text_where_there_is_a_tokenizer(pair, data_dir):
+    folder = data_dir / "checkpoints" / "babyllama-1m"
+    tokens, is_text = parity._tokens(folder, 105, 5000)
+    assert is_text and tokens.shape == (1, 5000) and tokens.max() < 105
+    tokenizer = read_tokenizer(folder)
+    ids = tokenizer.encode(PASSAGE)
+    assert 640 <= len(ids) < 5000 and tokens[0, : len(ids)].tolist() == ids
+    assert tokens[0, len(ids) : 2 * len(ids)].tolist() == ids  # repeated
+    for other, vocab_size in ((pair[0], 37), (folder, 50)):  # none; and one of another model
+        tokens, is_text = parity._tokens(other, vocab_size, 640)
+        assert not is_text and len(np.unique(tokens)) == vocab_size
+
+
 def test_the_numbers_are_what_they_are_called():
     """Against the definitions, with more rows than are compared at a time."""
     rng = np.random.default_rng(0)
@@ -86,7 +135,9 @@ def test_what_cannot_be_compared(pair, tmp_path, data_dir, monkeypatch, capsys):
     other = write_folder(tmp_path / "other", fields=FIELDS | {"vocab_size": 41})
     with pytest.raises(ConversionError, match=r"a vocabulary of 37 tokens, and .* one of 41"):
         convert.verify(native, other)
-    with pytest.raises(ConversionError, match="is no HF checkpoint"):
+    with pytest.raises(ConversionError, match="native checkpoint: give what it was converted from"):
+        convert.verify(native, native)
+    with pytest.raises(ConversionError, match=r"of 37 tokens, and .*bin one of 512"):
         convert.verify(native, data_dir / "llama2c" / "stories260K.bin")
     for wrong in (dict(dtype="int8"), dict(num_tokens=0)):
         with pytest.raises(ConfigError):

@@ -104,7 +104,8 @@ def test_architecture(name, kind, tmp_path):
     model = hf_model(name, models=FEATURES, sizes=SIZES)
     path = tmp_path / "model.gguf"
     write_gguf(path, name, model, kind, extra=extra_tensors(model.config))
-    report = convert.convert(path, tmp_path / "native", dtype="float32", progress=False)
+    options = dict(dtype="float32", parity=False, progress=False)
+    report = convert.convert(path, tmp_path / "native", **options)
     assert not report.unneeded
     lm = s3d_jax.load(tmp_path / "native")
     for length in (30, 700):
