@@ -102,7 +102,9 @@ class ConversionTarget:
                 shape, expected = list(tensor.shape), list(wanted[name])
                 problems[name] = f"shape {shape}, the config asks for {expected}"
             elif tensor.values is None and tensor.dtype != UNKNOWN:
-                problems[name] = f"stored as {tensor.dtype}, and supported are {', '.join(DTYPES)}"
+                problems[name] = (
+                    f"{base.STORED_AS} {tensor.dtype}, and supported are {', '.join(DTYPES)}"
+                )
         return problems
 
     def check(self, *, reading: bool) -> None:
@@ -131,11 +133,16 @@ class ConversionTarget:
             )
         if problems:
             lines = [f"{name:.200}: {problem}" for name, problem in problems.items()]
-            raise ConversionError(
+            fault = (
                 f"the weights are not those of the config, which has {len(self.shapes)} tensors "
-                f"({len(lines)} faults): get config.json and weights of one model\n"
-                + bullets(lines, limit=_MAX_LINES)
+                f"({len(lines)} faults): get config.json and weights of one model"
             )
+            if all(problem.startswith(base.STORED_AS) for problem in problems.values()):
+                fault = (
+                    f"{len(lines)} of {len(source.tensors)} tensors are of a type that cannot be "
+                    "read: get the model in another type"
+                )
+            raise ConversionError(f"{fault}\n" + bullets(lines, limit=_MAX_LINES))
 
     @property
     def groups(self) -> dict[str, Table]:

@@ -20,6 +20,7 @@ FLOATS: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 UNKNOWN = "?"  # type of a tensor that an index names, and the config does not ask for
+STORED_AS = "stored as"  # begins the fault of a tensor whose type cannot be read
 CHUNK = 1 << 22  # elements converted or compared at a time
 AGAIN = "get a good copy of it, and convert again"
 

@@ -1,5 +1,6 @@
 """Writes GGUF files of HF models by the rules of llama.cpp's convert_hf_to_gguf.py (2025-12)."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import numpy as np
 # Families whose query and key rows llama.cpp stores in pairs, and those whose norms it adds 1 to.
 PAIRED = ("llama", "granite", "smollm3")
 SHIFTED = ("gemma", "gemma2", "gemma3")
+# Places in a block of the 16-bit floats that scale it; the other bytes may be anything.
+_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_SCALES |= {"IQ4_NL": (0,)}
+UNREADABLE = ("IQ2_XXS", "TQ1_0", "Q8_K")  # some types that are not converted
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -16,7 +21,7 @@ def write_gguf(
     path: Path,
     architecture: str,
     model: Any,
-    kind: str = "F32",
+    kind: str | list[str] = "F32",
     *,
     tokenizer: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
@@ -28,7 +33,8 @@ def write_gguf(
         path: the file.
         architecture: llama.cpp's name.
         model: of HF transformers, in float32.
-        kind: the type of all matrices.
+        kind: the type of all matrices; or one for each in turn. Types that the gguf package cannot
+            make of numbers get random blocks.
         tokenizer: keys behind "tokenizer.", and their values.
         changes: other keys behind the architecture's name; None removes one.
         extra: more tensors.
@@ -46,6 +52,7 @@ def write_gguf(
     state = dict(model.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
+    turns = itertools.cycle([kind] if isinstance(kind, str) else kind)
     for hf_name, tensor in state.items():
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         values, heads = tensor.numpy().copy(), _paired_heads(architecture, hf_name, config)
@@ -53,10 +60,13 @@ def write_gguf(
             values = _paired(values, heads)
         if architecture in SHIFTED and hf_name.endswith("norm.weight"):
             values = values + 1
-        own_kind = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
-        stored = gguf.quantize(values, own_kind)
+        own_kind = gguf.GGMLQuantizationType[next(turns) if values.ndim == 2 else "F32"]
+        try:
+            stored = gguf.quantize(values, own_kind)
+        except NotImplementedError:
+            stored = _random_blocks(own_kind, values.shape)
         writer.add_tensor(name, stored, raw_dtype=own_kind)
-        if values.ndim == 2:
+        if values.ndim == 2 and own_kind.name not in UNREADABLE:
             whole = gguf.dequantize(stored, own_kind)
             tensor.copy_(tensor.new_tensor(_halves(whole, heads) if heads else whole))
     for name, array in (extra or {}).items():
@@ -65,6 +75,17 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+    """Valid blocks of random content for a tensor of that shape."""
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(kind.value)
+    blocks = rng.integers(0, 256, (shape[0], shape[1] // numbers, size), np.uint8)
+    for place in _SCALES.get(kind.name, ()):
+        scales = rng.normal(0, 0.01, blocks.shape[:2]).astype(np.float16)
+        blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """GGUF files: tokenizers, settings, and what is refused."""
 
+import importlib.util
 import json
 import shutil
 
@@ -11,6 +12,8 @@ import convert
 import s3d_jax
 from convert import plan
 from convert.__main__ import main
+from convert.sources.gguf import tensors
+from convert.sources.open import open_origin
 from s3d_jax.errors import ConfigError, ConversionError
 from tests.conftest import need
 
@@ -140,6 +143,91 @@ def test_types(kind, tmp_path):
     np.testing.assert_array_equal(
         np.asarray(embedding, np.float32), model.model.embed_tokens.weight.detach().numpy()
     )
+
+
+def test_verify(tmp_path, monkeypatch, capsys):
+    """Settings and weights bit for bit, then logits; the first two without torch."""
+    path, native = tmp_path / "model.gguf", tmp_path / "native"
+    model = llama()
+    write_gguf(path, "llama", model, "Q4_1")
+    convert_quietly(path, native)
+    words = ["verify", str(native), str(path)]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["stored"] == {"num_arrays": 15, "settings": [], "arrays": {}}
+    assert facts["stored_dtypes"] == ["Q4_1", "float32"] and facts["max_kl"] == 1e-6
+    assert abs(facts["parity"]["kl"]) < 1e-8 and facts["parity"]["max_difference"] <= 2e-4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert "weights the same bit for bit   15 of 15 arrays" in text
+        assert "not compared: torch is not installed" in text and "agrees: of settings" in text
+        for options in (dict(quantization="int8"), dict(dtype="bfloat16")):
+            convert_quietly(path, native, overwrite=True, **options)
+            verification = convert.verify(native, path)
+            assert verification.agrees and not verification.stored.arrays
+
+        # Another model: one weight and one setting are not those of the file.
+        table = model.model.embed_tokens.weight
+        with torch.no_grad():
+            table[3, 0] += 1.0
+        write_gguf(tmp_path / "other.gguf", "llama", model, "F32", changes={"context_length": 99})
+        convert_quietly(tmp_path / "other.gguf", native, overwrite=True)
+        verification = convert.verify(native, path)
+        assert not verification.agrees and verification.parity is None
+        assert verification.stored.arrays == {"embed/embedding": pytest.approx(1.0)}
+        (setting,) = verification.stored.settings
+        assert setting == "max_position_embeddings: 99, and in the file 128"
+        assert main(words) == 1
+        assert "embed/embedding differs: by 1.0e+00" in capsys.readouterr().out
+
+
+def test_every_type_of_block(tmp_path, monkeypatch):
+    """One file of all types, read a few rows at a time: the numbers that the blocks stand for."""
+    kinds = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+    kinds += ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+    model = llama(hidden_size=256, intermediate_size=256)  # blocks of the K types hold 256
+    write_gguf(tmp_path / "model.gguf", "llama", model, kinds)
+    source = open_origin(tmp_path / "model.gguf").source
+    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    stored = {tensor.dtype for name, tensor in source.tensors.items()}
+    assert stored == {dtypes.get(kind, kind) for kind in kinds}
+    monkeypatch.setattr(tensors, "CHUNK", 256 * 5)  # 5 rows
+    state = model.state_dict()
+    assert source.tensors.keys() == state.keys()
+    for name, expected in state.items():
+        found = np.full(tuple(expected.shape), np.nan, np.float32)
+        source.read(name, found)
+        np.testing.assert_array_equal(found, expected.numpy(), err_msg=name)
+        assert np.std(found) > 1e-3 or found.ndim == 1
+    rest = np.empty((2, 256), np.float32)
+    source.read("model.layers.1.self_attn.q_proj.weight", rest, first_row=7)
+    expected = state["model.layers.1.self_attn.q_proj.weight"][7:9]
+    np.testing.assert_array_equal(rest, expected.numpy())
+
+
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "TQ1_0", "Q8_K"])
+def test_another_type_of_block_is_named(kind, tmp_path, capsys):
+    model = llama(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    write_gguf(tmp_path / "model.gguf", "llama", model, ["F16", kind])
+    words = rf"q_proj.weight: stored as {kind}, and supported are F32, .*Q4_1, .*Q6_K, IQ4_NL"
+    with pytest.raises(ConversionError, match=words):
+        convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
+    assert main(["inspect", str(tmp_path / "model.gguf")]) == 1
+    assert f"FAULT: stored as {kind}" in capsys.readouterr().out
+    assert main([str(tmp_path / "model.gguf"), str(tmp_path / "native"), "--dry-run"]) == 2
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_type_that_the_package_does_not_know(file, tmp_path):
+    whole = bytearray(file.read_bytes())
+    at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    whole[at : at + 4] = (4242).to_bytes(4, "little")
+    (tmp_path / "new.gguf").write_bytes(whole)
+    with pytest.raises(ConversionError, match=r"(?s)type.*4242.*pip install --upgrade gguf"):
+        convert_quietly(tmp_path / "new.gguf", tmp_path / "native")
 
 
 def test_dry_run_and_inspect_write_nothing(file, tmp_path, capsys):

@@ -44,7 +44,16 @@ def open_reader(path: Path) -> Any:
             f"{path.name} needs the gguf package: pip install 's3d-jax[gguf]', and convert again"
         ) from error
     with damage_named(path):
-        return gguf.GGUFReader(path)
+        try:
+            return gguf.GGUFReader(path)
+        except ValueError as error:
+            if gguf.GGMLQuantizationType.__name__ not in str(error):
+                raise
+            raise ConversionError(
+                f"{path} has a tensor of a type that the gguf package does not know "
+                f"({first_line(error)}): pip install --upgrade gguf, or get the model in another "
+                "type"
+            ) from error
 
 
 class Metadata:

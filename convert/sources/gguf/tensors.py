@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.base import CHUNK, FLOATS, StoredTensor, cast_into
+from convert.sources.base import CHUNK, FLOATS, STORED_AS, StoredTensor, cast_into
 from convert.sources.gguf.config import Architecture
 from convert.sources.gguf.metadata import damage_named
 
@@ -39,8 +39,13 @@ class GgufSource:
         num_heads: dict[str, int],
         architecture: Architecture,
     ) -> None:
-        self.faults: dict[str, str] = {}
         self.tensors = {name: _describe(path, tensor) for name, tensor in tensors.items()}
+        known = ", ".join((*_FLOAT_TYPES, *_BLOCK_TYPES))
+        self.faults = {
+            name: f"{STORED_AS} {tensor.dtype}, and supported are {known}"
+            for name, tensor in self.tensors.items()
+            if tensor.values is None
+        }
         self._path, self._raw = path, tensors
         self._num_heads, self._norm_offset = num_heads, architecture.norm_offset
 
