@@ -79,7 +79,7 @@ class VerificationOptions(Checked):
     """
 
     dtype: Dtype = option(
-        "float32", "compute in this type; 16 bits need half the memory, and round"
+        "float32", "compute in this type; 16 bits round, and HF's own rounding is shown as well"
     )
     num_tokens: int = option(
         640,

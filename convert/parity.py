@@ -211,7 +211,8 @@ def _hf_model(origin: Origin, dtype: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(
             origin.path, dtype=dtype, local_files_only=True, **NO_CODE
         )
-    fields = origin.provenance["config"]
+    # A family's default padding token may be outside of a small vocabulary.
+    fields = {"pad_token_id": None, **origin.provenance["config"]}
     config = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     state = {}
     for name in {part.name for parts in origin.table.values() for part in parts}:

@@ -25,6 +25,8 @@ def test_the_same_as_the_hf_folder(tmp_path, data_dir):
     assert ours.keys() == theirs.keys()
     for path in theirs:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+    verification = convert.verify(tmp_path / "bin", file)
+    assert verification.agrees and verification.stored.num_arrays == len(ours)
     lm = s3d_jax.load(tmp_path / "bin")
     assert lm.config.max_position_embeddings == 512
     text = lm.generate("Once upon a time", max_new_tokens=20)[0].text

@@ -6,6 +6,8 @@ import pytest
 
 import convert
 import s3d_jax
+from convert import parity
+from convert.sources.open import open_origin
 from s3d_jax.nn.transformer import forward_logits
 from tests.conftest import need
 from tests.parity.test_families import (
@@ -20,6 +22,7 @@ from tests.parity.test_families import (
 from tests.sampled import combinations
 
 need("gguf")
+torch = need("torch")
 
 from tests.convert.gguf_file import write_gguf  # noqa: E402 (needs gguf)
 
@@ -107,6 +110,10 @@ def test_architecture(name, kind, tmp_path):
     options = dict(dtype="float32", parity=False, progress=False)
     report = convert.convert(path, tmp_path / "native", **options)
     assert not report.unneeded
+    # What `s3d-convert verify` compares with: HF's model made of the file's settings and tensors.
+    found = parity._hf_model(open_origin(path), torch.float32).eval()
+    theirs = hf_logits(model, TOKENS[None, :30])
+    np.testing.assert_allclose(hf_logits(found, TOKENS[None, :30]), theirs, atol=2e-5)
     lm = s3d_jax.load(tmp_path / "native")
     for length in (30, 700):
         theirs = hf_logits(model, TOKENS[None, :length])
