@@ -319,7 +319,10 @@ def _print_report(report: "ConversionReport") -> None:
             f"{_what(parity)}: {_shortly(parity)}"
         )
         if parity.hf_rounding:
-            print(f"  HF's own rounding to {parity.dtype}: {_shortly(parity.hf_rounding)}")
+            print(
+                f"  HF's own rounding to {parity.dtype}: {_shortly(parity.hf_rounding)} "
+                "(--dtype float32 rounds nothing)"
+            )
         elif report.is_rounded:
             stored = " and ".join(report.stored_dtypes)
             print(

@@ -58,14 +58,15 @@ def test_there_and_back(tmp_path, data_dir, capsys):
     assert headers[0].arrays == headers[1].arrays
 
 
-def test_parity_says_that_a_cast_is_included(tmp_path, data_dir, capsys):
+def test_parity_after_a_cast_comes_with_hf_s_own_rounding(tmp_path, data_dir, capsys):
     need("torch")
     source = data_dir / "checkpoints" / "babyllama-1m"
     assert main([str(source), str(tmp_path / "native"), "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if "the rounding" in line)
-    assert "include the rounding of the weights from float32 to bfloat16" in line
-    assert "--dtype float32" in line
+    assert "in float32, ours in bfloat16, 640 tokens of text: largest difference of a logit" in out
+    (line,) = (line for line in out.splitlines() if "rounding" in line)
+    assert "HF's own rounding to bfloat16: largest difference of a logit" in line
+    assert "--dtype float32 rounds nothing" in line
 
 
 def test_json_is_alone_on_stdout_whatever_libraries_print(tmp_path, capsys, monkeypatch):
