@@ -295,6 +295,10 @@ class Attention(nn.Module):
             q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        # NaN in a value reaches queries that do not see its slot, as 0 · NaN is NaN. So it moves to
+        # the key, which the mask hides from them.
+        is_number = jnp.isfinite(v)
+        k, v = jnp.where(is_number, k, jnp.nan), jnp.where(is_number, v, 0)
         keys = write(keys, k.swapaxes(1, 2), layout.start, layout.ring)
         values = write(values, v.swapaxes(1, 2), layout.start, layout.ring)
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale

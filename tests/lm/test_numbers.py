@@ -11,11 +11,13 @@ import pytest
 import s3d_jax
 from s3d_jax.commands.main import main
 from s3d_jax.decoding.step import leading_numbers
+from s3d_jax.drafters import registry
 from s3d_jax.errors import CheckpointError, NumericalError
 from s3d_jax.lm import LM
+from s3d_jax.settings.drafting import PromptLookupConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.train.distill import distill
-from tests.tiny import tiny_config, tiny_lm, tiny_params
+from tests.tiny import drafter_of, tiny_config, tiny_lm, tiny_params
 
 PROMPT, OTHER = [1, 2, 3], [4, 5, 6, 7]
 
@@ -38,8 +40,7 @@ def expected():
 def test_a_row_ends_where_its_logits_are_no_numbers(expected, method):
     """The token after which the model breaks is still valid; the other row is complete."""
     other, ours = expected
-    # 0 pads prompts, and would break every row.
-    token = next(t for t in ours if t not in [0, *other, *PROMPT, *OTHER])
+    token = next(t for t in ours if t not in [*other, *PROMPT, *OTHER])
     valid = ours[: ours.index(token) + 1]
     lm = poisoned(token)
     whole, broken = lm.generate([PROMPT, OTHER], method=method, max_new_tokens=12)
@@ -61,6 +62,33 @@ def test_sampled_rows_end_as_well(options):
     broken, whole = poisoned(1).generate([PROMPT, OTHER], max_new_tokens=6, **options)
     assert (broken.tokens, broken.finish_reason) == ([], "error")
     assert (len(whole.tokens), whole.finish_reason) == (6, "length")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_ends_by_its_own_tokens_alone(monkeypatch, temperature):
+    """NaN in token 0, which pads prompts and is proposed all the time, but never said."""
+    zeros = drafter_of(lambda at, gamma: jnp.zeros((len(at), gamma), jnp.int32))
+    zeros.default_settings = lambda target: PromptLookupConfig(gamma=3)
+    monkeypatch.setitem(registry._registered, "zeros", zeros)
+    options = dict(temperature=temperature, seed=3, logit_bias={0: -np.inf}, max_new_tokens=12)
+    for method in ("ar", "zeros", "s3d"):
+        whole, found = (
+            lm.generate([PROMPT, OTHER], method=method, **options)
+            for lm in (tiny_lm(tie_embeddings=False), poisoned(0))
+        )
+        assert [(r.tokens, r.error) for r in found] == [(r.tokens, None) for r in whole]
+
+
+def test_a_value_that_overflows_ends_the_rows_that_attend_to_it():
+    lm = tiny_lm(num_layers=1, tie_embeddings=False)
+    feature = np.zeros(31)
+    feature[1] = 1.0
+    lm.params["embed"]["embedding"] = lm.params["embed"]["embedding"].at[:, 0].set(feature)
+    qkv = lm.params["layers_0"]["attention"]["qkv"]
+    qkv["weight"] = qkv["weight"].at[-lm.config.num_kv_heads * lm.config.head_dim :, 0].set(3e38)
+    broken, whole = lm.generate([PROMPT, OTHER], method="ar", max_new_tokens=1)
+    assert (broken.tokens, broken.finish_reason) == ([], "error")
+    assert (len(whole.tokens), whole.error) == (1, None)
 
 
 def test_a_forbidden_token_is_no_error():
