@@ -1,6 +1,6 @@
 """The weight files of a HF folder: safetensors, or torch's .bin files."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from convert.sources.base import AGAIN, is_file, read_hf_json, reading
@@ -21,13 +21,18 @@ def open_weights(folder: Path) -> Unwrapped:
     return open_files(*weight_files(folder))
 
 
-def open_files(files: Sequence[Path], index: Mapping[str, str]) -> Unwrapped:
+def open_files(
+    files: Sequence[Path], index: Mapping[str, str], others: Iterable[str] = ()
+) -> Unwrapped:
     """The weights in these files, as `weight_files` gives them; raises as `open_weights`.
+
+    `others` are names of tensors of the same model in files that are not here.
 
     A .bin file may hold safetensors. A file named .safetensors is never unpickled.
     """
     pickled = files[0].suffix != ".safetensors" and not is_safetensors(files[0])
-    return Unwrapped(TorchSource(files, index) if pickled else SafetensorsSource(files, index))
+    source = TorchSource(files, index) if pickled else SafetensorsSource(files, index)
+    return Unwrapped(source, others)
 
 
 def is_safetensors(file: Path) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from convert.families import Family
 from convert.sources.base import FLOATS, UNKNOWN, Source, StoredTensor, is_file
 from convert.sources.hf_folder import open_files, weight_files
-from convert.sources.wrappers import plain_name, wrappers_of
+from convert.sources.wrappers import plain_names, wrappers_of
 from s3d_jax.errors import ConversionError
 from s3d_jax.settings.model import DTYPES
 
@@ -62,7 +62,8 @@ def open_outline(
     """
     files, index = weight_files(folder, remote)
     here = [file for file in files if is_file(file)]
-    plain = {plain_name(name): folder / file for name, file in index.items()}
+    names = plain_names(index)
+    plain = {names[name]: folder / file for name, file in index.items()}
     table = family.table(family.config(fields, ignored), plain)
     shapes = {part.name: part.shape for parts in table.values() for part in parts}
     place = plain or dict.fromkeys(shapes, files[0])
@@ -76,9 +77,8 @@ def open_outline(
 
     expected = {name: expect(name, file) for name, file in place.items() if file not in here}
     opened = {name: file for name, file in index.items() if folder / file in here}
-    source = open_files(here, opened) if here else None
-    found = source.wrappers if source else ()
-    return Outline(source, expected, tuple(dict.fromkeys([*found, *wrappers_of(index)])))
+    source = open_files(here, opened, index) if here else None
+    return Outline(source, expected, source.wrappers if source else wrappers_of(names))
 
 
 def named_dtype(fields: Mapping[str, Any]) -> str:

@@ -68,6 +68,10 @@ def test_bin_files_may_hold_safetensors_and_no_safetensors_are_unpickled(tmp_pat
             lambda name: "module._orig_mod." + name.replace("layers.1.", "layers.1._orig_mod."),
             "module. (DataParallel), _orig_mod. (torch.compile)",
         ),
+        (
+            lambda name: f"module.base_model.model.{name}",
+            "module. (DataParallel), base_model.model. (PEFT)",
+        ),
     ],
 )
 def test_names_of_wrappers_are_left_out(tmp_path, wrap, words, shards, capsys):
@@ -92,17 +96,35 @@ def test_names_of_wrappers_are_left_out(tmp_path, wrap, words, shards, capsys):
         convert.verify(out, write_folder(tmp_path / "again", tensors))
 
 
+def test_names_that_would_clash_are_kept(tmp_path, capsys):
+    """In shards, of which one is not here: a dry run says what the conversion says."""
+    tensors = random_tensors()
+    again = {f"module.{name}": tensors[name] for name in ("model.norm.weight", "lm_head.weight")}
+    folder = write_folder(tmp_path / "hf", tensors | again, shards=2)
+    source, out = str(folder), str(tmp_path / "out")
+    said = []
+    for arguments in ([source, out], ["--dry-run", source, out], None, ["--dry-run", source, out]):
+        if arguments is None:
+            (folder / "model-00002-of-00002.safetensors").unlink()
+            continue
+        assert main(arguments) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0].count("unknown") == 2 and "module.lm_head.weight: unknown" in said[0]
+    assert said[0] == said[1] == said[2]
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        lambda name: f"base_model.model.{name}",
         lambda name: name.replace("q_proj.", "q_proj.base_layer."),
+        lambda name: f"base_model.model.{name}",
         lambda name: f"module.base_model.model.{name}",
     ],
 )
 def test_an_adapter_that_is_not_merged_is_called_one(tmp_path, change):
     tensors = {change(name): tensor for name, tensor in random_tensors().items()}
-    folder = write_folder(tmp_path / "hf", tensors)
+    lora = change("model.layers.0.self_attn.q_proj.lora_A.default.weight")
+    folder = write_folder(tmp_path / "hf", tensors | {lora: np.zeros((2, 24), np.float32)})
     with pytest.raises(ConversionError, match=r"not merged .*merge by model\.merge_and_unload\(\)"):
         convert.convert(folder, tmp_path / "out", **QUIET)
     reasons = {entry.reason for entry in inspect(folder)[1] if entry.is_fault}
