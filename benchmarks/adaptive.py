@@ -16,7 +16,7 @@ import s3d_jax
 from s3d_jax.bench.measure import orders
 from s3d_jax.bench.report import about, markdown
 from s3d_jax.drafters import registry
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.texts.suites import read_suites
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def compare(
 
 
 def main() -> None:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--suites", default="stories,dialogues,code,random ids")

@@ -14,7 +14,7 @@ import convert
 import s3d_jax
 from benchmarks import smollm2
 from s3d_jax.lm import LM
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 
 STORY = "Once upon a time"
 QUESTION = "I am hungry. Can you find me a place to eat?"  # as in the small model's training data
@@ -37,7 +37,7 @@ def model(name: str | None) -> Iterator[LM]:
 
 
 def main() -> int:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",

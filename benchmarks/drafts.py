@@ -24,7 +24,7 @@ from s3d_jax.bench.report import about
 from s3d_jax.drafters.stored import StoredDraft, draft_names, read_draft
 from s3d_jax.lm import EMBEDDED, LM
 from s3d_jax.nn.transformer import num_params
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import write_atomically
 from s3d_jax.texts.documents import read_documents
@@ -88,7 +88,7 @@ def described(draft: StoredDraft | None, dtype_bytes: int, parameters: int) -> d
 
 
 def main() -> int:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", metavar="DIR", help="default: the embedded one")
     parser.add_argument(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.keys import make_key
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 
 SHAPES = ((704, 128), (4096, 768), (768, 2048), (32000, 768))  # [out, in]
 ROWS = (1, 2, 4, 5, 8, 16, 64)
@@ -43,7 +43,7 @@ WAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def main() -> int:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--repeats", type=int, default=7)

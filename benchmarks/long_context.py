@@ -29,7 +29,7 @@ from s3d_jax.nn import attention
 from s3d_jax.nn import transformer as model
 from s3d_jax.nn.cache import init_cache
 from s3d_jax.nn.draft import untrained_draft
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
@@ -145,7 +145,7 @@ def prefills(lengths: list[int]) -> None:
 
 
 def main() -> None:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -35,7 +35,7 @@ from s3d_jax.keys import make_key
 from s3d_jax.lm import LM
 from s3d_jax.machine import core_count, machine_name, peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params, weight_bytes
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
@@ -267,7 +267,7 @@ def machine() -> dict[str, str]:
 
 
 def main() -> int:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import convert
 import s3d_jax
 from s3d_jax.lm import LM
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 
 DATA = Path(os.environ.get("S3D_TEST_DATA", "../shared/data"))
 
@@ -72,7 +72,7 @@ def against_hf(lm: LM, hf: Any, ids: list[int], new_tokens: int, repeats: int) -
 
 
 def main() -> int:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, default=DATA, help="folder with checkpoints/babyllama-1m"

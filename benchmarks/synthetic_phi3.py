@@ -28,7 +28,7 @@ from convert.plan import dry_run
 from convert.sources.open import open_origin
 from convert.sources.safetensors import SafetensorsWriter
 from convert.target import ConversionTarget
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 
 CONFIG = "configs/Phi-3-mini-4k-instruct.config.json"
 INDEX = "weight_index/Phi-3-mini-4k-derived-merge.model.safetensors.index.json"
@@ -140,7 +140,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

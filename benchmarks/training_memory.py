@@ -20,7 +20,7 @@ import numpy as np
 from s3d_jax.errors import S3DError
 from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params
-from s3d_jax.settings.arguments import take_any_text
+from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, LoopConfig, ObjectiveConfig, OptimizerConfig
@@ -34,7 +34,7 @@ def gigabytes(tree: object) -> float:
 
 
 def main() -> None:
-    take_any_text()
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rows", type=int, default=4, help="per update (default: 4)")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from convert.options import ConversionOptions, VerificationOptions
 from s3d_jax import __version__
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.arguments import RAW, add_options, build, json_stdout, take_any_text
+from s3d_jax.settings.arguments import RAW, add_options, build, json_stdout, prepare_streams
 
 if TYPE_CHECKING:
     from convert.parity import Parity
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 faults were found, 2 wrong input, 130 interrupted.
     """
-    take_any_text()
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"export": _export, "inspect": _inspect, "verify": _verify}
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from s3d_jax import __version__
 from s3d_jax.commands import bench, chat, distill, draft, generate, info, pretrain, train, tune
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.arguments import RAW, json_stdout, take_any_text
+from s3d_jax.settings.arguments import RAW, json_stdout, prepare_streams
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
@@ -18,7 +18,7 @@ fewer passes."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 2 wrong input, 130 interrupted."""
-    take_any_text()
+    prepare_streams()
     arguments = _parser().parse_args(argv)
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without source lines

@@ -21,17 +21,23 @@ T = TypeVar("T")
 RAW = argparse.RawDescriptionHelpFormatter
 
 
-def take_any_text() -> None:
-    """Keeps text that the terminal's encoding does not have from ending the program.
+def prepare_streams() -> None:
+    """Makes the standard streams take what commands read and print.
 
     What cannot be printed is escaped ("\\u03c4"), and bytes of the input that are no text become
-    lone surrogates, which `InputError`s name.
+    lone surrogates, which `InputError`s name. A stream that the caller has closed (`2>&-`) becomes
+    the null device.
     """
-    for stream, errors in (
-        (sys.stdin, "surrogateescape"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "backslashreplace"),
+        ("stderr", "w", "backslashreplace"),
     ):
+        if getattr(sys, name) is None:
+            # In this order it gets the number of the closed stream. Else the next file that is
+            # opened would get it, and what libraries print with it.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole run)
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 

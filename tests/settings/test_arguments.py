@@ -111,3 +111,20 @@ def test_the_command_line_is_built_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "module, arguments, code, out",
+    [
+        ("s3d_jax", "info --json 2>&-", 0, '{"model": '),
+        ("s3d_jax", "info 1>&-", 0, ""),
+        ("s3d_jax", "info --model nowhere 0<&- 2>&-", 2, ""),  # errors are no output
+        ("s3d_jax", "--help >&-", 0, ""),
+        ("convert", "inspect nowhere --json 2>&-", 2, ""),
+    ],
+)
+def test_closed_streams_are_null_devices(module, arguments, code, out):
+    command = f"exec {sys.executable} -m {module} {arguments}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.startswith(out) and bool(done.stdout) == bool(out)
