@@ -3,16 +3,21 @@
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import strategies as st
 
 import convert
 import s3d_jax
 from convert import plan
 from convert.__main__ import main
 from convert.sources.gguf import tensors
+from convert.sources.gguf.config import ARCHITECTURES
+from convert.sources.gguf.metadata import Metadata, open_reader
 from convert.sources.open import open_origin
 from s3d_jax.errors import ConfigError, ConversionError
 from tests.conftest import need
@@ -74,6 +79,7 @@ def test_a_byte_level_tokenizer_is_that_of_its_json(data_dir, tmp_path):
     keys = {"ggml.model": "gpt2", "ggml.pre": "qwen2", **vocabulary_of(folder)}
     eos = theirs.convert_tokens_to_ids("<|im_end|>")
     keys |= {"ggml.eos_token_id": eos, "chat_template": theirs.chat_template}
+    keys |= {"chat_templates": ["rag"], "chat_template.rag": "documents"}
     model = llama(vocab_size=len(keys["ggml.tokens"]), hidden_size=32, num_hidden_layers=1)
     write_gguf(tmp_path / "model.gguf", "llama", model, "F16", tokenizer=keys)
     convert_quietly(tmp_path / "model.gguf", tmp_path / "native")
@@ -87,6 +93,7 @@ def test_a_byte_level_tokenizer_is_that_of_its_json(data_dir, tmp_path):
         chat, add_generation_prompt=True, return_dict=False
     )
     assert lm.eos_token_ids == (eos,)
+    assert lm.tokenizer.chat_template == {"default": theirs.chat_template, "rag": "documents"}
 
 
 def test_a_sentencepiece_tokenizer_is_that_of_its_json(data_dir, tmp_path):
@@ -269,6 +276,8 @@ def test_settings_that_are_refused(tmp_path, changes, message):
         ({"ggml.model": "rwkv"}, "tokenizer of kind 'rwkv'"),
         ({**VOCABULARY, "ggml.eos_token_id": 7}, "no token for eos_token"),
         ({**VOCABULARY, "ggml.merges": ["x y"]}, "a vocabulary that makes no tokenizer"),
+        ({**VOCABULARY, "ggml.scores": ["x"]}, r"scores \['x'\], which is no list of numbers"),
+        ({**VOCABULARY, "chat_template./tmp/x": "a"}, "name '/tmp/x'"),
     ],
 )
 def test_tokenizers_that_are_refused(tmp_path, keys, message):
@@ -309,3 +318,71 @@ def test_without_the_package_it_is_named(file, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ConversionError, match=r"pip install 's3d-jax\[gguf\]'"):
         convert_quietly(file, tmp_path / "native")
+
+
+_KEYS = {
+    "general.architecture": "llama",
+    **{f"llama.{name}": value for name, value in (
+        ("context_length", 64), ("embedding_length", 64), ("block_count", 2),
+        ("feed_forward_length", 96), ("attention.head_count", 4), ("attention.head_count_kv", 2),
+        ("attention.layer_norm_rms_epsilon", 1e-5), ("rope.freq_base", 1e4),
+        ("rope.dimension_count", 16), ("attention.key_length", 16), ("vocab_size", 96),
+        ("attention.value_length", 16),
+    )},
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.token_type": [1, 1, 3],
+    "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.eos_token_id": 1,
+}  # fmt: skip
+_OPTIONAL = (
+    *(f"tokenizer.ggml.{key}" for key in ("bos_token_id", "padding_token_id", "unknown_token_id",
+        "eot_token_id", "eom_token_id", "scores", "add_bos_token", "add_eos_token",
+        "add_space_prefix")),
+    *("general.type", "split.count", "tokenizer.chat_template", "tokenizer.chat_template.rag"),
+)  # fmt: skip
+_OPTIONAL_OF_ARCHITECTURE = (
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor", "rope.scale_linear", "rope.scaling.yarn_beta_fast",
+    "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping",
+    "rope.freq_base_swa", "embedding_scale", "logit_scale", "attention.scale", "expert_count",
+)  # fmt: skip
+_SCALARS = st.one_of(
+    st.sampled_from([0, 1, 2, -1, 2**31, 2**63, 1e-9, 1e300, -1.5, float("nan"), float("inf")]),
+    st.sampled_from(["", "none", "linear", "yarn", "llama", "gpt2", "model", "../x"]),
+    st.booleans(),
+)
+_VALUES = st.one_of(_SCALARS, st.none(), st.lists(_SCALARS, max_size=3))
+
+
+@pytest.fixture(scope="module")
+def tensors(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(path, "llama", llama())
+    return path
+
+
+@hypothesis.settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(st.data())
+def test_any_metadata_is_a_model_or_an_error(tensors, tmp_path, monkeypatch, data):
+    """Keys that are missing or new, of wrong types, and absurd numbers."""
+    name = data.draw(st.sampled_from(sorted(ARCHITECTURES)))
+    keys = {key.replace("llama.", f"{name}."): value for key, value in _KEYS.items()}
+    keys["general.architecture"] = name
+    optional = (*_OPTIONAL, *(f"{name}.{key}" for key in _OPTIONAL_OF_ARCHITECTURE))
+    chosen = st.lists(st.sampled_from([*keys, *optional]), min_size=1, max_size=3)
+    keys |= {key: data.draw(_VALUES) for key in data.draw(chosen)}  # None: it is missing
+    metadata = Metadata(tensors, {key: value for key, value in keys.items() if value is not None})
+    reader = open_reader(tensors)
+    monkeypatch.setattr("convert.sources.gguf.open.open_reader", lambda path: reader)
+    monkeypatch.setattr(Metadata, "of", lambda path, reader: metadata)
+    try:
+        origin = open_origin(tensors)
+        assert origin.config.head_dim > 0
+        if origin.tokenizer is not None:
+            origin.tokenizer.write(SimpleNamespace(folder=tmp_path))
+    except (ConversionError, ConfigError) as error:
+        assert str(error)

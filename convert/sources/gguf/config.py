@@ -51,21 +51,21 @@ class _Reader:
     vectors: Mapping[str, np.ndarray]
     sizes: dict[str, Any]
 
-    def take(self, key: str, default: Any = None) -> Any:
-        return self.metadata.take(f"{self.prefix}.{key}", default)
+    def take(self, key: str, kind: type, default: Any = None) -> Any:
+        return self.metadata.typed(f"{self.prefix}.{key}", kind, default)
 
     def size(self, key: str, default: int | None = None) -> int:
         """A number that may be stored once per layer, if all layers have the same."""
         name = f"{self.prefix}.{key}"
-        if (value := self.take(key, default)) is None:
-            value = self.metadata.need(name)
-        values = set(value) if isinstance(value, list) else {value}
-        if len(values) != 1:
-            raise self.metadata.error(f"has layers of different {name}: {sorted(values)}")
-        (size,) = values
-        if not is_integer(size) or size < 0:
-            raise self.metadata.error(f"has {name} {size!r:.80}, which is no size")
-        return int(size)
+        if (value := self.metadata.take(name, default)) is None:
+            raise self.metadata.error(f"has no {name}")
+        values = value if isinstance(value, list) else [value]
+        for size in values or [value]:
+            if not is_integer(size) or size < 0:
+                raise self.metadata.error(f"has {name} {size!r:.80}, which is no size")
+        if len(set(values)) != 1:
+            raise self.metadata.error(f"has layers of different {name}: {sorted(set(values))}")
+        return int(values[0])
 
 
 def hf_fields(
@@ -82,7 +82,7 @@ def hf_fields(
     Raises:
         ConversionError: the architecture is not supported, or a setting is missing or unknown.
     """
-    name = metadata.need("general.architecture")
+    name = metadata.need("general.architecture", str)
     if (architecture := ARCHITECTURES.get(name)) is None:
         known = ", ".join(ARCHITECTURES)
         raise metadata.error(f"is of architecture {name!r:.80}, and supported are {known}")
@@ -102,15 +102,15 @@ def hf_fields(
         "num_key_value_heads": reader.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": reader.size("context_length"),
-        "rms_norm_eps": metadata.need(f"{name}.attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.need(f"{name}.attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": is_tied,
         **_special_tokens(metadata),
     }
     reader.sizes.update(fields)
     fields |= _rope(reader) | architecture.fields(reader)
-    reader.take("vocab_size")  # the padded one of some files; the table's rows count
+    metadata.take(f"{name}.vocab_size")  # the padded one of some files; the table's rows count
     for count in ("expert_count", "expert_used_count"):
-        if reader.take(count, 0):
+        if reader.take(count, int, 0):
             raise metadata.error("is a mixture of experts, which is not supported")
     metadata.finish(f"{name}.")
     return architecture, fields
@@ -119,7 +119,7 @@ def hf_fields(
 def _special_tokens(metadata: Metadata) -> dict[str, Any]:
     """HF's ids of special tokens; whatever ends a text or a turn is an end."""
     bos, pad, *ends = (
-        metadata.take(f"tokenizer.ggml.{kind}_token_id")
+        metadata.typed(f"tokenizer.ggml.{kind}_token_id", int)
         for kind in ("bos", "padding", "eos", "eot", "eom")
     )
     ids = {"bos_token_id": bos, "pad_token_id": pad}
@@ -133,16 +133,16 @@ def _rope(reader: _Reader) -> dict[str, Any]:
     """The rotary fields; the base of an architecture is HF's default where none is stored."""
     error, head_dim = reader.metadata.error, reader.sizes["head_dim"]
     fields: dict[str, Any] = {}
-    if (theta := reader.take("rope.freq_base")) is not None:
+    if (theta := reader.take("rope.freq_base", float)) is not None:
         fields["rope_theta"] = theta
     if (rotated := reader.size("rope.dimension_count", head_dim)) != head_dim:
         fields["partial_rotary_factor"] = rotated / head_dim
-    old_factor = reader.take("rope.scale_linear")  # of files from 2023
-    kind = reader.take("rope.scaling.type", "none" if old_factor is None else "linear")
-    factor = reader.take("rope.scaling.factor", old_factor)
-    original = reader.take("rope.scaling.original_context_length")
-    attention_factor = reader.take("rope.scaling.attn_factor")
-    reader.take("rope.scaling.finetuned")
+    old_factor = reader.take("rope.scale_linear", float)  # of files from 2023
+    kind = reader.take("rope.scaling.type", str, "none" if old_factor is None else "linear")
+    factor = reader.take("rope.scaling.factor", float, old_factor)
+    original = reader.take("rope.scaling.original_context_length", int)
+    attention_factor = reader.take("rope.scaling.attn_factor", float)
+    reader.take("rope.scaling.finetuned", bool)
     long, short, factors = (
         reader.vectors.get(f"{name}.weight")
         for name in ("rope_factors_long", "rope_factors_short", "rope_freqs")
@@ -167,7 +167,7 @@ def _rope(reader: _Reader) -> dict[str, Any]:
         if original is not None:
             scaling["original_max_position_embeddings"] = original
         for name in ("beta_fast", "beta_slow"):
-            if (beta := reader.take(f"rope.scaling.yarn_{name}")) is not None:
+            if (beta := reader.take(f"rope.scaling.yarn_{name}", float)) is not None:
                 scaling[name] = beta
         return fields | {"rope_scaling": scaling}
     if kind != "none":
@@ -213,7 +213,7 @@ def _both_biases(reader: _Reader) -> dict[str, Any]:
 
 
 def _phi3(reader: _Reader) -> dict[str, Any]:
-    return {"sliding_window": reader.take("attention.sliding_window") or None}
+    return {"sliding_window": reader.take("attention.sliding_window", int) or None}
 
 
 def _qwen(reader: _Reader) -> dict[str, Any]:
@@ -229,8 +229,8 @@ def _gemma_caps(reader: _Reader, layers_of_27b: int) -> dict[str, Any]:
     return {
         "query_pre_attn_scalar": scalar,
         "sliding_window": reader.size("attention.sliding_window"),
-        "attn_logit_softcapping": reader.take("attn_logit_softcapping"),
-        "final_logit_softcapping": reader.take("final_logit_softcapping"),
+        "attn_logit_softcapping": reader.take("attn_logit_softcapping", float),
+        "final_logit_softcapping": reader.take("final_logit_softcapping", float),
     }
 
 
@@ -241,7 +241,7 @@ def _gemma2(reader: _Reader) -> dict[str, Any]:
 def _gemma3(reader: _Reader) -> dict[str, Any]:
     return {
         **_gemma_caps(reader, layers_of_27b=62),
-        "rope_local_base_freq": reader.take("rope.freq_base_swa", 10000.0),
+        "rope_local_base_freq": reader.take("rope.freq_base_swa", float, 10000.0),
         "sliding_window_pattern": reader.size("attention.sliding_window_pattern", 6),
     }
 
@@ -249,10 +249,10 @@ def _gemma3(reader: _Reader) -> dict[str, Any]:
 def _granite(reader: _Reader) -> dict[str, Any]:
     return {
         **_both_biases(reader),
-        "embedding_multiplier": reader.take("embedding_scale", 1.0),
-        "residual_multiplier": reader.take("residual_scale", 1.0),
-        "attention_multiplier": reader.take("attention.scale", 1.0),
-        "logits_scaling": reader.take("logit_scale", 1.0),
+        "embedding_multiplier": reader.take("embedding_scale", float, 1.0),
+        "residual_multiplier": reader.take("residual_scale", float, 1.0),
+        "attention_multiplier": reader.take("attention.scale", float, 1.0),
+        "logits_scaling": reader.take("logit_scale", float, 1.0),
     }
 
 

@@ -1,6 +1,7 @@
 """The metadata of a GGUF file, taken one by one: what nobody takes is not understood."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from convert.sources.base import AGAIN, first_line, reading
 from s3d_jax.errors import ConversionError
+from s3d_jax.settings.records import is_integer
 
 MAGIC = b"GGUF"
 
@@ -80,13 +82,29 @@ class Metadata:
         self._taken.add(key)
         return self._values.get(key, default)
 
-    def need(self, key: str) -> Any:
-        """A value that must be there.
+    def typed(self, key: str, kind: type, default: Any = None, *, many: bool = False) -> Any:
+        """A value of this type (`many`: a list of such), or the default; counts as understood.
 
         Raises:
-            ConversionError: it is not.
+            ConversionError: it is of another type.
         """
         if (value := self.take(key)) is None:
+            return default
+        is_right = functools.partial(_is_of, kind)
+        if (isinstance(value, list) and all(map(is_right, value))) if many else is_right(value):
+            return value
+        wanted = f"list of {_KINDS[kind]}s" if many else _KINDS[kind]
+        raise self.error(f"has {key} {value!r:.80}, which is no {wanted}: {AGAIN}")
+
+    def beginning_with(self, prefix: str) -> dict[str, Any]:
+        """The values whose keys begin so, by the rest of the key; they count as understood."""
+        found = {key: value for key, value in self._values.items() if key.startswith(prefix)}
+        self._taken.update(found)
+        return {key.removeprefix(prefix): value for key, value in found.items()}
+
+    def need(self, key: str, kind: type) -> Any:
+        """As `typed`, for a value that must be there."""
+        if (value := self.typed(key, kind)) is None:
             raise self.error(f"has no {key}")
         return value
 
@@ -103,6 +121,15 @@ class Metadata:
 
     def error(self, problem: str) -> ConversionError:
         return ConversionError(f"{self.path} {problem}")
+
+
+_KINDS = {str: "text", bool: "flag", int: "whole number", float: "number"}
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    if kind in (int, float):
+        return is_integer(value) or (kind is float and isinstance(value, float))
+    return isinstance(value, kind)
 
 
 def _value(field: Any) -> Any:

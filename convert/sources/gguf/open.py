@@ -33,12 +33,12 @@ def open_gguf(
     """
     reader = open_reader(path)
     metadata = Metadata.of(path, reader)
-    if metadata.take("general.type") == "adapter":
+    if metadata.typed("general.type", str) == "adapter":
         raise metadata.error(
             "is an adapter (LoRA), no model: merge it into its model first "
             "(llama-export-lora, or model.merge_and_unload() in peft), and convert the result"
         )
-    if (parts := metadata.take("split.count", 0)) > 1:
+    if (parts := metadata.typed("split.count", int, 0)) > 1:
         raise metadata.error(
             f"is one of {parts} parts: join them first (llama-gguf-split --merge), and convert the "
             "whole file"
@@ -77,7 +77,7 @@ def _source(
 
     family = family_of(fields)
     config = family.config(fields)  # checks the number of layers, for each of which there are names
-    name = metadata.need("general.architecture")
+    name = metadata.need("general.architecture", str)
     kinds = {value: kind for kind, value in gguf.MODEL_ARCH_NAMES.items()}
     if name not in kinds:
         raise metadata.error(f"is of architecture {name!r}: pip install --upgrade gguf")

@@ -5,6 +5,7 @@ pre-tokenizer of the models that carry it, as their tokenizer.json has it.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from convert.sources.gguf.metadata import Metadata
 from s3d_jax.errors import ConversionError
 from s3d_jax.storage.json_files import write_json
 from s3d_jax.storage.native import CheckpointWriter
+from s3d_jax.storage.tokenizer import TEMPLATES
 
 # Kinds of tokens, as sentencepiece numbers them.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -81,7 +83,7 @@ class GgufTokenizer:
         begins, ends: whether a text begins with the bos token, and ends with the eos token.
         spaced: whether a text gets a leading space.
         swallowing: whether special tokens swallow the spaces after them.
-        chat_template: Jinja, or None.
+        templates: chat templates (Jinja) by the names of their files.
     """
 
     path: Path
@@ -96,7 +98,7 @@ class GgufTokenizer:
     ends: bool
     spaced: bool
     swallowing: bool
-    chat_template: str | None
+    templates: dict[str, str]
 
     @classmethod
     def of(cls, metadata: Metadata) -> "GgufTokenizer | None":
@@ -106,10 +108,10 @@ class GgufTokenizer:
             ConversionError: its kind is not supported.
         """
 
-        def take(key: str, default: Any = None) -> Any:
-            return metadata.take(f"tokenizer.ggml.{key}", default)
+        def take(key: str, kind: type, default: Any = None, *, many: bool = False) -> Any:
+            return metadata.typed(f"tokenizer.ggml.{key}", kind, default, many=many)
 
-        model, tokens = take("model"), take("tokens")
+        model, tokens = take("model", str), take("tokens", str, many=True)
         if model is None or not tokens:
             return None
         advice = "give a folder with the model's tokenizer.json by --tokenizer"
@@ -117,7 +119,7 @@ class GgufTokenizer:
             raise metadata.error(
                 f"has a tokenizer of kind {model!r:.80}; supported are gpt2 and llama: {advice}"
             )
-        name = take("pre")
+        name = take("pre", str)
         pre = _PRES.get(name) if model == "gpt2" else None
         if model == "gpt2" and pre is None:
             raise metadata.error(
@@ -126,9 +128,9 @@ class GgufTokenizer:
             )
         roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         special = {
-            f"{role}_token": take(f"{key}_token_id")
+            f"{role}_token": i
             for key, role in roles.items()
-            if take(f"{key}_token_id") is not None
+            if (i := take(f"{key}_token_id", int)) is not None
         }
         if wrong := [role for role, i in special.items() if not 0 <= i < len(tokens)]:
             raise metadata.error(f"has no token for {', '.join(wrong)}: {advice}")
@@ -137,22 +139,21 @@ class GgufTokenizer:
             model=model,
             pre=pre,
             tokens=tokens,
-            kinds=take("token_type") or [1] * len(tokens),
-            scores=take("scores") or [0.0] * len(tokens),
-            merges=take("merges") or [],
+            kinds=take("token_type", int, many=True) or [1] * len(tokens),
+            scores=take("scores", float, many=True) or [0.0] * len(tokens),
+            merges=take("merges", str, many=True) or [],
             special=special,
-            begins=take("add_bos_token", pre.begins if pre else True),
-            ends=take("add_eos_token", False),
-            spaced=take("add_space_prefix", True),
+            begins=take("add_bos_token", bool, pre.begins if pre else True),
+            ends=take("add_eos_token", bool, False),
+            spaced=take("add_space_prefix", bool, True),
             # A rule of Phi 3 that files do not store; llama.cpp knows it by the model's name.
             swallowing=model == "llama" and metadata.take("general.architecture") == "phi3",
-            chat_template=metadata.take("tokenizer.chat_template"),
+            templates=_templates(metadata),
         )
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        template = ("chat_template.jinja",) if self.chat_template else ()
-        return ("tokenizer.json", "tokenizer_config.json", *template)
+        return ("tokenizer.json", "tokenizer_config.json", *self.templates)
 
     @property
     def is_complete(self) -> bool:
@@ -172,9 +173,10 @@ class GgufTokenizer:
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
         settings |= {"clean_up_tokenization_spaces": False}
         write_json(writer.folder / "tokenizer_config.json", settings)
-        if self.chat_template:
-            path = writer.folder / "chat_template.jinja"
-            path.write_text(self.chat_template, encoding="utf-8")
+        for name, template in self.templates.items():
+            path = writer.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(template, encoding="utf-8")
         return ""
 
     def build(self) -> Any:
@@ -282,3 +284,16 @@ class GgufTokenizer:
             pair=[*around("$A:0"), *around("$B:1")],
             special_tokens=[(token, self.special[role]) for role, token in ends.items()],
         )
+
+
+def _templates(metadata: Metadata) -> dict[str, str]:
+    """The chat templates by the names of their files in a HF folder: a default, and named ones."""
+    key = "tokenizer.chat_template"
+    named = metadata.beginning_with(f"{key}.")
+    for name in named:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # it becomes the name of a file
+            raise metadata.error(f"has a chat template of the name {name!r:.80}, which is none")
+    files = {key: "chat_template.jinja"}
+    files |= {f"{key}.{name}": TEMPLATES.replace("*", name) for name in named}
+    found = {file: metadata.typed(key, str) for key, file in files.items()}
+    return {file: template for file, template in found.items() if template}
