@@ -227,3 +227,81 @@ def test_a_stop_string_of_bytes_and_special_tokens(data_dir):
     ids = [*tokenizer.encode("a")[-1:], newline, end, newline]
     assert [row.add(token) for token in ids] == [False, False, False, True]
     assert (row.text, row.stopped_by) == ("a", "\n<|end|>\n")
+
+
+END, USER = "<|end|>", "<|user|>"
+WORDS = [END, USER, "a", "b", "ab", "日", "\n"]
+BYTES = sorted({*"aé日🙂".encode(), 0xFF})
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Special tokens, text, and single bytes, as SentencePiece has them."""
+    tokenizers, transformers = need("tokenizers"), need("transformers")
+    tokens = [*WORDS, *(f"<0x{byte:02X}>" for byte in BYTES)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    kind = transformers.PreTrainedTokenizerFast
+    return kind(tokenizer_object=backend, additional_special_tokens=[END, USER])
+
+
+def written_out(ids: list[int], marks: list[str]) -> str:
+    """The text with the special tokens of `marks`, each after the characters before it."""
+    text, data, places = "", b"", list[tuple[int, str]]()
+    for token in [*ids, WORDS.index("a")]:
+        if token >= len(WORDS):
+            data += bytes([BYTES[token - len(WORDS)]])
+        elif WORDS[token] in (END, USER):
+            places.append((len(data), WORDS[token]))
+        else:
+            run = data.decode() if is_utf8(data) else "\ufffd" * len(data)
+            for at, name in reversed(places):
+                if name in marks:
+                    before = data[:at].decode(errors="ignore") if is_utf8(data) else data[:at]
+                    run = run[: len(before)] + name + run[len(before) :]
+            text, data, places = text + run + WORDS[token], b"", []
+    return text[:-1]
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return bool(data.decode()) or True
+    except UnicodeDecodeError:
+        return False
+
+
+def test_any_tokens_end_at_the_first_stop_string(toy):
+    special = special_tokens(toy)
+    token = st.integers(0, len(WORDS) + len(BYTES) - 1)
+    chars = st.sampled_from(["a", "é", "日"]).map(
+        lambda c: [len(WORDS) + BYTES.index(byte) for byte in c.encode()]
+    )
+    ids = st.lists(token.map(lambda i: [i]) | chars, max_size=16).map(lambda parts: sum(parts, []))
+    stop = st.lists(st.sampled_from(["a", "b", "é", "日", END, USER]), min_size=1, max_size=3)
+
+    @settings(derandomize=True, max_examples=250, deadline=None, database=None)
+    @given(ids, st.lists(stop.map("".join), max_size=2))
+    def check(ids, stops):
+        marks = [name for name in (END, USER) if any(name in s for s in stops)]
+        row, taken, before = TextRow(toy, [], stops, special), 0, ""
+        for token in ids:
+            taken += 1
+            stopped = row.add(token)
+            assert row.text.startswith(before)
+            before = row.text
+            if stopped:
+                break
+        row.finish()
+        assert row.text.startswith(before)
+        assert not any(s in row.text for s in stops)
+        text, plain = written_out(ids[:taken], marks), decoded(toy, ids[:taken])
+        found = [s for s in stops if s in text or s in plain]
+        if row.stopped_by is None:
+            assert (row.text, taken, found) == (plain, len(ids), [])
+        else:
+            assert row.stopped_by in found
+            assert plain.startswith(row.text)
+
+    check()
