@@ -12,9 +12,11 @@ import convert
 import s3d_jax.engine.batch
 from s3d_jax import machine
 from s3d_jax.commands.main import main
+from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import DeviceError
 from s3d_jax.lm import EMBEDDED
 from tests.convert.hf_folder import write_folder
+from tests.tiny import tiny_lm
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's name has no threads in it")
@@ -148,6 +150,17 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
     monkeypatch.setattr(machine, "_ALWAYS_TRIED", 2**20)
     with pytest.raises(DeviceError, match=r"the weights of .* in int8 need"):
         s3d_jax.load()
+
+
+def test_penalties_and_biases_are_counted(monkeypatch):
+    """For each row and word: a flag and a count of 4 bytes; a float32 here and on the device."""
+    asked, engine = [], tiny_lm().engine
+    for place in ("batch", "options"):
+        monkeypatch.setattr(f"s3d_jax.engine.{place}.check_memory", lambda *a: asked.append(a[0]))
+    for options in ({}, {"repetition_penalty": 1.2}, {"logit_bias": {3: 1.0}}):
+        Batch(engine, [np.arange(4, dtype=np.int32)] * 3, max_new_tokens=4, **options)
+    usual, penalized, bias, biased = asked
+    assert (penalized - usual, bias, biased) == (3 * 31 * 5, 3 * 31 * 8, usual)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")

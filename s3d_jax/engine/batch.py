@@ -32,6 +32,7 @@ UNLIMITED = int(np.iinfo(np.int32).max)
 # step.
 _STEPS_PER_LOOK = 8
 _BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
+_BYTES_PER_WORD = 5  # of `DecodeState.prompt_tokens` and `output_counts`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +319,8 @@ class Batch:
         needed = plan.cache_bytes(self._target.config) + rows * plan.slots * _BYTES_PER_SLOT
         if self._drafter is not None:
             needed += self._drafter.state_bytes(plan)
+        if self._spec.features.penalized:
+            needed += rows * self._target.config.vocab_size * _BYTES_PER_WORD
         check_memory(
             needed,
             f"{rows} row{'s' * (rows > 1)} of {plan.slots:,} tokens need{'s' * (rows == 1)}",

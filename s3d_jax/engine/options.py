@@ -14,6 +14,7 @@ from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import seeded_keys
+from s3d_jax.machine import check_memory
 from s3d_jax.settings.drafting import PassCosts
 from s3d_jax.settings.records import is_integer, is_list, plain
 from s3d_jax.settings.sampling import SamplingConfig
@@ -137,9 +138,14 @@ def check_options(
     if not all(is_integer(n) and n >= 1 for n in new_tokens):
         raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
     vocab_size = target.config.vocab_size
-    params, features = batch_sampling(
-        _sampling_rows(sampling, rows), _row_keys(seed, rows), vocab_size
-    )
+    settings = _sampling_rows(sampling, rows)
+    if any(row.logit_bias for row in settings):
+        check_memory(
+            2 * 4 * rows * vocab_size,  # float32, on the host and on the device
+            f"the logit_bias of {rows} rows needs",
+            "generate fewer at once",
+        )
+    params, features = batch_sampling(settings, _row_keys(seed, rows), vocab_size)
     ids = target.eos_token_ids if eos_token_ids is None else eos_token_ids
     spec = DecodeSpec(
         config=target.config,
