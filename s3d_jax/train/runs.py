@@ -148,12 +148,13 @@ def train_draft(
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
     if config.out is None and config.name in draft_names(model):
         old = read_draft(model, config.name, lm.config)
-        if old.config.gamma == draft.gamma:  # τ of another γ says nothing
-            make_old = functools.partial(make_lm, draft_config=old.config)
-            held_out = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_old)
-            assert old.params is not None  # read_draft read the weights
-            replaced = held_out.measure(lm.params, old.params)["tokens_per_iteration"]
-            worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
+        # τ grows with γ. So the old draft proposes no more than the new one.
+        old_config = old.config.replace(gamma=min(old.config.gamma, draft.gamma))
+        make_old = functools.partial(make_lm, draft_config=old_config)
+        held_out = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_old)
+        assert old.params is not None  # read_draft read the weights
+        replaced = held_out.measure(lm.params, old.params)["tokens_per_iteration"]
+        worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
     if worse:
         raise TrainingError(worse)
     report = {name: value for name, value in options.items() if name != "draft"} | {

@@ -89,25 +89,35 @@ def test_a_draft_that_training_has_made_worse_is_not_stored(model, capsys, monke
 
 
 @pytest.mark.parametrize(
-    "start, taus",
+    "start, taus, gamma",
     [
-        (("--start", "good"), (2.0, 1.9, 1.5, 2.0)),  # start, outcome, untrained, replaced
-        (("--gamma", "3"), (1.5, 1.9, 2.0)),  # untrained, outcome, replaced
+        (("--start", "good"), (2.0, 1.9, 1.5, 2.0), 3),  # start, outcome, untrained, replaced
+        (("--gamma", "2"), (1.5, 1.9, 2.0), 2),  # untrained, outcome, replaced
+        (("--gamma", "5"), (1.5, 1.9, 2.0), 3),
     ],
 )
-def test_a_worse_draft_does_not_replace_a_better_one(start, taus, model, capsys, monkeypatch):
+def test_a_worse_draft_does_not_replace_a_better_one(
+    start, taus, gamma, model, capsys, monkeypatch
+):
+    """The old one drafts no more tokens than the new one."""
     config, draft = tiny_config(), DraftConfig((False, True, True, False), 3)
     empty = init_draft(config, tiny_params(config), draft, AdapterConfig(4, 8), jax.random.key(0))
     notes = {"name": "the good one"}
     save_draft(model / "model", "good", draft, empty, notes, overwrite=True)
-    measured = iter(taus)
-    monkeypatch.setattr(runs.HeldOutDecoding, "measure", lambda *_: report_of(next(measured)))
+    measured, gammas = iter(taus), []
+
+    def measure(self, *_):
+        gammas.append(self._make_lm.keywords["draft_config"].gamma)
+        return report_of(next(measured))
+
+    monkeypatch.setattr(runs.HeldOutDecoding, "measure", measure)
     files = ("--model", model / "model", "--data", model / "own.jsonl", "--overwrite")
-    names = ("--run", model / f"run-good{start[0]}", "--name", "good", *start)
+    names = ("--run", model / f"run-good{start[-1]}", "--name", "good", *start)
     assert run("train", *files, *names, *ONE_STEP.split()) == 2
     assert (
         "1.90 tokens per iteration, the one that it would replace 2.00" in capsys.readouterr().err
     )
+    assert gammas[-1] == gamma
     stored = read_draft(model / "model", "good", config, weights=False)
     assert stored.training == {"name": "the good one"}
 
