@@ -20,6 +20,8 @@ def is_text(value: Any) -> bool:
 
 def common_length(a: str, b: str) -> int:
     """How many characters two texts begin with in common."""
+    if b.startswith(a):  # the usual case, and the fast one
+        return len(a)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -76,6 +78,11 @@ class Detokenizer:
         text = self._decode(self._context)
         self._shown = text[: len(text) - uncertain]
         return piece
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes at the end of a run held back that are no character yet."""
+        return 0 if self._run_is_lost else len(self._utf8.getstate()[0])
 
     def _begin_run(self) -> None:
         self._run: list[int] = []
@@ -174,12 +181,20 @@ class TextRow:
 
     def add(self, token: int) -> bool:
         """Takes one token; True if it completed a stop string. Nothing may be added after that."""
-        # As long as a run is held back, its marks wait for it.
-        if token in self._marks:
-            self._waiting.append((len(self._detokenizer.held), self._marks[token]))
+        mark = self._marks.get(token, "")
+        if mark:  # waits as long as a run is held back; comes after a character under way
+            at = len(self._detokenizer.held) + (self._detokenizer.unfinished > 0)
+            self._waiting.append((at, mark))
         piece, run = self._detokenizer.add(token), self._detokenizer.held
+        lost = self._detokenizer.unfinished
+        if mark and lost:
+            # If a stop string ends here, these bytes never become a character.
+            marked = self._marked(run).removesuffix(mark) + _LOST * lost + mark
+            return self._stops(self._held + marked)
         if run:  # it is the end of the text if a stop string ends here
             return bool(self._stop) and self._stops(self._held + self._marked(run))
+        if lost:
+            return False
         return self._take(self._marked(piece))
 
     def finish(self) -> None:
@@ -196,6 +211,8 @@ class TextRow:
 
     def _visible(self, marked: str) -> str:
         """A text without its marks."""
+        if not self._marks:
+            return marked
         return "".join(c for c in marked if c not in self._marks.values())
 
     def _begin(self, pending: str, marked: str, stop: str) -> int:

@@ -229,6 +229,20 @@ def test_a_stop_string_of_bytes_and_special_tokens(data_dir):
     assert (row.text, row.stopped_by) == ("a", "\n<|end|>\n")
 
 
+@pytest.mark.parametrize("stop, whole", [("<|end|>", "a\ufffd"), ("a<|end|>", None)])
+def test_a_special_token_after_half_a_character(data_dir, stop, whole):
+    """If the row ends there, the bytes before it are lost; they show as U+FFFD."""
+    tokenizer = transformers_tokenizer("phi-3-mini", data_dir)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    ids = [*tokenizer.encode("a")[-1:], *byte_tokens(tokenizer, b"\xe6"), end]
+    row = TextRow(tokenizer, [], [stop], {end: "<|end|>"})
+    assert [row.add(token) for token in ids] == [False, False, whole is not None]
+    for token in byte_tokens(tokenizer, b"\x97\xa5") if whole is None else []:
+        assert not row.add(token)
+    row.finish()
+    assert row.text == (whole or "a日")
+
+
 END, USER = "<|end|>", "<|user|>"
 WORDS = [END, USER, "a", "b", "ab", "日", "\n"]
 BYTES = sorted({*"aé日🙂".encode(), 0xFF})

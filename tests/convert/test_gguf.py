@@ -15,7 +15,7 @@ import convert
 import s3d_jax
 from convert import plan
 from convert.__main__ import main
-from convert.sources.gguf import tensors
+from convert.sources.gguf import tensors as gguf_tensors
 from convert.sources.gguf.config import ARCHITECTURES
 from convert.sources.gguf.metadata import Metadata, open_reader
 from convert.sources.open import open_origin
@@ -201,7 +201,7 @@ def test_every_type_of_block(tmp_path, monkeypatch):
     dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     stored = {tensor.dtype for name, tensor in source.tensors.items()}
     assert stored == {dtypes.get(kind, kind) for kind in kinds}
-    monkeypatch.setattr(tensors, "CHUNK", 256 * 5)  # 5 rows
+    monkeypatch.setattr(gguf_tensors, "CHUNK", 256 * 5)  # 5 rows
     state = model.state_dict()
     assert source.tensors.keys() == state.keys()
     for name, expected in state.items():
