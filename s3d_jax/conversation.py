@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any, Protocol, Unpack
 
-from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
+from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.options import GenerateOptions, check_options
 from s3d_jax.engine.results import Result
+from s3d_jax.engine.runner import UNLIMITED, Engine
 from s3d_jax.errors import InputError
 from s3d_jax.nn.cache import Kept
 from s3d_jax.stream import Stream, text_pieces

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,12 +12,14 @@ import numpy as np
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.base import SecondModel, Target
 from s3d_jax.drafters.stored import choose_draft, merge_deltas, merged_bytes, read_draft
-from s3d_jax.engine.batch import UNLIMITED, Batch, Engine
+from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.costs import Experiences
 from s3d_jax.engine.options import GenerateOptions, checked_ids
 from s3d_jax.engine.programs import Programs
 from s3d_jax.engine.prompts import Message, Prompt
+from s3d_jax.engine.queue import Queue
 from s3d_jax.engine.results import Result
+from s3d_jax.engine.runner import UNLIMITED, Engine
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import default_device
@@ -251,6 +253,28 @@ class LM:
             if progress:
                 progress(sum(len(tokens) for tokens in batch.tokens))
         return batch.results()
+
+    def generate_many(
+        self, prompts: Iterable[Prompt], *, rows: int = 16, **options: Unpack[GenerateOptions]
+    ) -> Iterator[tuple[int, Result]]:
+        """Continues many prompts, some of them at once; a finished one makes room for the next.
+
+        So no prompt waits for the longest continuation, as it does in `generate`. The outcome of
+        each prompt is that of `generate`.
+
+        Args:
+            prompts: texts or lists of token ids. All rows have room for the longest of them.
+            rows: prompts that run at once.
+            **options: as in `generate`; a list holds one entry per prompt.
+
+        Returns:
+            An iterator over (number of the prompt, its Result), in the order in which they finish.
+
+        Raises:
+            InputError, ConfigError: as in `generate`, before the first prompt is run.
+        """
+        engine = self.engine
+        return Queue(engine, engine.encoder.encode(prompts), rows, **options).run()
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream[str]:
         """Continues one prompt; yields pieces of text as soon as they are certain.

@@ -8,7 +8,8 @@ import pytest
 
 import s3d_jax
 from s3d_jax.decoding import sizes
-from s3d_jax.engine.batch import UNLIMITED, Batch
+from s3d_jax.engine.batch import Batch
+from s3d_jax.engine.runner import UNLIMITED
 from s3d_jax.errors import InputError
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.storage.tokenizer import end_of_turn, read_tokenizer

@@ -94,7 +94,11 @@ class Proposer:
         return type(self).init is not Proposer.init
 
     def init(self, plan: SlotPlan) -> Any:
-        """The proposer's own state before prefill, a PyTree of arrays; None keeps nothing."""
+        """The proposer's own state before prefill, a PyTree of arrays; None keeps nothing.
+
+        The first axis of an array is the rows. An array whose shape does not depend on their number
+        is shared by all, and stays as it is where a row takes another prompt (`rows`).
+        """
         return None
 
     def prefill(

@@ -176,8 +176,11 @@ def decode(
     state: DecodeState,
     max_iterations: jax.Array,
     visible: int | None = None,
+    enough: jax.Array | None = None,
 ) -> DecodeState:
     """Steps until every row is done, `max_iterations` steps at most (1 streams).
+
+    With `enough`, an int scalar, it stops where so many rows are done.
 
     With `visible` (static) it also stops before a row, its prompt taken as padded, would need more
     slots than that; another program continues from there (`SlotPlan.visible`). A program that reads
@@ -189,7 +192,8 @@ def decode(
 
     def unfinished(carry: Carry) -> jax.Array:
         i, state = carry
-        continues = (i < max_iterations) & ~jnp.all(state.done)
+        wanted = state.done.size if enough is None else enough
+        continues = (i < max_iterations) & (jnp.sum(state.done) < wanted)
         if visible is None or visible >= state.cache.slots:
             return continues  # SlotPlan has room for every row to its end
         fits = state.cache.length + state.padding + spec.gamma + 1 <= visible

@@ -63,7 +63,7 @@ class Experience:
         return self.tokens / self.drafting if self.drafting >= _KNOWN else None
 
     def add(self, tokens: int, drafting: int) -> None:
-        """Adds what a run committed in its iterations with a draft, and how many they were."""
+        """Adds what a row committed in its iterations with a draft, and how many they were."""
         self.tokens += tokens
         self.drafting += drafting
         if self.drafting > _REMEMBERED:
@@ -139,12 +139,12 @@ class Pace:
             self.cost = experience.cost or estimate
             if experience.runs >= experience.next_measurement:
                 self._phases = [_Phase(adaptive.NEVER, _WARM_UP)]
-            experience.runs += 1
 
     def budget(self, new_tokens: Sequence[int]) -> Budget:
         """The budget with which rows begin that may have so many new tokens, [B]."""
         batch, gain = len(new_tokens), self._gain
         if gain is None:
+            self._experience.runs += 1
             tau = self._experience.tokens_per_iteration
             gain = None if tau is None else tau / self.cost
         if gain is None or gain >= 1:
@@ -190,6 +190,6 @@ class Pace:
             known.next_measurement = min(4 * known.runs, known.runs + _LONGEST_BETWEEN) - 1
         self.cost = known.cost or self.cost
 
-    def ended(self, tokens: int, drafting: int) -> None:
-        """Takes what the run committed in its iterations with a draft."""
+    def gained(self, tokens: int, drafting: int) -> None:
+        """Takes what a row committed in its iterations with a draft."""
         self._experience.add(tokens, drafting)

@@ -8,7 +8,7 @@ from s3d_jax.errors import NumericalError
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What one row cost. Times and memory are the whole batch's: its rows run together.
+    """What one row cost. Times and memory are those of all rows up to then: they run together.
 
     Attributes:
         prompt_tokens, new_tokens: tokens in and out.

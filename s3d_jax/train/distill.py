@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from s3d_jax.engine.results import Result
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
 from s3d_jax.settings.training import DistillConfig, PromptsConfig
@@ -53,7 +54,8 @@ def distill(
 
     The lines go to `<out>.partial` as they come, which becomes `out` at the end; the options are in
     `<out>.partial.json`. A call that finds a partial file of the same options continues after its
-    last whole batch. The outcome is the same, since every prompt has its own seed.
+    last whole line. The outcome is the same, since every prompt has its own seed. (As with any
+    batch: without exact sums, two almost equal logits may be rounded into another order.)
 
     Args:
         lm: the target; its draft, where it has one, makes it faster and changes nothing else.
@@ -82,10 +84,9 @@ def distill(
         **dataclasses.asdict(config),
     }
     partial = _Partial(path, options)
-    size = config.batch_size
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = partial.begin(size, overwrite)
+        done = partial.begin(overwrite)
         with (
             partial.path.open("a", encoding="utf-8") as file,
             tqdm(
@@ -96,12 +97,10 @@ def distill(
                 disable=not progress,
             ) as bar,
         ):
-            for start in range(done, len(rows), size):
-                batch = rows[start : start + size]
-                for line in _continued(lm, batch, start, config):
-                    file.write(json.dumps(line) + "\n")
+            for line in _continued(lm, rows, done, config):
+                file.write(json.dumps(line) + "\n")
                 file.flush()
-                bar.update(len(batch))
+                bar.update()
         partial.finish()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -109,32 +108,39 @@ def distill(
 
 
 def _continued(
-    lm: LM, batch: list[np.ndarray], start: int, config: DistillConfig
+    lm: LM, rows: list[np.ndarray], done: int, config: DistillConfig
 ) -> Iterator[dict[str, Any]]:
-    """The lines of one batch, whose first prompt is number `start`."""
-    size = config.batch_size
-    numbers = np.arange(start, start + size)
+    """The lines of the prompts from number `done`, in order."""
+    if done == len(rows):
+        return
+    numbers = np.arange(done, len(rows))
     # The fractional parts of i·f step over 1 in a share f of all i, evenly spread.
     f = config.sampled_fraction
     sampled = np.floor((numbers + 1) * f) > np.floor(numbers * f)
     temperatures = np.where(sampled, config.temperature, 0.0).tolist()
-    results = lm.generate(
-        batch + [batch[-1]] * (size - len(batch)),  # one size, one program
+    results = lm.generate_many(
+        rows[done:],
+        rows=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         temperature=temperatures,
         top_p=config.top_p,
         seed=[(config.seed * 1_000_003 + int(i)) % 2**32 for i in numbers],
     )
-    for result in results:
+    finished: dict[int, Result] = {}  # they wait for the prompts before them
+    following = 0
+    for i, result in results:
         result.check()
-    for row, result, temperature in zip(batch, results, temperatures, strict=False):
-        yield {
-            "prompt_tokens": row.tolist(),
-            "tokens": result.tokens,
-            "prompt": _text(lm, row),
-            "text": result.text,
-            "temperature": temperature,
-        }
+        finished[i] = result
+        while (ready := finished.pop(following, None)) is not None:
+            prompt = rows[done + following]
+            yield {
+                "prompt_tokens": prompt.tolist(),
+                "tokens": ready.tokens,
+                "prompt": _text(lm, prompt),
+                "text": ready.text,
+                "temperature": temperatures[following],
+            }
+            following += 1
 
 
 def _checked(lm: LM, prompts: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
@@ -179,8 +185,8 @@ class _Partial:
         self._options_path = out.with_name(out.name + ".partial.json")
         self._options = json.loads(json.dumps(options))
 
-    def begin(self, batch_size: int, overwrite: bool) -> int:
-        """The number of lines in the whole batches of an earlier call; the rest is cut off.
+    def begin(self, overwrite: bool) -> int:
+        """The number of whole lines of an earlier call; the rest is cut off.
 
         Raises:
             InputError: that call had other options, and its lines are not to be overwritten.
@@ -190,10 +196,9 @@ class _Partial:
             if not changes:
                 lines = self.path.read_bytes().splitlines(True)
                 lines = [line for line in lines if line.endswith(b"\n")]
-                whole = len(lines) // batch_size * batch_size
                 with self.path.open("r+b") as file:
-                    file.truncate(sum(map(len, lines[:whole])))
-                return whole
+                    file.truncate(sum(map(len, lines)))
+                return len(lines)
             if not overwrite:
                 raise InputError(
                     f"{self.path} is what another call left unfinished ({changes}): repeat that "

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from s3d_jax.decoding import sizes, step
 from s3d_jax.decoding.prefill import prefill, prefill_jit
+from s3d_jax.decoding.rows import put_row_jit
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import PREFILL_BUCKETS, SlotPlan, prefill_chunks
 from s3d_jax.decoding.state import DecodeSpec, init_state
@@ -323,6 +324,26 @@ def test_programs_copy_no_cache_inside(program, name):
         assert memory.alias_size_in_bytes >= cache  # all of it is written in place
         sizes.append(memory.temp_size_in_bytes)
     assert sizes[1] - sizes[0] < cache / 100
+
+
+@pytest.mark.usefixtures("compiled_here")
+def test_a_row_is_put_into_a_state_in_place():
+    _, state = make_state([[1, 2], [3], [4, 5, 6]], 3, limit=90, slots=512)
+    _, new = make_state([[7, 8, 9, 10]], 3, limit=70, slots=512)
+    program = put_row_jit.lower(state, jnp.int32(1), new).compile()
+    memory = program.memory_analysis()
+    cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 100
+    tokens = np.asarray(state.tokens)
+    state = program(state, np.int32(1), new)
+    assert np.asarray(state.tokens)[:, :5].tolist() == [
+        tokens[0, :5].tolist(),
+        [7, 8, 9, 10, 0],
+        tokens[2, :5].tolist(),
+    ]
+    assert state.limit.tolist() == [90, 70, 90]
+    assert state.stop_ids.shape == new.stop_ids.shape
 
 
 @pytest.mark.usefixtures("compiled_here")

@@ -85,3 +85,12 @@ def test_a_stream_continues_past_the_turning_point(lm, expected):
     prompts, outputs = expected
     streamed = lm.stream_tokens(prompts[1], max_new_tokens=NEW, **DRAFTS["s3d"])
     assert sum(streamed, []) == outputs[1]
+
+
+def test_rows_that_take_prompt_after_prompt_continue_past_the_turning_point(lm, expected):
+    prompts, outputs = expected
+    options = dict(max_new_tokens=NEW, **DRAFTS["s3d"])
+    found = dict(lm.generate_many(prompts, rows=2, **options))
+    assert [found[i].tokens for i in range(len(prompts))] == outputs
+    for i, plain in enumerate(lm.generate(prompts, **options)):
+        assert found[i].stats.accepted_per_position == plain.stats.accepted_per_position

@@ -8,7 +8,8 @@ import pytest
 
 import s3d_jax
 import s3d_jax.storage.native
-from s3d_jax.engine.batch import UNLIMITED, Batch
+from s3d_jax.engine.batch import Batch
+from s3d_jax.engine.runner import UNLIMITED
 from s3d_jax.settings.drafting import symmetric_skip
 from tests.lm.conftest import REAL
 from tests.sampled import combinations

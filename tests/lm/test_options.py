@@ -125,7 +125,7 @@ def test_stop_strings_end_a_row_where_a_look_after_each_step_would(
     for stop in ([texts[0][1:4]], [texts[1][40:43]], ["@", texts[2][83:87]], ["@@"]):
         rows = {}
         for steps in (8, 1):
-            monkeypatch.setattr("s3d_jax.engine.batch._STEPS_PER_LOOK", steps)
+            monkeypatch.setattr("s3d_jax.engine.batch.STEPS_PER_LOOK", steps)
             results = baby.generate(prompts, stop=stop, **options)
             for result, whole in zip(results, plain, strict=True):
                 ends = [whole.text.index(s) for s in stop if s in whole.text]

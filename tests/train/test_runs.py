@@ -208,20 +208,19 @@ def test_distilled_lines_are_the_targets_output_and_a_cut_off_file_is_continued(
 
 
 def interrupted(lm, prompts, out, config):
-    """Distills two batches; returns the partial file."""
-    calls = []
+    """Distills until four lines are written or more; returns the partial file."""
+    partial = out.with_name(out.name + ".partial")
 
     class Interrupted(type(lm)):
-        def generate(self, *arguments, **more):
-            calls.append(1)
-            if len(calls) > 2:
-                raise KeyboardInterrupt
-            return super().generate(*arguments, **more)
+        def generate_many(self, *arguments, **more):
+            for found in super().generate_many(*arguments, **more):
+                if len(partial.read_text().splitlines()) >= 4:
+                    raise KeyboardInterrupt
+                yield found
 
     with pytest.raises(KeyboardInterrupt):
         distill(Interrupted(lm.config, lm.params), prompts, out, config)
-    partial = out.with_name(out.name + ".partial")
-    assert len(partial.read_text().splitlines()) == 2 * config.batch_size
+    assert 4 <= len(partial.read_text().splitlines()) < len(prompts)
     return partial
 
 
@@ -240,7 +239,7 @@ def test_what_another_call_left_unfinished_is_not_continued(tmp_path):
         distill(lm, prompts, out, config, identity={"model": "b"})
     with pytest.raises(InputError, match="prompts was 7, is now 6; prompts_sha256"):
         distill(lm, prompts[1:], out, config)
-    assert len(partial.read_text().splitlines()) == 4
+    assert len(partial.read_text().splitlines()) >= 4
     fresh = distill(lm, prompts[1:], out, config, overwrite=True).read_text()
     assert [json.loads(x)["prompt_tokens"] for x in fresh.splitlines()] == prompts[1:]
     partial.write_text(fresh)
