@@ -1,8 +1,8 @@
 """Many prompts in few rows: a row that has finished takes the next prompt."""
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Unpack
+from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 import jax
 import numpy as np
@@ -107,7 +107,8 @@ class Queue(Runner):
                 at_end = done.copy()
                 at_end[finished] = True
                 self._state = self._state.replace(done=jax.device_put(at_end))
-            passes, memory = jax.device_get(self._state.passes), peak_memory_bytes()
+            # A copy, since the state is donated while rows are put into it.
+            passes, memory = np.array(self._state.passes), peak_memory_bytes()
             for row in finished:
                 i = prompt_of[row]
                 if self._is_unfinished(i):  # at LongRoPE's turning point
@@ -126,7 +127,9 @@ class Queue(Runner):
         """The plan of one row in the slots of all."""
         return SlotPlan((len(sequence),), (limit,), self._spec.gamma, self._plan.slots)
 
-    def _begun(self, sequences: list[np.ndarray], plan: SlotPlan, prompts: Any) -> DecodeState:
+    def _begun(
+        self, sequences: list[np.ndarray], plan: SlotPlan, prompts: Sequence[int]
+    ) -> DecodeState:
         """The state of new rows before prefill, with the settings of the given prompts."""
         settings = jax.device_put(jax.tree.map(lambda x: x[list(prompts)], self._settings))
         keys = jax.random.wrap_key_data(settings.keys, impl=self._key_type)
