@@ -82,6 +82,9 @@ def test_in_batches_and_streams():
     results = lm.generate(PROMPTS, max_new_tokens=12, method="counting", gamma=2, step=3)
     assert [r.tokens for r in results] == expected
     assert results[0].stats.drafted == 2 * results[0].stats.iterations
+    # Rows share the number of iterations; each has its own number of prefilled tokens.
+    many = lm.generate_many(PROMPTS, rows=2, max_new_tokens=12, method="counting")
+    assert [result.tokens for _, result in sorted(many, key=lambda found: found[0])] == expected
     stream = lm.stream_tokens(PROMPTS[0], max_new_tokens=12, method="counting")
     assert sum(stream, []) == expected[0]
     # A text that counts is proposed completely.
