@@ -7,6 +7,7 @@ from pathlib import Path
 
 import convert
 import s3d_jax
+from s3d_jax.engine.costs import Experiences
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -67,6 +68,7 @@ def test_the_readme_is_short_and_what_it_shows_is_what_comes_out(capsys):
         r"^\$ s3d (.+)\n((?:.+\n)+?)\[s3d: .* ([\d.]+) per iteration", README, re.MULTILINE
     ).groups()
     prompt, new = re.fullmatch(r'generate "(.+)" --max-new-tokens (\d+)', command).groups()
+    names["lm"].experiences = Experiences()  # the command knows no earlier texts
     (result,) = names["lm"].generate(prompt, max_new_tokens=int(new))
     assert " ".join(text.split()) == " ".join((prompt + result.text).split())
     assert f"{result.stats.tokens_per_iteration:.2f}" == tau

@@ -21,8 +21,9 @@ _FEWEST, MOST_PER_CALL = 2, 8  # iterations of such a call
 _WARM_UP = 2  # iterations that are not counted
 _CALLS = 2  # of each kind; the faster one counts
 _MEASURED = 5  # costs that are kept; their median counts
-_FIRST_MEASURED = 3  # runs; then the fourfold number of runs, but at most so many between two:
-_LONGEST_BETWEEN = 64
+# After the first run, which may be the only one, three are measured; then the fourfold number of
+# runs, but at most so many between two:
+_FIRST_MEASURED, _LONGEST_BETWEEN = 3, 64
 _KNOWN = 64  # iterations with a draft after which τ is known
 _REMEMBERED = 1024  # iterations with a draft
 # Of plain decoding's time: what a row may lose where drafting has not paid so far.
@@ -50,7 +51,7 @@ class Experience:
     tokens: float = 0.0
     drafting: float = 0.0
     runs: int = 0
-    next_measurement: int = 0
+    next_measurement: int = 1
 
     @property
     def cost(self) -> float | None:
@@ -186,7 +187,7 @@ class Pace:
         )
         known = self._experience
         known.costs.append(drafting / plain)
-        if known.runs >= _FIRST_MEASURED:
+        if len(known.costs) >= _FIRST_MEASURED:
             known.next_measurement = min(4 * known.runs, known.runs + _LONGEST_BETWEEN) - 1
         self.cost = known.cost or self.cost
 

@@ -143,7 +143,7 @@ def test_what_ran_is_told():
     }
     assert told == {
         "ar": "ar",
-        "s3d": "s3d γ=4, estimated costs",
+        "s3d": "s3d γ=4, measured costs",
         "prompt-lookup": "prompt-lookup γ=4, ngram=3",
         "self-spec": "self-spec γ=4, skip 1-2",
         "early-exit": "early-exit γ=4, skip 2-3",
@@ -152,8 +152,8 @@ def test_what_ran_is_told():
     skip = (False, True, False, False)
     lm.tuning = Tuning(2, skip, PassCosts(0.5, (1, 1.1, 1.2)), 1.25)
     full = Ours("s3d", {}, lm).in_full()
-    assert full == {"gamma": 2, "skip": skip, "adaptive": True, "costs": "measured"}
-    assert Ours("s3d", {"gamma": 3}, lm).in_full()["costs"] == "estimated"
+    assert full == {"gamma": 2, "skip": skip, "adaptive": True, "costs": "tuned"}
+    assert Ours("s3d", {"gamma": 3}, lm).in_full()["costs"] == "measured"
 
 
 def test_the_command_can_be_typed_again(monkeypatch):

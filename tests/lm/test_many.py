@@ -35,11 +35,12 @@ def lm():
     "options",
     [
         dict(method="ar"),
-        dict(method="s3d", gamma=3),
+        dict(method="s3d", gamma=3, adaptive=False),
         dict(method="two-model", gamma=2),  # with a state of its own
         dict(
             method="s3d",
             gamma=3,
+            adaptive=False,
             temperature=[0.0, 0.9, 1.3] * 3 + [0.0, 1.0],
             frequency_penalty=[0.0, 0.7] * 5 + [0.1],
             logit_bias=[{i: 2.0} for i in range(11)],
