@@ -5,19 +5,18 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from s3d_jax.errors import InputError
+from s3d_jax.lm import EMBEDDED, LM
 from s3d_jax.settings.records import is_integer
 from s3d_jax.texts.files import read_jsonl
 
-if TYPE_CHECKING:
-    from s3d_jax.lm import LM
-
-BUILT_IN = ("stories", "dialogues", "code")
+BUILT_IN = ("chat", "stories", "dialogues", "code")
 HELD_OUT = Path(__file__).parent.parent / "assets" / "held_out"
+_CHAT = Path(__file__).parent / "chat.jsonl"
 _BEGINNING = 16  # tokens of a whole text that are its prompt
 _HEAD = 400  # characters of a Python file that are its prompt
 _MODULES = """argparse ast base64 bisect calendar configparser contextlib copy csv dataclasses
@@ -39,8 +38,21 @@ class Prompt:
     eos_token_ids: tuple[int, ...] | None = None
 
 
+def default_suites(lm: LM, folder: Path) -> tuple[str, ...]:
+    """The suites that fit a model: chat if it was made for that, else beginnings of texts.
+
+    Args:
+        lm: the model.
+        folder: its checkpoint. The embedded model has a chat template too, but knows no more than
+            its own stories and dialogues.
+    """
+    made_for_chat = bool(getattr(lm.tokenizer, "chat_template", None))
+    is_embedded = folder.resolve() == EMBEDDED.resolve()
+    return ("chat",) if made_for_chat and not is_embedded else ("stories", "dialogues")
+
+
 def read_suites(
-    names: Iterable[str], lm: "LM", max_tokens: int, limit: int | None = None
+    names: Iterable[str], lm: LM, max_tokens: int, limit: int | None = None
 ) -> list[Prompt]:
     """The prompts of some suites.
 
@@ -89,12 +101,13 @@ def read_suites(
     return chosen
 
 
-def _read(name: str, lm: "LM") -> Iterator[Prompt]:
+def _read(name: str, lm: LM) -> Iterator[Prompt]:
     if name == "code":
         lines: Iterable[tuple[str, dict[str, Any]]] = _heads_of_modules()
         category = name
     else:
         path = HELD_OUT / f"{name}.jsonl" if name in BUILT_IN else Path(name)
+        path = _CHAT if name == "chat" else path
         category = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if category == path.name.removesuffix(".gz") or not path.exists():
             raise InputError(
@@ -120,7 +133,7 @@ def _heads_of_modules() -> Iterator[tuple[str, dict[str, Any]]]:
             yield str(path), {"prompt": head[: head.rfind("\n") + 1]}
 
 
-def _prompt(category: str, fields: Mapping[str, Any], lm: "LM", where: str) -> Prompt:
+def _prompt(category: str, fields: Mapping[str, Any], lm: LM, where: str) -> Prompt:
     if "prompt_tokens" in fields:
         return Prompt(category, _checked(fields["prompt_tokens"], lm, where))
     if lm.tokenizer is None:
@@ -170,7 +183,7 @@ def _messages(fields: Mapping[str, Any], where: str) -> list[Mapping[str, Any]] 
     return messages
 
 
-def _checked(ids: Any, lm: "LM", where: str) -> np.ndarray:
+def _checked(ids: Any, lm: LM, where: str) -> np.ndarray:
     """Ids as int32 [T]."""
     vocab_size = lm.config.vocab_size
     if (

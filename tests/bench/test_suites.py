@@ -12,7 +12,7 @@ from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.errors import InputError
 from s3d_jax.lm import EMBEDDED
 from s3d_jax.storage.tokenizer import read_tokenizer
-from s3d_jax.texts.suites import BUILT_IN, read_suites
+from s3d_jax.texts.suites import BUILT_IN, default_suites, read_suites
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,30 @@ def test_limit_and_length(lm, data_dir):
 
 
 def test_suites_of_the_package(lm):
-    assert BUILT_IN == ("stories", "dialogues", "code")
-    counts = Counter(p.category for p in read_suites(BUILT_IN, lm, 10_000))
+    assert BUILT_IN == ("chat", "stories", "dialogues", "code")
+    counts = Counter(p.category for p in read_suites(BUILT_IN[1:], lm, 10_000))
     assert counts["stories"] == counts["dialogues"] == 24 and counts["code"] >= 15
+
+
+def test_chat_questions_go_through_the_template(lm):
+    prompts = read_suites(["chat"], lm, 10_000)
+    counts = Counter(p.category for p in prompts)
+    kinds = "explain", "list", "code", "story", "math", "rewrite", "summarise", "extract"
+    assert counts == dict.fromkeys(kinds, 2)
+    for prompt in prompts:
+        text = lm.tokenizer.decode(prompt.tokens)
+        assert text.startswith("<|endoftext|><|user|>") and text.endswith("<|assistant|>")
+        assert prompt.eos_token_ids == lm.chat_eos_token_ids
+    story = read_suites(["stories"], lm, 10_000)[0]
+    assert "<|user|>" not in lm.tokenizer.decode(story.tokens) and story.eos_token_ids is None
+
+
+def test_the_suites_of_a_model(lm, tmp_path):
+    assert default_suites(lm, tmp_path) == ("chat",)
+    assert default_suites(lm, EMBEDDED) == ("stories", "dialogues")
+    assert default_suites(stub(None), tmp_path) == ("stories", "dialogues")
+    plain = SimpleNamespace(chat_template=None)
+    assert default_suites(stub(plain), tmp_path) == ("stories", "dialogues")
 
 
 def test_the_prompts_of_the_package_are_held_out(lm, data_dir):
@@ -102,7 +123,11 @@ def test_own_files(lm, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("poems", None, "'poems' is no suite: give one of stories, dialogues, code, or a .jsonl"),
+        (
+            "poems",
+            None,
+            "'poems' is no suite: give one of chat, stories, dialogues, code, or a .jsonl",
+        ),
         ("none.jsonl", None, "is no suite"),
         ("a.jsonl", "", "holds no prompt"),
         ("a.jsonl", '{"answer": "x"}', r"line 1 has none of \"turns\".*it has \['answer'\]"),
