@@ -141,6 +141,10 @@ def summary(
             longest = max((prompts[p] for p in members), key=lambda prompt: len(prompt.tokens))
             needs = contestant.memory_bytes(longest, max_new_tokens)
             peaks = [record.memory for row in cells for record in row]
+            equal = [
+                [ours.run.tokens == theirs.run.tokens for ours, theirs in zip(*pair, strict=True)]
+                for pair in zip(cells, plain, strict=True)
+            ]
             rows.append(
                 {
                     "category": category,
@@ -151,11 +155,8 @@ def summary(
                     "compile_seconds": compiled[c],
                     **_acceptance(warm),
                     "new_tokens": sum(len(run.tokens) for run in warm),
-                    "identical_to_ar": statistics.mean(
-                        ours.run.tokens == theirs.run.tokens
-                        for row, reference in zip(cells, plain, strict=True)
-                        for ours, theirs in zip(row, reference, strict=True)
-                    ),
+                    "identical_to_ar": statistics.mean(e for row in equal for e in row),
+                    "identical_prompts": sum(map(all, zip(*equal, strict=True))),
                     "memory_bytes": needs,
                     "tokens_per_second_per_gib": speeds["tokens_per_second"] / (needs / _GIB),
                     "mean_process_bytes": statistics.mean(peaks),
@@ -194,7 +195,7 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
     accepted = [sum(position) for position in zip(*(run.accepted for run in runs), strict=True)]
     plain = sum(run.plain_iterations for run in runs)
     return {
-        "tokens_per_iteration": sum(len(run.tokens) for run in runs) / iterations,
+        "tokens_per_iteration": sum(run.decoded for run in runs) / iterations,
         "acceptance_per_position": [count / max(iterations - plain, 1) for count in accepted],
         "plain_share": plain / iterations,
     }

@@ -1,7 +1,6 @@
 """The report of a measurement: a Markdown table and a picture."""
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -21,9 +20,9 @@ _GIB = 2**30
 def about() -> dict[str, Any]:
     """Date, command, machine and versions of a measurement."""
     versions = {"python": platform.python_version()}
-    for package in ("jax", "flax", "torch", "transformers"):
+    for package in ("jax", "flax", "torch", "transformers", "llama_cpp"):
         if package in sys.modules:
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = str(sys.modules[package].__version__)
     return {
         "date": date.today().isoformat(),
         "command": _command(),
@@ -91,6 +90,7 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     if parts:
         head = ["category", "method", "tokens/s", "IF", "end to end", "τ", "same as AR"]
+        head += ["memory", "tokens/s per GiB"]
         lines += ["", *markdown(head, (_short_cells(row) for row in parts))]
     facts = report["about"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -136,15 +136,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "" if tau is None else f"{tau:.2f}",
         f"{100 * row['plain_share']:.0f} %" if row["plain_share"] else "",
         " ".join(f"{a:.2f}" for a in accepted or ()),
-        f"{100 * row['identical_to_ar']:.0f} %",
+        f"{row['identical_prompts']}/{row['prompts']}",
         f"{row['memory_bytes'] / 2**20:,.1f} MiB",
-        f"{row['tokens_per_second_per_gib']:.0f}",
+        f"{row['tokens_per_second_per_gib']:.1f}",
     ]
 
 
 def _short_cells(row: Mapping[str, Any]) -> list[str]:
     _, speed, factor, whole, *_ = cells = _cells(row)
-    return [row["category"], cells[0], speed, factor, whole, cells[6], cells[9]]
+    return [row["category"], cells[0], speed, factor, whole, cells[6], *cells[9:]]
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

@@ -61,6 +61,26 @@ def rows(monkeypatch):
     return measure.summary(contestants, PROMPTS, records, 10)
 
 
+def test_an_output_that_changes_from_turn_to_turn_is_not_identical():
+    """Such as those of another library, whose sums depend on threads."""
+
+    class Moody(Fake):
+        def run(self, prompt, max_new_tokens):
+            run = super().run(prompt, max_new_tokens)
+            return dataclasses.replace(run, tokens=[1]) if self.calls[1] == 2 else run
+
+    contestants = [Fake("ar", {}), Moody("llama.cpp", {})]
+    records = measure.take_turns(contestants, PROMPTS[:1], 10, 3)
+    row = measure.summary(contestants, PROMPTS[:1], records, 10)[1]
+    assert row["identical_prompts"] == 0 and row["identical_to_ar"] == pytest.approx(2 / 3)
+
+
+def test_what_prefill_gives_is_of_no_iteration():
+    """τ counts the tokens of the iterations: of HF and llama.cpp all after the first."""
+    run = Run([1] * 10, 2, 1, 1, decoded=9, iterations=9)
+    assert measure._acceptance([run])["tokens_per_iteration"] == 1
+
+
 def test_everybody_runs_every_prompt_in_turns(rows):
     assert len(CALLS) == 24
     assert [name for name, _ in CALLS[:6]] == ["ar", "s3d"] * 3  # ar compiles what both need
@@ -101,6 +121,7 @@ def test_sums(rows):
     assert s3d["tokens_per_iteration"] == 2.5 and s3d["acceptance_per_position"] == [1, 0.5]
     assert (s3d["identical_to_ar"], rows[3]["identical_to_ar"]) == (pytest.approx(2 / 3), 1)
     assert rows[5]["identical_to_ar"] == 0
+    assert [row["identical_prompts"] for row in rows] == [3, 2, 2, 2, 1, 0]
     assert s3d["max_process_bytes"] == 2 * 2**30 and 1 <= s3d["mean_process_bytes"] / 2**30 <= 2
     # What a method needs for the longest prompt: 1 GiB per token and second of its own.
     assert (ar["memory_bytes"], s3d["memory_bytes"]) == (3 * 2**30, 1.5 * 2**30)
@@ -187,6 +208,14 @@ def test_table_and_picture(rows, tmp_path, monkeypatch):
     assert [cell.strip() for cell in line.split("|")[1:8]] == [
         *("s3d γ=2, skip 1-2,4", "12.2 ± 6.9", "2.00 ± 0.00", "5.2", "200.0 ± 0.0 ms"),
         *("6.0 s", "2.50"),
+    ]
+    assert [cell.strip() for cell in line.split("|")[-4:-1]] == ["2/3", "1,536.0 MiB", "8.1"]
+    (part,) = [x for x in text.splitlines() if x.startswith("| a ") and "s3d" in x]
+    assert [cell.strip() for cell in part.split("|")[-5:-1]] == [
+        "2.50",
+        "2/2",
+        "1,024.0 MiB",
+        "12.2",
     ]
     assert text.startswith("tiny, int8: ") and text.count("\n| b ") == 2
     assert "resident set, with all methods in it: 0.50 GiB after loading, 2.00 GiB at" in text
