@@ -1,7 +1,6 @@
 """The command `s3d bench`."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -18,8 +17,10 @@ from s3d_jax.settings.records import Checked
 if TYPE_CHECKING:
     from s3d_jax.bench.contestants import Contestant
     from s3d_jax.lm import LM
+    from s3d_jax.texts.suites import Prompt
 
 _CALIBRATION_PROMPTS = 4
+_HF_DTYPES = ("float32", "bfloat16", "float16")
 
 _DESCRIPTION = """\
 Runs prompts through several methods in one process, in turns, greedily and one at a time, and
@@ -27,29 +28,35 @@ prints for each: speed with and without prefill, time to the first token, compil
 acceptance, improvement over plain decoding, whether the output is the same, memory."""
 
 _EPILOG = """\
-methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); and, where
-torch is installed, HF transformers on the same weights: hf, hf-prompt-lookup. A method runs with
-the settings that are fastest on a few of the prompts, or with given ones: s3d:gamma=4,
-self-spec:gamma=2:skip=3-6, prompt-lookup:gamma=4:ngram=2; s3d:gamma=4:adaptive=no always drafts.
-Each setting is a row of its own.
+methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); where torch
+is installed, HF transformers on the same weights: hf, hf-prompt-lookup; and, where llama-cpp-python
+is, llama.cpp on --gguf: llama.cpp, llama.cpp-prompt-lookup. A method runs with the settings that
+are fastest on a few of the prompts, or with given ones: s3d:gamma=4, self-spec:gamma=2:skip=3-6,
+prompt-lookup:gamma=4:ngram=2, hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts. Each
+setting is a row of its own.
 
 examples:
   s3d bench --plot bench.png
   s3d bench --methods ar,s3d:gamma=2,s3d:gamma=6 --suite stories
-  s3d bench --model models/smollm --suite mt_bench.jsonl --limit 4 --methods s3d,prompt-lookup,hf"""
+  s3d bench --model models/smollm --suite mt_bench.jsonl --limit 4 --methods s3d,prompt-lookup,hf
+  s3d bench --model models/smollm --methods s3d,hf:dtype=float32,llama.cpp --gguf smollm.gguf"""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options(Checked):
     suite: tuple[str, ...] = option(
-        ("stories", "dialogues"),
-        "stories, dialogues, code, or a .jsonl(.gz) file of MT-Bench, Spec-Bench, HumanEval, GSM8K "
-        "or your own; may be repeated",
+        (),
+        "chat, stories, dialogues, code, or a .jsonl(.gz) file of MT-Bench, Spec-Bench, HumanEval, "
+        "GSM8K or your own; may be repeated",
         metavar="NAME|FILE",
-        shown="stories and dialogues",
+        shown="chat for a model with a chat template, else stories and dialogues; these for the "
+        "model of the package",
     )
     methods: str = option(
         "ar,s3d,prompt-lookup,self-spec,early-exit", "what to measure, see below", metavar="LIST"
+    )
+    gguf: Path | None = option(
+        None, "of llama.cpp: the same model, whatever its quantisation", metavar="FILE"
     )
     limit: int | None = option(None, "prompts of each category at most", shown="all", least=1)
     max_new_tokens: int = option(128, "tokens to generate per prompt", least=1)
@@ -79,15 +86,15 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: a method or a setting that does not exist.
     """
-    from s3d_jax.bench.contestants import EXTERNAL
+    from s3d_jax.bench.external import EXTERNAL
 
     known = (*registry.method_names(), *EXTERNAL)
+    fixed = {"ar": (), **EXTERNAL}
     chosen: list[tuple[str, dict[str, Any]]] = [("ar", {})]
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, *settings = entry.split(":")
         if name not in known:
             raise InputError(f"--methods names {name!r}; known are {', '.join(known)}")
-        fixed = {"ar": (), "hf": (), "hf-prompt-lookup": ("gamma",)}
         own = fixed[name] if name in fixed else registry.option_names(name)
         pairs = [_parse_setting(setting, entry, own) for setting in settings]
         options = dict(pairs)
@@ -106,19 +113,21 @@ def _parse_setting(text: str, entry: str, own: Sequence[str]) -> tuple[str, Any]
     try:
         if name in ("gamma", "ngram") and int(value) >= 1:
             return name, int(value)
+        if name == "dtype" and value in _HF_DTYPES:
+            return name, value
         if name == "adaptive":
             return name, {"yes": True, "no": False}[value]
         if name == "skip":
             first, _, last = value.partition("-")
             if layers := range(int(first), int(last or first) + 1):
                 return name, layers
-        if name in set(own) - {"gamma", "ngram", "adaptive", "skip"} and value:
+        if name in set(own) - {"gamma", "ngram", "adaptive", "skip", "dtype"} and value:
             return name, int(value) if value.isdecimal() else value
     except (ValueError, KeyError):
         pass
     raise InputError(
         f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3, "
-        "skip=3-6 and adaptive=no"
+        "skip=3-6 and adaptive=no; of hf dtype=float32, bfloat16 or float16"
     )
 
 
@@ -128,43 +137,49 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from s3d_jax.bench import measure, report
+    from s3d_jax.bench.external import LLAMA_CPP_METHODS, check_llama_cpp
     from s3d_jax.lm import EMBEDDED
     from s3d_jax.machine import peak_memory_bytes, peak_memory_kind, reset_peak_memory
-    from s3d_jax.texts.suites import read_suites
+    from s3d_jax.texts.suites import default_suites, read_suites
 
     options = build(_Options, arguments)
     methods = parse_methods(options.methods)
     if options.plot:
         report.check_plot(options.plot)
+    if any(method in LLAMA_CPP_METHODS for method, _ in methods):
+        check_llama_cpp(options.gguf)
+    elif options.gguf is not None:
+        raise InputError("--gguf is for llama.cpp: name it in --methods, or leave --gguf out")
+    folder = Path(arguments.model or EMBEDDED)
     lm = load_model(arguments)
     was_reset = reset_peak_memory()  # loading may need more memory than what it keeps
     loaded = peak_memory_bytes()
     room = lm.max_length - options.max_new_tokens
-    prompts = read_suites(options.suite, lm, room, options.limit)
-    with contextlib.ExitStack() as stack:
-        candidates = _candidates(lm, Path(arguments.model or EMBEDDED), methods, stack)
-        sample = prompts[:: -(-len(prompts) // _CALIBRATION_PROMPTS)]
-        with tqdm(candidates, desc="calibrating", disable=None, leave=False) as bar:
-            chosen = [measure.fastest(group, sample, options.max_new_tokens) for group in bar]
-        # Otherwise the compile time of programs that several methods share counts for none of them
-        # or for the wrong one, and the programs of slower settings count in the peak of memory.
-        lm.programs.clear()
-        jax.clear_caches()
-        contestants = _different(chosen)
-        runs = len(contestants) * len(prompts) * (1 + options.repeats)
-        with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
-            records = measure.take_turns(
-                contestants,
-                prompts,
-                options.max_new_tokens,
-                options.repeats,
-                lambda: bar.update() and None,
-            )
+    suites = options.suite or default_suites(lm, folder)
+    prompts = read_suites(suites, lm, room, options.limit)
+    candidates = _candidates(lm, folder, methods, options, prompts)
+    sample = prompts[:: -(-len(prompts) // _CALIBRATION_PROMPTS)]
+    with tqdm(candidates, desc="calibrating", disable=None, leave=False) as bar:
+        chosen = [measure.fastest(group, sample, options.max_new_tokens) for group in bar]
+    # Otherwise the compile time of programs that several methods share counts for none of them or
+    # for the wrong one, and the programs of slower settings count in the peak of memory.
+    lm.programs.clear()
+    jax.clear_caches()
+    contestants = _different(chosen)
+    runs = len(contestants) * len(prompts) * (1 + options.repeats)
+    with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
+        records = measure.take_turns(
+            contestants,
+            prompts,
+            options.max_new_tokens,
+            options.repeats,
+            lambda: bar.update() and None,
+        )
     found = {
         "about": report.about(),
-        "model": Path(arguments.model or EMBEDDED).name,
+        "model": folder.name,
         "precision": lm.config.precision,
-        "suites": list(options.suite),
+        "suites": list(suites),
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
         "loaded_memory_bytes": loaded,
@@ -193,23 +208,40 @@ def _candidates(
     lm: "LM",
     folder: Path,
     methods: list[tuple[str, dict[str, Any]]],
-    stack: contextlib.ExitStack,
+    options: _Options,
+    prompts: Sequence["Prompt"],
 ) -> list[list["Contestant"]]:
     """The contestants of each entry of --methods, of which the fastest will run.
 
     Raises:
         InputError, ConfigError: wrong settings, or settings that the method does not have; torch or
-            a second model is missing.
+            a second model is missing; the GGUF file is of another model.
     """
-    from s3d_jax.bench.contestants import EXTERNAL, HuggingFace, Ours, hf_model
+    from s3d_jax.bench import external
+    from s3d_jax.bench.contestants import Ours
 
     groups: list[list[Contestant]] = []
-    hf = None
+    dtypes = [s.get("dtype", lm.config.dtype) for m, s in methods if m in external.HF_METHODS]
+    hf = external.hf_models(folder, dict.fromkeys(dtypes)) if dtypes else {}
+    llama_cpp: dict[str, Any] = {}
     for method, given in methods:
-        if method in EXTERNAL:
-            hf = hf or stack.enter_context(hf_model(folder, lm.config.dtype))
-            lookups = [{"gamma": g} for g in (3, 10)] if method == "hf-prompt-lookup" else [{}]
-            groups.append([HuggingFace(method, s, lm, hf) for s in ([given] if given else lookups)])
+        if method in external.HF_METHODS:
+            model = hf[given.get("dtype", lm.config.dtype)]
+            tried = external.candidates(method, given)
+            groups.append([external.HuggingFace(method, s, lm, model) for s in tried])
+            continue
+        if method in external.LLAMA_CPP_METHODS:
+            if method not in llama_cpp:
+                assert options.gguf is not None  # check_llama_cpp has seen it
+                llama_cpp[method] = external.llama_cpp_model(
+                    options.gguf,
+                    lm,
+                    prompts,
+                    options.max_new_tokens,
+                    lookup=method == external.LLAMA_CPP_LOOKUP,
+                )
+            tried = external.candidates(method, given)
+            groups.append([external.LlamaCpp(method, s, lm, llama_cpp[method]) for s in tried])
             continue
         if "skip" in given:
             layers, last = lm.config.num_layers, given["skip"][-1]
@@ -220,7 +252,7 @@ def _candidates(
                 )
             given["skip"] = tuple(i in given["skip"] for i in range(layers))
         settings = [given] if given else registry.candidates(lm.target, method)
-        for options in settings:
-            registry.choose(lm.target, method, **options)
-        groups.append([Ours(method, options, lm) for options in settings])
+        for one in settings:
+            registry.choose(lm.target, method, **one)
+        groups.append([Ours(method, one, lm) for one in settings])
     return groups

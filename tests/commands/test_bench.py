@@ -1,17 +1,20 @@
 """The command `s3d bench`, small, on real models; and what it refuses."""
 
 import json
+import shutil
 import sys
 
 import pytest
 
 import convert
-from s3d_jax.bench.contestants import hf_model
+import s3d_jax
+from s3d_jax.bench.external import hf_models
 from s3d_jax.commands.bench import parse_methods
 from s3d_jax.commands.main import main
 from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import InputError
 from s3d_jax.lm import EMBEDDED
+from tests.bench import llama_cpp_stand_in
 from tests.conftest import need
 from tests.sampled import sampled
 
@@ -39,7 +42,7 @@ def test_all_kinds_of_methods_in_one_run(models, one_thread, tmp_path, capsys):
     suite = tmp_path / "two.jsonl"
     prompts = [{"prompt": "Once upon a time"}, {"prompt": "The dog", "category": "dogs"}]
     suite.write_text("\n".join(map(json.dumps, prompts)))
-    methods = "s3d:gamma=2,two-model:gamma=3,hf,hf-prompt-lookup:gamma=3"
+    methods = "s3d:gamma=2,two-model:gamma=3,hf,hf-prompt-lookup:gamma=3,hf:dtype=bfloat16"
     command = ["bench", "--model", models[0], "--draft-model", models[1], "--suite", str(suite)]
     command += ["--methods", methods, "--max-new-tokens", "24", "--repeats", "1", "--json"]
     assert main([*command, "--plot", str(tmp_path / "b.png")]) == 0
@@ -47,10 +50,14 @@ def test_all_kinds_of_methods_in_one_run(models, one_thread, tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 10_000
     rows = [row for row in found["rows"] if row["category"] == "all"]
     names = ["ar", "s3d", "two-model", "hf", "hf-prompt-lookup"]
+    half = rows.pop()
+    assert half["method"] == "hf" and half["settings"] == {"dtype": "bfloat16"}
+    assert half["memory_bytes"] == rows[3]["memory_bytes"] / 2
     assert [row["method"] for row in rows] == names
-    assert len(found["rows"]) == 3 * len(names)
+    assert len(found["rows"]) == 3 * (len(names) + 1)
     for row in rows:
-        assert row["identical_to_ar"] == 1 and row["new_tokens"] == 48 and row["prompts"] == 2
+        assert row["identical_to_ar"] == 1 and row["identical_prompts"] == row["prompts"] == 2
+        assert row["new_tokens"] == 48
         assert row["tokens_per_second"] > 0 < row["first_token_seconds"]
         assert row["max_process_bytes"] >= row["mean_process_bytes"] > 2**27
         assert 2**20 < row["memory_bytes"] < 2**23  # 260 thousand floats, and caches
@@ -116,6 +123,12 @@ def test_entries_of_methods():
         ("prompt-lookup", {"ngram": 2}),
         ("s3d", {"skip": range(1, 2)}),
     ]
+    found = parse_methods("hf:dtype=bfloat16,hf-prompt-lookup:dtype=float32:gamma=3,llama.cpp")
+    assert found[1:] == [
+        ("hf", {"dtype": "bfloat16"}),
+        ("hf-prompt-lookup", {"dtype": "float32", "gamma": 3}),
+        ("llama.cpp", {}),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,10 @@ def test_entries_of_methods():
         (["--methods", "s3d:gamma=x"], "'s3d:gamma=x' is not understood"),
         (["--methods", "s3d:gamma=0"], "'s3d:gamma=0' is not understood"),
         (["--methods", "hf:gamma=2"], "hf has no gamma"),
+        (["--methods", "hf:dtype=int8"], "'hf:dtype=int8' is not understood"),
+        (["--methods", "llama.cpp:gamma=2"], "llama.cpp has no gamma"),
+        (["--methods", "llama.cpp"], "give --gguf FILE"),
+        (["--gguf", "m.gguf"], "--gguf is for llama.cpp"),
         (["--methods", "s3d:skip=6-3"], "'s3d:skip=6-3' is not understood"),
         (["--methods", "s3d:gamma=4:gamma=6"], "has the same setting twice"),
         (["--methods", "self-spec:skip=50-60"], "skip layer 60; the model has layers 0 to 9"),
@@ -146,4 +163,40 @@ def test_mistakes_are_said_before_anything_runs(options, message, capsys):
 def test_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"need torch: pip install 's3d-jax\[torch\]'"):
-        hf_model(EMBEDDED, "float32").__enter__()
+        hf_models(EMBEDDED, ["float32"])
+
+
+def test_llama_cpp_next_to_our_methods(models, tmp_path, monkeypatch, capsys):
+    lm = s3d_jax.load(models[0])
+    ids = [[1, 403], [1, 410, 5]]
+    answers = {tuple(p): lm.generate(p, max_new_tokens=9, method="ar")[0].tokens for p in ids}
+    answers[tuple(ids[1])][3] += 1  # as by other weights
+    texts = lm.tokenizer.convert_ids_to_tokens(range(512))
+    calls = llama_cpp_stand_in.install(monkeypatch, texts, answers)
+    suite, file = tmp_path / "two.jsonl", tmp_path / "m.gguf"
+    suite.write_text("\n".join(json.dumps({"prompt_tokens": p}) for p in ids))
+    file.touch()
+    command = ["bench", "--model", models[0], "--suite", str(suite), "--gguf", str(file)]
+    command += ["--methods", "llama.cpp,llama.cpp-prompt-lookup", "--repeats", "1"]
+    assert main([*command, "--max-new-tokens", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(" 1/2 ") == 2 and shown.count(" 2/2 ") == 1 and "llama_cpp 0.3.36" in shown
+    assert "| llama.cpp Q4_K - Medium " in shown and "| llama.cpp-prompt-lookup γ=" in shown
+    loaded = [call[2]["logits_all"] for call in calls if call[0] == "Llama"]
+    assert loaded == [False, True]  # once each, whatever settings are tried
+
+
+def test_the_suites_that_a_model_gets(tmp_path, monkeypatch, capsys):
+    def read(names, *_):
+        raise InputError(f"asked for {', '.join(names)}")
+
+    monkeypatch.setattr("s3d_jax.texts.suites.read_suites", read)
+    folder = tmp_path / "chat"  # a copy knows no more, but has a template
+    shutil.copytree(EMBEDDED, folder)
+    for options, names in (
+        (["--model", str(folder)], "chat"),
+        (["--model", str(folder), "--suite", "code"], "code"),
+        ([], "stories, dialogues"),
+    ):
+        assert main(["bench", *options]) == 2
+        assert f"asked for {names}\n" in capsys.readouterr().err
