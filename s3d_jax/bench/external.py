@@ -207,16 +207,24 @@ class LlamaCpp(Contestant):
         text = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self.model.model, text, len(text))
         *_, kind = text.value.decode().split(" ", 2)  # after architecture and size: llama 1B Q8_0
-        return {**self.settings, "dtype": kind}
+        return {**self.settings, "dtype": kind.removeprefix("(guessed) ")}
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
         import llama_cpp
 
         config = self.lm.config
-        slots = len(prompt.tokens) + max_new_tokens
-        slots += -slots % 256  # llama.cpp rounds them up
+        slots = _slots(len(prompt.tokens) + max_new_tokens)
         caches = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * 2
         return int(llama_cpp.llama_model_size(self.model.model)) + caches
+
+
+def _slots(tokens: int) -> int:
+    """Slots of a cache for so many tokens.
+
+    llama.cpp rounds them up. If the binding is not told the same number, a draft near the end does
+    not fit the binding's array of ids, and it raises a ValueError.
+    """
+    return tokens + -tokens % 256
 
 
 def check_llama_cpp(file: Path | None) -> None:
@@ -261,7 +269,7 @@ def llama_cpp_model(
     try:
         model = llama_cpp.Llama(
             str(file),
-            n_ctx=max(len(prompt.tokens) for prompt in prompts) + max_new_tokens,
+            n_ctx=_slots(max(len(prompt.tokens) for prompt in prompts) + max_new_tokens),
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=-1 if jax.default_backend() == "gpu" else 0,

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import convert
+import s3d_jax
 from s3d_jax.bench import external, report
 from s3d_jax.errors import InputError
 from s3d_jax.texts.suites import Prompt
@@ -42,7 +44,7 @@ def test_llama_cpp_is_asked_for_the_same(lm, file, monkeypatch):
     contestant = external.LlamaCpp("llama.cpp", {}, lm, model_of(file, lm))
     ((_, path, options),) = calls
     assert path == str(file) and options == dict(
-        n_ctx=8, n_threads=1, n_threads_batch=1, n_gpu_layers=0, logits_all=False, verbose=False
+        n_ctx=256, n_threads=1, n_threads_batch=1, n_gpu_layers=0, logits_all=False, verbose=False
     )
     calls.clear()
     run = contestant.run(PROMPTS[0], 5)
@@ -52,6 +54,8 @@ def test_llama_cpp_is_asked_for_the_same(lm, file, monkeypatch):
     assert contestant.run(PROMPTS[1], 5).tokens == [1, 2, 3]  # with the token that ends a chat
     row = {"method": "llama.cpp", "settings": contestant.in_full()}
     assert report.label(row) == "llama.cpp Q4_K - Medium"
+    install(monkeypatch, TEXTS, NEW, description=b"llama ?B (guessed) all F32")
+    assert contestant.in_full() == {"dtype": "all F32"}  # of a file that does not say its type
     assert contestant.memory_bytes(PROMPTS[0], 5) == WEIGHTS + 2 * 3 * 2 * 8 * 2 * 256
     assert contestant.memory_bytes(PROMPTS[0], 254) == WEIGHTS + 2 * 3 * 2 * 8 * 2 * 512
 
@@ -113,3 +117,35 @@ def test_what_llama_cpp_needs(lm, file, monkeypatch):
     external.check_llama_cpp(file)
     with pytest.raises(InputError, match=r"llama\.cpp cannot read .*broken\.gguf: Failed to load"):
         model_of(file.parent / "broken.gguf", lm)
+
+
+def test_the_real_llama_cpp(tmp_path):
+    """Where it is installed: the tokens are ours, with and without its prompt lookup."""
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from tests.convert.gguf_file import write_gguf
+    from tests.parity.test_families import hf_model
+
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    model = hf_model("llama", models={"llama": ("Llama", {})}, sizes=shape)
+    for name, keys in (("ours", {}), ("theirs", {"ggml.model": "no_vocab"})):
+        write_gguf(tmp_path / f"{name}.gguf", "llama", model, "F32", tokenizer=keys)
+    convert.convert(tmp_path / "ours.gguf", tmp_path / "native", parity=False, progress=False)
+    lm = s3d_jax.load(tmp_path / "native")
+    prompt = Prompt("x", np.arange(3, 40, dtype=np.int32))
+    expected = lm.generate(prompt.tokens, max_new_tokens=24, method="ar")[0].tokens
+    assert len(set(expected)) > 4
+    file = tmp_path / "theirs.gguf"
+    for method, settings in (("llama.cpp", {}), ("llama.cpp-prompt-lookup", {"gamma": 3})):
+        llama = external.llama_cpp_model(file, lm, [prompt], 24, lookup=bool(settings))
+        contestant = external.LlamaCpp(method, settings, lm, llama)
+        for _ in range(2):
+            run = contestant.run(prompt, 24)
+            assert run.tokens == expected and 1 <= run.iterations <= 23 == run.decoded
+        assert contestant.in_full()["dtype"] == "all F32"
+        weights = 4 * sum(x.numel() for x in model.parameters())
+        cache = contestant.memory_bytes(prompt, 24) - weights
+        assert cache == 2 * 2 * lm.config.num_kv_heads * 16 * 256 * 2
+    with pytest.raises(InputError, match=r"llama\.cpp cannot read .*native"):
+        external.llama_cpp_model(tmp_path / "native", lm, [prompt], 24, lookup=False)
