@@ -117,6 +117,7 @@ def test_broken_draft_embeddings_change_nothing(truth):
         assert min(len(set(row)) for row in tokens) > 1
 
 
+@pytest.mark.exhaustive
 def test_dynamic_rope_does_not_depend_on_the_block():
     """Keys are rotated as in token-by-token decoding, also where a block crosses the limit."""
     rope = RopeConfig("dynamic", factor=4.0, original_max_position_embeddings=16)
@@ -129,6 +130,7 @@ def test_dynamic_rope_does_not_depend_on_the_block():
         assert outputs(state, PROMPTS) == ar
 
 
+@pytest.mark.exhaustive
 def test_sliding_window_and_soft_caps_stay_exact(monkeypatch):
     """Layers with a window keep rings of 5 + 8 slots, through which all prompts and outputs go."""
     monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))

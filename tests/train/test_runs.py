@@ -82,6 +82,7 @@ def start(model):
     return reached, command
 
 
+@pytest.mark.exhaustive
 def test_a_draft_starts_from_another(start, model, capsys):
     reached, command = start
     assert command("second") == 0
@@ -123,6 +124,7 @@ def test_masks_alone_train_masks_alone(model):
     assert lm.draft_params.mask_embeddings.shape == (2, 24)
 
 
+@pytest.mark.exhaustive
 def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
     before = checkpoint.load(model / "model").params
     out = ("--mode", "full", "--out", model / "full", "--steps", "30", "--learning-rate", "1e-3")
@@ -312,6 +314,7 @@ def test_skip_is_read_from_ranges_and_lists():
     assert parse_skip("", 2) == (False, False)
 
 
+@pytest.mark.exhaustive
 def test_a_model_from_scratch(tmp_path, capsys):
     """It memorizes its text, with its own tokenizer, and drafts for itself."""
     sentence = "the small cat sat on the warm mat and saw a bird in the tall tree. "
