@@ -44,10 +44,10 @@ examples:
 @dataclasses.dataclass(frozen=True)
 class _Options(Checked):
     suite: tuple[str, ...] = option(
-        ("stories", "dialogues"),
+        (),
         "prompts, as in s3d bench; may be repeated",
         metavar="NAME|FILE",
-        shown="stories and dialogues",
+        shown="as in s3d bench: chat for a model with a chat template",
     )
     limit: int = option(16, "prompts of each category at most", least=1)
     max_new_tokens: int = option(128, "tokens to generate per prompt", least=1)
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     from s3d_jax.drafters.stored import choose_draft
     from s3d_jax.lm import EMBEDDED
     from s3d_jax.storage.tuning import check_writable, save_tuning
-    from s3d_jax.texts.suites import read_suites
+    from s3d_jax.texts.suites import default_suites, read_suites
     from s3d_jax.tune import report
     from s3d_jax.tune.plan import tune
 
@@ -102,7 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not options.no_save:
         check_writable(folder)
     room = lm.max_length - options.max_new_tokens
-    prompts = read_suites(options.suite, lm, room, options.limit)
+    suites = options.suite or default_suites(lm, folder)
+    prompts = read_suites(suites, lm, room, options.limit)
     with contextlib.ExitStack() as stack:
 
         def progress(what: str, total: int) -> Callable[[], None]:
@@ -125,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
         "model": folder.name,
         "precision": lm.config.precision,
         "draft": draft,
-        "suites": list(options.suite),
+        "suites": list(suites),
         "search": options.search,
         "max_new_tokens": options.max_new_tokens,
         **plan.to_dict(),
