@@ -168,6 +168,7 @@ def _stored_differences(header: Header, target: ConversionTarget) -> StoredDiffe
             expected = flatten(store_tree(weights, tree))
             found = flatten(read_group(header, name)) if name in header.groups else {}
             num_arrays += len(expected)
+            different |= {f"{name}/{path}": None for path in found.keys() - expected.keys()}
             for path, array in expected.items():
                 where = f"{name}/{path}"
                 other = found.get(path)

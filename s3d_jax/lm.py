@@ -230,7 +230,7 @@ class LM:
         """Continues one or many prompts, all in one batch.
 
         The output does not depend on the method, γ or skip: under greedy decoding it is token for
-        token the output of plain decoding, under sampling it has the same distribution.
+        token the output of plain decoding, sampled with the same seed it is too.
 
         Args:
             prompts: a text, a list of token ids, or a list of either. Lengths may differ.

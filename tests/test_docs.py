@@ -12,7 +12,13 @@ from s3d_jax.engine.costs import Experiences
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "recipes/**/*.md", "s3d_jax/assets/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "recipes/**/*.md",
+        "drafts/**/*.md",
+        "s3d_jax/assets/**/*.md",
+    )
     for page in ROOT.glob(pattern)
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -155,7 +155,7 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
 def test_penalties_and_biases_are_counted(monkeypatch):
     """For each row and word: a flag and a count of 4 bytes; a float32 here and on the device."""
     asked, engine = [], tiny_lm().engine
-    for place in ("batch", "options"):
+    for place in ("runner", "options"):
         monkeypatch.setattr(f"s3d_jax.engine.{place}.check_memory", lambda *a: asked.append(a[0]))
     for options in ({}, {"repetition_penalty": 1.2}, {"logit_bias": {3: 1.0}}):
         Batch(engine, [np.arange(4, dtype=np.int32)] * 3, max_new_tokens=4, **options)

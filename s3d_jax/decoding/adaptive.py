@@ -1,9 +1,8 @@
 """Adaptive drafting: a row drafts γ tokens or none, whichever pays on its text.
 
-Each row decides for itself, by what its passes cost (`PassCosts`) and how much was accepted in
-earlier iterations, never by the draft that is judged next. So a row's output does not depend on its
-neighbours, and under sampling it keeps the target's distribution. docs/log/ says why a row drafts
-either γ tokens or none.
+Each row decides for itself, by what an iteration with a draft costs and how much was accepted in
+earlier iterations. Its output does not depend on that. docs/log/ says why a row drafts either γ
+tokens or none.
 """
 
 from collections.abc import Sequence
@@ -88,9 +87,10 @@ def settle(budget: Budget, drafted: jax.Array, accepted: jax.Array, done: jax.Ar
         done: bool [B], rows that only waited for the others; their budget stays as it is, since a
             row that waits at its turning point (LongRoPE) continues later.
     """
-    gained = jnp.where(drafted, accepted + 1 - budget.cost, 0.0)
+    counts = drafted & (budget.mode == BY_BUDGET)  # measuring costs is not the row's choice
+    gained = jnp.where(counts, accepted + 1 - budget.cost, 0.0)
     steps = jnp.clip(budget.steps + gained, 0.0, _CAPACITY)
-    longer = jnp.where(drafted & (steps == 0), 2 * budget.pause, budget.pause)
+    longer = jnp.where(counts & (steps == 0), 2 * budget.pause, budget.pause)
     longest = jnp.maximum(budget.pause, _LONGEST_PAUSE)
     pause = jnp.where(steps == _CAPACITY, _FIRST_PAUSE, jnp.minimum(longer, longest))
     settled = budget.replace(steps=steps, iterations=budget.iterations + 1, pause=pause)

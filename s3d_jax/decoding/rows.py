@@ -26,16 +26,15 @@ def put_row(state: DecodeState, row: jax.Array, new: DecodeState) -> DecodeState
     """The state in which `row` is the row of `new`; the other rows are as they were.
 
     Args:
-        state: of B rows; donated by `put_row_jit`.
+        state: of B rows, more than one; donated by `put_row_jit`.
         row: int scalar.
         new: of one row, with equal sizes (S, and the largest block) and equal `stop_ids`.
     """
-    several = state.done.size > 1
 
     def put(old: jax.Array, one: jax.Array) -> jax.Array:
-        if several and old.shape == one.shape:
+        if old.shape == one.shape:
             return old  # the rows share it
-        return jax.lax.dynamic_update_slice_in_dim(old, one, row, 0) if several else one
+        return jax.lax.dynamic_update_slice_in_dim(old, one, row, 0)
 
     return jax.tree.map(put, state, new)
 

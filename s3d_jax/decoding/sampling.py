@@ -203,8 +203,12 @@ def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
     Returns:
         float32 [..., V].
     """
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32))(keys.ravel())
-    return noise.reshape(*keys.shape, vocab_size)
+    # Not by `jax.random.gumbel`, which depends on `jax_high_dynamic_range_gumbel`.
+    smallest = jnp.finfo(jnp.float32).tiny
+    uniform = jax.vmap(
+        lambda key: jax.random.uniform(key, (vocab_size,), jnp.float32, minval=smallest)
+    )(keys.ravel())
+    return -jnp.log(-jnp.log(uniform)).reshape(*keys.shape, vocab_size)
 
 
 def choose(

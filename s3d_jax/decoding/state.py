@@ -116,7 +116,7 @@ class Proposer:
         return state
 
     def propose(self, inputs: "Inputs") -> Proposal:
-        """γ draft tokens for each row, and the distributions they were drawn from."""
+        """γ draft tokens for each row."""
         raise NotImplementedError
 
     def update(self, state: DecodeState, accepted: jax.Array) -> Any:

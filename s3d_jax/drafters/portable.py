@@ -10,6 +10,7 @@ quantised model and its original, say) is served too, and accepts a little less.
 """
 
 import dataclasses
+import math
 import os
 import warnings
 from pathlib import Path
@@ -56,7 +57,7 @@ def export_draft(
     Raises:
         CheckpointError: there is no such draft, it is damaged, or `out` cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     header = read_header(model)
     draft = read_draft(model, name, header.config)
@@ -79,7 +80,8 @@ def export_draft(
     }
     with staged_folder(out, needs=sum(x.nbytes for x in arrays.values())) as partial:
         write_json(partial / "config.json", fields)
-        save_file(arrays, partial / "draft.safetensors")
+        # Not by save_file, whose file only its owner can read.
+        (partial / "draft.safetensors").write_bytes(save(arrays))
     return draft
 
 
@@ -140,8 +142,20 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
         f"{field.name}: the draft's model has {getattr(theirs, field.name)!r:.80}, this one "
         f"{getattr(ours, field.name)!r:.80}"
         for field in dataclasses.fields(ModelConfig)
-        if field.name not in _FREE and getattr(theirs, field.name) != getattr(ours, field.name)
+        if field.name not in _FREE
+        and not _alike(getattr(theirs, field.name), getattr(ours, field.name))
     ]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two settings are equal, up to float32: some file formats store 1e-5 so."""
+    if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+        return _alike(list(vars(a).items()), list(vars(b).items()))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Batch(Runner):
         """Decodes to the end; yields the rows' new ids after every call into the compiled loop."""
         if self._stops:
             iterations_per_call = min(iterations_per_call, STEPS_PER_LOOK)
-        self._begin_pace(len(self._prompts), iterations_per_call)
+        self._begin_pace(iterations_per_call)
         if self._pace is not None:
             budget = self._pace.budget(self._request.max_new_tokens)
             self._state = self._state.replace(budget=budget)

@@ -20,73 +20,16 @@ _SECONDS_PER_CALL = 0.02  # of a call that measures; less is noise
 _FEWEST, MOST_PER_CALL = 2, 8  # iterations of such a call
 _WARM_UP = 2  # iterations that are not counted
 _CALLS = 2  # of each kind; the faster one counts
-_MEASURED = 5  # costs that are kept; their median counts
-# After the first run, which may be the only one, three are measured; then the fourfold number of
-# runs, but at most so many between two:
-_FIRST_MEASURED, _LONGEST_BETWEEN = 3, 64
+_KEPT = 5  # costs; their median counts
+# The first text may be the only one. After it the cost is measured three times, and then when there
+# were twice as many texts as at the last time, or so many more:
+_AT_FIRST, _LONGEST_BETWEEN = 3, 128
 _KNOWN = 64  # iterations with a draft after which τ is known
 _REMEMBERED = 1024  # iterations with a draft
-# Of plain decoding's time: what a row may lose where drafting has not paid so far.
-_STAKE = 0.02
-# Where τ is below this share of the cost, drafting is tried in every eighth run alone.
+_STAKE = 0.02  # of its limit: the steps that a row may lose where drafting has not paid so far
+# Where τ is below this share of the cost, only every eighth text drafts at its beginning.
 _HOPELESS, _TRIED = 0.7, 8
 _HOPELESS_PAUSE = 512
-
-
-@dataclasses.dataclass
-class Experience:
-    """What drafting costs and gains with certain settings.
-
-    Attributes:
-        costs: of an iteration with a draft, in steps of plain decoding, the last few measurements.
-        tokens, drafting: committed in iterations with a draft, and the number of these; old ones
-            count less.
-        runs: how many there were.
-        next_measurement: the run that measures the cost again.
-    """
-
-    costs: collections.deque[float] = dataclasses.field(
-        default_factory=lambda: collections.deque(maxlen=_MEASURED)
-    )
-    tokens: float = 0.0
-    drafting: float = 0.0
-    runs: int = 0
-    next_measurement: int = 1
-
-    @property
-    def cost(self) -> float | None:
-        """The measured cost; None as long as there is none."""
-        return statistics.median(self.costs) if self.costs else None
-
-    @property
-    def tokens_per_iteration(self) -> float | None:
-        """τ of the iterations with a draft; None as long as they are few."""
-        return self.tokens / self.drafting if self.drafting >= _KNOWN else None
-
-    def add(self, tokens: int, drafting: int) -> None:
-        """Adds what a row committed in its iterations with a draft, and how many they were."""
-        self.tokens += tokens
-        self.drafting += drafting
-        if self.drafting > _REMEMBERED:
-            self.tokens, self.drafting = self.tokens / 2, self.drafting / 2
-
-
-class Experiences:
-    """The experience of a model with each of its settings. A copy of it is empty: the copy may come
-    to another device."""
-
-    def __init__(self) -> None:
-        self._found: dict[Hashable, Experience] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Experiences, ()
-
-    def __iter__(self) -> Iterator[Experience]:
-        return iter(self._found.values())
-
-    def of(self, settings: Hashable) -> Experience:
-        """The experience with these settings, which may be new."""
-        return self._found.setdefault(settings, Experience())
 
 
 class Call(NamedTuple):
@@ -109,6 +52,7 @@ class _Phase:
     wanted: int
     done: int = 0
     seconds: float = 0.0
+    visible: int = 0  # slots that the last call read
 
     @property
     def each(self) -> float:
@@ -116,81 +60,173 @@ class _Phase:
         return self.seconds / self.done
 
 
-class Pace:
-    """Decides for one run when it drafts, and measures.
+class _Measurement:
+    """Takes the times of plain and of drafting iterations in turns, also over several texts."""
+
+    def __init__(self) -> None:
+        self._todo = [_Phase(adaptive.NEVER, _WARM_UP)]
+        self._done: list[_Phase] = []
+
+    @property
+    def next_call(self) -> Call:
+        return Call(self._todo[0].mode, self._todo[0].wanted - self._todo[0].done)
+
+    def took(self, iterations: int, seconds: float, visible: int) -> bool:
+        """Takes the time of the call; True if it was the last one."""
+        phase = self._todo[0]
+        phase.done += iterations
+        phase.seconds += seconds
+        phase.visible = visible
+        if phase.done < phase.wanted:
+            return False
+        self._done.append(self._todo.pop(0))
+        if len(self._done) == 1:  # the warm-up, which tells how long a call must be
+            size = math.ceil(_SECONDS_PER_CALL / max(phase.each, 1e-9))
+            size = min(max(size, _FEWEST), MOST_PER_CALL)
+            modes = [adaptive.NEVER, adaptive.ALWAYS] * _CALLS
+            self._todo = [_Phase(mode, size) for mode in modes]
+        return not self._todo
+
+    def cost(self) -> float | None:
+        """Of an iteration with a draft, in plain ones; None where they read other slots."""
+        each: dict[tuple[int, int], float] = {}
+        for phase in self._done[1:]:
+            # The fastest: whatever else the machine did made the others slower.
+            key = phase.visible, phase.mode
+            each[key] = min(each.get(key, phase.each), phase.each)
+        found = [
+            each[visible, adaptive.ALWAYS] / seconds
+            for (visible, mode), seconds in each.items()
+            if mode == adaptive.NEVER and (visible, adaptive.ALWAYS) in each
+        ]
+        return min(found, default=None)
+
+
+@dataclasses.dataclass
+class Experience:
+    """What drafting costs and gains with certain settings.
 
     Attributes:
-        cost: of an iteration with a draft, in steps of plain decoding, as far as it is known.
+        costs: of an iteration with a draft, in steps of plain decoding, the last few measurements.
+        tokens, drafting: committed in iterations with a draft, and the number of these; old ones
+            count less.
+        texts: how many there were.
+        next_measurement: the number of texts at which the cost is measured again.
+        measurement: the one under way.
     """
 
+    costs: collections.deque[float] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=_KEPT)
+    )
+    tokens: float = 0.0
+    drafting: float = 0.0
+    texts: int = 0
+    next_measurement: int = 2
+    measurement: _Measurement | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """The measured cost; None as long as there is none."""
+        return statistics.median(self.costs) if self.costs else None
+
+    @property
+    def tokens_per_iteration(self) -> float | None:
+        """τ of the iterations with a draft; None as long as they are few."""
+        return self.tokens / self.drafting if self.drafting >= _KNOWN else None
+
+    def begin_text(self) -> None:
+        """Counts a text, and measures again if it is time."""
+        self.texts += 1
+        if self.measurement is None and self.texts >= self.next_measurement:
+            self.measurement = _Measurement()
+
+    def took(self, iterations: int, seconds: float, visible: int) -> None:
+        """Takes the time of a call of the measurement under way."""
+        if self.measurement is None or not self.measurement.took(iterations, seconds, visible):
+            return
+        cost, self.measurement = self.measurement.cost(), None
+        if cost is not None:
+            self.costs.append(cost)
+        again = self.texts + 1
+        if len(self.costs) >= _AT_FIRST or cost is None:
+            again = min(2 * self.texts, self.texts + _LONGEST_BETWEEN)
+        self.next_measurement = again
+
+    def gained(self, tokens: int, drafting: int) -> None:
+        """Takes what a text committed in its iterations with a draft, and how many they were."""
+        self.tokens += tokens
+        self.drafting += drafting
+        if self.drafting > _REMEMBERED:
+            self.tokens, self.drafting = self.tokens / 2, self.drafting / 2
+
+
+class Experiences:
+    """The experience of a model with each of its settings.
+
+    A copy is empty, since it may come to another device.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Experience] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Experiences, ()
+
+    def __iter__(self) -> Iterator[Experience]:
+        return iter(self._found.values())
+
+    def of(self, settings: Hashable) -> Experience:
+        """The experience with these settings, which may be new."""
+        return self._found.setdefault(settings, Experience())
+
+
+class Pace:
+    """Decides for the texts of one batch when they draft, and measures."""
+
     def __init__(self, estimate: float, gain: float | None, experience: Experience) -> None:
-        """Begins a run.
+        """Begins.
 
         Args:
-            estimate: the cost where nothing was measured.
+            estimate: cost of an iteration with a draft, in steps of plain decoding, where nothing
+                was measured.
             gain: speed over that of plain decoding, where `s3d tune` has measured it; then nothing
-                is measured, and the run does not depend on earlier ones.
-            experience: of these settings; it learns from this run.
+                is measured, and the batch does not depend on earlier ones.
+            experience: of these settings; it learns from this batch.
         """
-        self._experience, self._gain = experience, gain
-        self._phases: list[_Phase] = []  # to come
-        self._measured: list[_Phase] = []
-        self.cost = estimate
-        if gain is None:
-            self.cost = experience.cost or estimate
-            if experience.runs >= experience.next_measurement:
-                self._phases = [_Phase(adaptive.NEVER, _WARM_UP)]
+        self._estimate, self._gain, self._experience = estimate, gain, experience
+
+    @property
+    def cost(self) -> float:
+        """Of an iteration with a draft, in steps of plain decoding, as far as it is known."""
+        measured = self._experience.cost if self._gain is None else None
+        return self._estimate if measured is None else measured
 
     def budget(self, new_tokens: Sequence[int]) -> Budget:
-        """The budget with which rows begin that may have so many new tokens, [B]."""
-        batch, gain = len(new_tokens), self._gain
+        """The budget with which rows begin a text of so many new tokens at most, [B]."""
+        batch, gain, tries = len(new_tokens), self._gain, False
         if gain is None:
-            self._experience.runs += 1
+            self._experience.begin_text()
             tau = self._experience.tokens_per_iteration
             gain = None if tau is None else tau / self.cost
+            tries = self._experience.texts % _TRIED == 0
         if gain is None or gain >= 1:
             return new_budget(batch, self.cost)
-        if gain < _HOPELESS and (self._gain is not None or self._experience.runs % _TRIED):
+        if gain < _HOPELESS and not tries:
             return new_budget(batch, self.cost, steps=[0.0] * batch, pause=_HOPELESS_PAUSE)
         return new_budget(batch, self.cost, steps=[_STAKE * n for n in new_tokens])
 
     def next_call(self) -> Call:
         """How the next call is to decode."""
-        if not self._phases:
+        measurement = self._experience.measurement
+        if self._gain is not None or measurement is None:
             return Call(adaptive.BY_BUDGET, None)
-        phase = self._phases[0]
-        return Call(phase.mode, phase.wanted - phase.done)
+        return measurement.next_call
 
-    def took(self, iterations: int, seconds: float) -> None:
-        """Takes the time of the call that `next_call` described."""
-        if not self._phases:
-            return
-        phase = self._phases[0]
-        phase.done += iterations
-        phase.seconds += seconds
-        if phase.done < phase.wanted:
-            return
-        self._measured.append(self._phases.pop(0))
-        if len(self._measured) == 1:  # the warm-up, which tells how long a measurement must be
-            size = math.ceil(_SECONDS_PER_CALL / max(phase.each, 1e-9))
-            size = min(max(size, _FEWEST), MOST_PER_CALL)
-            modes = [adaptive.NEVER, adaptive.ALWAYS] * _CALLS
-            self._phases = [_Phase(mode, size) for mode in modes]
-        elif not self._phases:
-            self._learn()
-
-    def _learn(self) -> None:
-        # The fastest: whatever else the machine did made the others slower.
-        plain, drafting = (
-            min(phase.each for phase in self._measured[1:] if phase.mode == mode)
-            for mode in (adaptive.NEVER, adaptive.ALWAYS)
-        )
-        known = self._experience
-        known.costs.append(drafting / plain)
-        if len(known.costs) >= _FIRST_MEASURED:
-            known.next_measurement = min(4 * known.runs, known.runs + _LONGEST_BETWEEN) - 1
-        self.cost = known.cost or self.cost
+    def took(self, iterations: int, seconds: float, visible: int) -> None:
+        """Takes the time of the call that `next_call` described, which read `visible` slots."""
+        if self._gain is None:
+            self._experience.took(iterations, seconds, visible)
 
     def gained(self, tokens: int, drafting: int) -> None:
-        """Takes what a row committed in its iterations with a draft."""
-        self._experience.add(tokens, drafting)
+        """Takes what a text committed in its iterations with a draft."""
+        self._experience.gained(tokens, drafting)

@@ -7,6 +7,7 @@ from typing import Unpack
 import jax
 import numpy as np
 
+from s3d_jax.decoding.adaptive import Budget, new_budget
 from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.rows import put_row_jit, take_row_jit
 from s3d_jax.decoding.sampling import SamplingParams
@@ -67,13 +68,15 @@ class Queue(Runner):
         # Rows of one token that may have no more are done before they begin.
         self._plan = SlotPlan((1,) * rows, (1,) * rows, gamma, whole.slots)
         with_next = SlotPlan((1,) * (rows + 1), (1,) * (rows + 1), gamma, whole.slots)
-        self._check_memory(with_next, "run fewer at once (--batch-size)")
+        self._check_memory(with_next, "run fewer rows at once (rows, --batch-size)")
         keys = self._sampling.keys
         self._key_type = jax.random.key_impl(keys)
         settings = self._sampling.replace(keys=jax.random.key_data(keys))
         self._settings: SamplingParams = jax.device_get(settings)
-        self._begin_pace(rows, STEPS_PER_LOOK if self._stops else UNLIMITED)
-        self._state = self._begun([np.zeros(1, np.int32)] * rows, self._plan, range(rows))
+        self._begin_pace(STEPS_PER_LOOK if self._stops else UNLIMITED)
+        budget = None if self._pace is None else new_budget(rows, self._pace.cost)
+        empty = [np.zeros(1, np.int32)] * rows
+        self._state = self._begun(empty, self._plan, range(rows), budget)
         # Slots in use of each row, and `DecodeState.padding`.
         self._used, self._padding = [0] * rows, [0] * rows
 
@@ -90,7 +93,7 @@ class Queue(Runner):
                 row, i = free.popleft(), waiting.popleft()
                 prompt_of[row], texts[row] = i, self._text_of(i)
                 plan = self._single(self._prompts[i], self._limits[i])
-                new = self._begun([self._prompts[i]], plan, [i])
+                new = self._begun([self._prompts[i]], plan, [i], self._budget(i))
                 self._put(row, new, self._prompts[i], plan)
             used = max(self._used[row] for row in prompt_of)
             tokens, lengths, done, broken = self._paced_decode(used, iterations, len(free) + 1)
@@ -127,17 +130,28 @@ class Queue(Runner):
         """The plan of one row in the slots of all."""
         return SlotPlan((len(sequence),), (limit,), self._spec.gamma, self._plan.slots)
 
+    def _budget(self, i: int) -> Budget | None:
+        """The budget with which prompt i begins, in step with the rows that run."""
+        if self._pace is None or self._state.budget is None:
+            return None
+        budget = self._pace.budget([self._request.max_new_tokens[i]])
+        # The rows' attempts fall into the same iterations, so their clocks must be the same.
+        first = np.max(np.asarray(self._state.budget.iterations)) + np.asarray(budget.iterations)
+        mode = np.full(1, self._mode, np.int32)
+        mode, first = jax.device_put((mode, first.astype(np.int32)))
+        return budget.replace(mode=mode, iterations=first)
+
     def _begun(
-        self, sequences: list[np.ndarray], plan: SlotPlan, prompts: Sequence[int]
+        self,
+        sequences: list[np.ndarray],
+        plan: SlotPlan,
+        prompts: Sequence[int],
+        budget: Budget | None,
     ) -> DecodeState:
         """The state of new rows before prefill, with the settings of the given prompts."""
         settings = jax.device_put(jax.tree.map(lambda x: x[list(prompts)], self._settings))
         keys = jax.random.wrap_key_data(settings.keys, impl=self._key_type)
         sampling = settings.replace(keys=keys)
-        budget, limits = None, [self._request.max_new_tokens[i] for i in prompts]
-        if self._pace is not None:
-            budget = self._pace.budget(limits)
-            budget = budget.replace(mode=jax.device_put(np.full(len(limits), self._mode, np.int32)))
         stop_ids = sorted(self._stop_ids)
         return init_state(self._spec, sequences, plan, sampling, stop_ids=stop_ids, budget=budget)
 
@@ -158,7 +172,10 @@ class Queue(Runner):
             plan,
             call=self._prefill_call,
         )
-        arrays = dict(state=self._state, row=np.int32(row), new=new)
-        self._state = self._program(put_row_jit, {}, arrays, {})(**arrays)
+        if len(self._padding) == 1:
+            self._state = new
+        else:
+            arrays = dict(state=self._state, row=np.int32(row), new=new)
+            self._state = self._program(put_row_jit, {}, arrays, {})(**arrays)
         self._padding[row] = plan.padded[0] - len(sequence)
         self._used[row] = plan.padded[0] - 1

@@ -184,13 +184,20 @@ class Runner:
         """What prompt i cost, by its row of `DecodeState.passes`."""
         return statistics(passes, len(self._prompts[i]), len(self.tokens[i]), self._spec.gamma)
 
-    def _begin_pace(self, rows: int, iterations_per_call: int) -> None:
+    def _begin_pace(self, iterations_per_call: int) -> None:
         """Decides how prompts begin, where rows decide by costs whether to draft."""
         costs, spec = self._request.costs, self._spec
         if costs is not None:
-            # Short calls cost more on the host, so they are other settings.
-            size = min(iterations_per_call, MOST_PER_CALL)
-            known = self._experiences.of((spec.drafter, spec.features, rows, size))
+            settings = (
+                spec.drafter,
+                spec.features,
+                len(self._plan.lengths),
+                self._plan.visible_to_step(max(self._plan.lengths)),
+                min(iterations_per_call, MOST_PER_CALL),  # short calls cost more on the host
+                id(self._target.params),
+                id(self._drafter_params),
+            )
+            known = self._experiences.of(settings)
             self._pace = Pace(costs.iteration(spec.gamma), self._request.gain, known)
 
     def _remember(self, counts: Counts) -> None:
@@ -287,7 +294,7 @@ class Runner:
         found = self._decode(used, iterations, enough)
         assert self._state.budget is not None
         done = int(np.max(np.asarray(self._state.budget.iterations) - before))
-        pace.took(done, self._decode_seconds - seconds)
+        pace.took(done, self._decode_seconds - seconds, self._plan.visible_to_step(used))
         return found
 
     def _program(

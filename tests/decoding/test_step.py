@@ -337,7 +337,7 @@ def test_a_row_is_put_into_a_state_in_place():
     cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache / 100
-    tokens = np.asarray(state.tokens)
+    tokens = np.array(state.tokens)  # a copy, since the state is donated
     state = program(state, np.int32(1), new)
     assert np.asarray(state.tokens)[:, :5].tolist() == [
         tokens[0, :5].tolist(),

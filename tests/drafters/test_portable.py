@@ -75,6 +75,13 @@ def test_other_weights_are_warned_of(model, tmp_path):
     assert stored.params.mask_embeddings.dtype == "bfloat16"
 
 
+def test_settings_that_differ_by_rounding_are_the_same(model, tmp_path):
+    """A GGUF file holds 1e-5 in float32, and readers make two numbers of it."""
+    other = save_model(tmp_path / "other", norm_eps=float(np.float32(tiny_config().norm_eps)))
+    add_draft(tmp_path / "alone", other)
+    assert draft_names(other) == ("default",)
+
+
 def test_another_architecture_is_refused(model, tmp_path):
     other = save_model(tmp_path / "other", intermediate_size=44, qkv_bias=True)
     with pytest.raises(CheckpointError, match="another architecture") as caught:

@@ -1,65 +1,96 @@
 """What drafting costs is measured while texts are generated, and decides how they begin."""
 
 import copy
+import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s3d_jax.decoding.adaptive import ALWAYS, BY_BUDGET, NEVER
+from s3d_jax.decoding.adaptive import ALWAYS, BY_BUDGET, NEVER, new_budget, settle
 from s3d_jax.engine.costs import Experience, Pace
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning, symmetric_skip
 from tests.tiny import tiny_lm
 
+SLOTS = 256
 
-def run(experience: Experience, plain: float, drafting: float, tau: float = 2.0) -> Pace:
-    """A run of 100 iterations on a device with these times in seconds, each second call slower."""
-    pace, slow = Pace(1.5, None, experience), False
-    pace.budget([100])
-    for _ in range(100):
-        call = pace.next_call()
-        if call.mode == BY_BUDGET:
-            break
-        each = {NEVER: plain, ALWAYS: drafting}[call.mode]
-        slow = not slow if call.most and call.most > 2 else slow
-        pace.took(call.most, call.most * each * (5 if slow and call.mode == ALWAYS else 1))
-    pace.gained(int(100 * tau), 100)
-    return pace
+
+def decode(
+    pace: Pace, plain: float, drafting: float, tau: float = 2.0, limit: int = 100, slower: int = 5
+) -> None:
+    """A text on a device that takes these times in seconds, each second drafting call longer."""
+    pace.budget([limit])
+    tokens, slow = 0.0, False
+    while tokens < limit and (call := pace.next_call()).mode != BY_BUDGET:
+        count = min(call.most, math.ceil((limit - tokens) / (tau if call.mode == ALWAYS else 1)))
+        slow = not slow if call.mode == ALWAYS else slow
+        each = {NEVER: plain, ALWAYS: slower * drafting if slow else drafting}[call.mode]
+        pace.took(count, count * each, SLOTS)
+        tokens += count * (tau if call.mode == ALWAYS else 1)
+    pace.gained(int(50 * tau), 50)
+
+
+def begun(texts: int = 1) -> Experience:
+    """The experience with some texts, of which nothing was measured."""
+    return Experience(texts=texts)
 
 
 def test_the_cost_is_the_ratio_of_the_fastest_calls():
     experience = Experience()
-    first = Pace(1.5, None, experience)
-    assert first.cost == 1.5 and first.next_call() == (BY_BUDGET, None)
-    first.budget([9])
     pace = Pace(1.5, None, experience)
+    pace.budget([9])  # of the first text, which may be the only one
+    assert pace.cost == 1.5 and pace.next_call() == (BY_BUDGET, None)
+    pace.budget([9])
     assert pace.cost == 1.5 and pace.next_call() == (NEVER, 2)
-    pace.took(1, 9.0)  # warming up, in two calls
+    pace.took(1, 9.0, SLOTS)  # warming up, in two calls
     assert pace.next_call() == (NEVER, 1)
-    pace.took(1, 0.005)
+    pace.took(1, 0.005, SLOTS)
     calls = []
     for slower in (1, 1, 7, 1):  # the first two are fast, then something else runs
         call = pace.next_call()
         calls.append(call)
-        pace.took(call.most, call.most * slower * {NEVER: 0.01, ALWAYS: 0.035}[call.mode])
+        pace.took(call.most, call.most * slower * {NEVER: 0.01, ALWAYS: 0.035}[call.mode], SLOTS)
     assert calls == [(NEVER, 2), (ALWAYS, 2)] * 2
     assert pace.cost == pytest.approx(3.5) and pace.next_call() == (BY_BUDGET, None)
 
 
 @pytest.mark.parametrize("step, size", [(0.0001, 8), (0.004, 5), (0.03, 2)])
 def test_fast_steps_are_measured_in_longer_calls(step, size):
-    pace = Pace(1.5, None, Experience(runs=1))
-    pace.took(2, 2 * step)
+    pace = Pace(1.5, None, begun())
+    pace.budget([9])
+    pace.took(2, 2 * step, SLOTS)
     assert pace.next_call() == (NEVER, size)
 
 
-def test_measured_in_the_first_runs_and_then_ever_more_rarely():
+def test_calls_that_read_other_slots_are_not_compared():
+    for slots, cost in (((1, 1, 2, 2), 2.0), ((1, 2, 1, 2), 1.5)):  # 1.5 is the estimate
+        pace = Pace(1.5, None, begun())
+        pace.budget([9])
+        pace.took(2, 0.1, 1)
+        for visible in slots:
+            call = pace.next_call()
+            pace.took(call.most, call.most * (2 if call.mode == ALWAYS else 1) * visible, visible)
+        assert pace.cost == pytest.approx(cost) and pace.next_call() == (BY_BUDGET, None)
+
+
+def test_measured_after_the_first_text_and_then_ever_more_rarely():
     experience, measured = Experience(), []
-    for i in range(200):
-        known = len(experience.costs) and list(experience.costs)
-        run(experience, 0.01, 0.02 + 0.0001 * i)
+    for i in range(400):
+        known = list(experience.costs)
+        decode(Pace(1.5, None, experience), 0.01, 0.02 + 0.0001 * i)
         measured += [i] * (list(experience.costs) != known)
-    assert measured == [1, 2, 3, 15, 63, 127, 191]
-    assert experience.cost == pytest.approx(2 + 0.01 * 63)  # the median of the last five
+    assert measured == [1, 2, 3, 7, 15, 31, 63, 127, 255, 383]
+    assert experience.cost == pytest.approx(2 + 0.01 * 127)  # the median of the last five
+
+
+def test_short_texts_measure_together_and_draft():
+    experience, begins = Experience(), []
+    for _ in range(100):
+        pace = Pace(1.5, None, experience)
+        decode(pace, 0.001, 0.0015, limit=8, slower=1)
+        begins.append(pace.next_call().mode)
+    assert len(experience.costs) >= 3 and experience.cost == pytest.approx(1.5)
+    assert begins.count(BY_BUDGET) > 60
 
 
 def test_what_was_gained_decides_how_much_may_be_lost():
@@ -67,16 +98,26 @@ def test_what_was_gained_decides_how_much_may_be_lost():
     for tau, steps, pause in ((4.0, [12, 12], 8), (3.0, [2, 12], 8), (1.5, [0, 0], 512)):
         experience = Experience()
         for _ in range(4):
-            run(experience, 0.01, 0.035, tau)
+            decode(Pace(1.5, None, experience), 0.01, 0.035, tau)
         pace = Pace(1.5, None, experience)
         budget = pace.budget(limits)
         assert pace.cost == pytest.approx(3.5)
         assert np.asarray(budget.steps).tolist() == steps
         assert np.asarray(budget.pause).tolist() == [pause] * 2
         assert np.asarray(budget.drafting_rows).tolist() == [tau > 2] * 2
-    # Even there each eighth run tries, since texts may have changed.
+    # Even there each eighth text tries, since texts may have changed.
     tries = [float(Pace(1.5, None, experience).budget([100]).steps[0]) for _ in range(16)]
     assert tries.count(2.0) == 2 and tries.count(0.0) == 14
+
+
+def test_measuring_is_not_charged_to_the_rows():
+    budget = new_budget(1, 3.0)
+    measuring = budget.replace(mode=jnp.array([ALWAYS]))
+    for _ in range(20):
+        measuring = settle(measuring, jnp.array([True]), jnp.array([0]), jnp.array([False]))
+        budget = settle(budget, jnp.array([True]), jnp.array([0]), jnp.array([False]))
+    assert (measuring.steps[0], measuring.pause[0]) == (12, 8)
+    assert budget.steps[0] == 0 and budget.pause[0] > 8
 
 
 def test_a_model_learns_its_costs_from_its_own_calls():
@@ -87,15 +128,13 @@ def test_a_model_learns_its_costs_from_its_own_calls():
         assert result.tokens == expected
         assert not i or 0 < result.stats.plain_iterations < result.stats.iterations
     (experience,) = lm.experiences
-    assert len(experience.costs) == 3 and min(experience.costs) > 0
-    assert experience.drafting >= 3 * 2 * 2
-    (result,) = lm.generate([5, 9, 2], max_new_tokens=40)
+    assert experience.texts == 4 and min(experience.costs) > 0
     assert result.stats.iteration_cost == experience.cost
     for _ in range(2):  # with calls of its own size
         assert sum(lm.stream_tokens([5, 9, 2], max_new_tokens=40), []) == expected
     many = lm.generate_many([[5, 9, 2]] * 4, rows=1, max_new_tokens=40)
     assert [result.tokens for _, result in many] == [expected] * 4
-    assert [len(e.costs) for e in lm.experiences] == [3, 1]
+    assert [e.texts for e in lm.experiences] == [8, 2]
     assert list(copy.deepcopy(lm).experiences) == []
 
 
