@@ -64,3 +64,32 @@ def test_the_soak_finds_what_grows_and_what_differs():
         dict(memory_maps_growth=1.06),
     ):  # fmt: skip
         assert not soak["passes"](good | bad)
+
+
+def test_kernels_are_added_up_with_the_time_between_them():
+    gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    device, host = "/device:GPU:0", "/host:CPU"
+    names = [
+        dict(ph="M", name="process_name", pid=pid, args=dict(name=name))
+        for pid, name in ((1, device), (2, host))
+    ]
+    spans = [("gemm.1", 1, 0, 2000), ("gemm.2", 1, 5000, 3000), ("add.3", 1, 7000, 2000)]
+    spans += [("python", 2, 0, 99000)]
+    events = [dict(ph="X", name=n, pid=p, ts=ts, dur=dur) for n, p, ts, dur in spans]
+    found = gpu["kernels"]({"traceEvents": names + events})
+    assert found == {
+        "milliseconds": 9.0,
+        "busy_milliseconds": 6.0,
+        "kernels": 3,
+        "most": {"gemm": 5.0, "add": 2.0},
+    }
+
+
+def test_what_a_stage_has_found_is_kept(tmp_path):
+    gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    gpu["record"](tmp_path, "exact", {"identical": 8})
+    gpu["record"](tmp_path, "passes", {"error": "cut off after 3 s"})
+    gpu["report"](tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("## exact") < text.index('"identical": 8') < text.index("## passes")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
