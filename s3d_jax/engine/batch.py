@@ -106,8 +106,9 @@ class Batch(Runner):
         for text in self._texts:
             if text is not None:
                 text.finish()
-        for b, passes in enumerate(jax.device_get(self._state.passes)):
-            self._remember(self._counts(b, passes))
+        if self._pace is not None:
+            for b, passes in enumerate(jax.device_get(self._state.passes)):
+                self._remember(self._counts(b, passes))
         self.has_ended = True
 
     def _run(self, running: list[bool], iterations_per_call: int) -> Iterator[list[list[int]]]:

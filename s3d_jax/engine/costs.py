@@ -19,7 +19,7 @@ _SECONDS_PER_CALL = 0.02  # of a call that measures; less is noise
 _FEWEST, MOST_PER_CALL = 2, 8  # iterations of such a call
 _WARM_UP = 2  # iterations that are not counted
 _CALLS = 2  # of each kind; the faster one counts
-_KEPT = 5  # costs; the dearest counts
+_KEPT = 5  # costs; the highest counts
 # The first text may be the only one. After it the cost is measured three times, and then when there
 # were twice as many texts as at the last time, or so many more:
 _AT_FIRST, _LONGEST_BETWEEN = 3, 128
@@ -125,7 +125,7 @@ class Experience:
 
     @property
     def cost(self) -> float | None:
-        """The measured cost, the dearest of the last; None as long as there is none.
+        """The measured cost, the highest of the last; None as long as there is none.
 
         A short plain call is slowed by waking threads, so most errors make drafting look cheap.
         """

@@ -80,7 +80,7 @@ def test_measured_after_the_first_text_and_then_ever_more_rarely():
         decode(Pace(1.5, None, experience), 0.01, 0.02 + 0.0001 * i)
         measured += [i] * (list(experience.costs) != known)
     assert measured == [1, 2, 3, 7, 15, 31, 63, 127, 255, 383]
-    assert experience.cost == pytest.approx(2 + 0.01 * 383)  # the dearest of the last five
+    assert experience.cost == pytest.approx(2 + 0.01 * 383)  # the highest of the last five
 
 
 def test_short_texts_measure_together_and_draft():
