@@ -23,7 +23,7 @@ from s3d_jax.engine.runner import UNLIMITED, Engine
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import default_device
-from s3d_jax.nn.draft import DraftParams, untrained_draft
+from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.records import is_integer, plain
@@ -96,6 +96,8 @@ def load(
     draft_params = trained.params if trained else None
     if draft_params and merged_bytes(loaded.params, draft_params) <= _MOST_MERGED:
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
+    if draft_params:
+        draft_params = with_head(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
     return LM(

@@ -100,6 +100,8 @@ def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
         **draft.config.to_dict(),
         "draft_depth": draft.config.draft_depth,
         "parameters": draft.num_params,
+        "vocabulary": draft.shapes.get("vocabulary", [None])[0],
+        "chain_rank": draft.shapes.get("chain/down", [0, 0])[1],
         "mode": draft.training.get("mode"),
         "tokens_per_iteration": reached.get("tokens_per_iteration"),
     }
@@ -121,12 +123,15 @@ def _draft_rows(
             rows.append(("draft", unknown))
             continue
         tau = facts["tokens_per_iteration"]
+        chosen = facts["vocabulary"]
+        parts = f", drafts {chosen:,} tokens" if chosen else ""
+        parts += f", chain of rank {facts['chain_rank']}" if facts["chain_rank"] else ""
         reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
         rows.append(
             (
                 "draft",
                 f"{name}: {layers(facts['skip'])}, gamma {facts['gamma']}, "
-                f"{facts['parameters']:,} parameters{reached}",
+                f"{facts['parameters']:,} parameters{parts}{reached}",
             )
         )
     return rows

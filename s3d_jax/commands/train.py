@@ -14,8 +14,8 @@ finds it. The target is not changed (except in mode full), so S3D generates the 
 decoding; training raises the share of the draft that is accepted.
 
 modes:
-  adapter  mask embeddings, low-rank deltas on the layers that the draft runs, and a low-rank
-           bridge over the skipped ones (the default)
+  adapter  mask embeddings, low-rank deltas on the layers that the draft runs, a low-rank bridge
+           over the skipped ones, and a chain from each draft token to the next (the default)
   mask     the mask embeddings alone: cheapest, and only of use where few layers are skipped
   full     the layers that the draft runs, with the next-token loss added: changes the target,
            which is written to --out"""
@@ -32,7 +32,7 @@ examples:
   s3d train --model models/m --data own.jsonl --run runs/m --steps 2000 --resume
   s3d train --model models/m --data own.jsonl --run runs/m7 --gamma 7 --skip 2-5 --name g7"""
 
-_OWN = ("mode", "name", "start", "out", "dtype", "next_token_weight")
+_OWN = ("mode", "name", "start", "out", "dtype", "vocabulary", "next_token_weight")
 
 
 def add_command(commands: Any) -> None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         choose_draft(arguments.model, config.start)  # says which drafts there are
         start = read_draft(arguments.model, config.start, model, weights=False)
         draft = start.config.replace(**given(DraftOptions, arguments))
-        adapter = build(AdapterConfig, arguments, rank=0, bridge_rank=0)
+        adapter = build(AdapterConfig, arguments, rank=0, bridge_rank=0, chain_rank=0)
     rate = 3e-4 if config.mode == "full" else 2e-3
     config = dataclasses.replace(
         config, draft=draft, adapter=adapter, **run_settings(arguments, learning_rate=rate)
@@ -94,6 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{after['tokens_per_iteration']:.2f} now"
     )
     print("accepted by position:", *(f"{x:.2f}" for x in after["acceptance_per_position"]))
+    if (count := report["vocabulary"]) is not None:
+        print(
+            f"{count:,} tokens can be drafted: {report['covered']:.1%} of the held-out text; with "
+            f"all tokens {report['tokens_per_iteration_with_all_tokens']:.2f} per iteration"
+        )
     if "perplexity" in after:
         print(f"perplexity: {before['perplexity']:.3f} before, {after['perplexity']:.3f} now")
     print(f"draft {config.name!r} is in {config.out or arguments.model}")

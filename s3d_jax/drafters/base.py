@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.sampling import choose
+from s3d_jax.decoding.sampling import SamplingFeatures, choose
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
@@ -132,7 +132,12 @@ class Drafter(Proposer):
         return self.settings.gamma
 
 
-def pick_tokens(inputs: Inputs, logits: jax.Array, noise: jax.Array | None) -> jax.Array:
+def pick_tokens(
+    inputs: Inputs,
+    logits: jax.Array,
+    noise: jax.Array | None,
+    vocabulary: jax.Array | None = None,
+) -> jax.Array:
     """Draft tokens by the rule by which the target chooses: int32 [B, T].
 
     Sampled rows use the target's own noise. So the more alike both distributions are, the more
@@ -140,13 +145,19 @@ def pick_tokens(inputs: Inputs, logits: jax.Array, noise: jax.Array | None) -> j
 
     Args:
         inputs: of the iteration; `inputs.state` has the tokens that the logits have seen.
-        logits: float32 [B, T, V].
+        logits: float32 [B, T, V], or [B, T, V'] with a vocabulary.
         noise: of these T positions, from `inputs.noise`.
+        vocabulary: int32 [V'], the tokens that can be drafted; None is all.
     """
     spec, state = inputs.spec, inputs.state
     # A broken draft may cost speed but never correctness: NaN would be chosen always.
-    logits = process(spec, jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30)), state)
-    return choose(logits, state.sampling, spec.features, noise)
+    logits = jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30))
+    if vocabulary is not None:
+        if spec.features == SamplingFeatures():
+            return vocabulary[jnp.argmax(logits, axis=-1)]
+        others = jnp.full((*logits.shape[:2], spec.config.vocab_size), -1e30)
+        logits = others.at[:, :, vocabulary].set(logits)
+    return choose(process(spec, logits, state), state.sampling, spec.features, noise)
 
 
 def checked_bool(name: str, value: Any) -> bool:

@@ -1,8 +1,8 @@
 """A draft that can be handed on: a folder without the model that it drafts for.
 
-    config.json        {"format": "s3d_jax portable draft", "version": 1, "kind": "s3d",
+    config.json        {"format": "s3d_jax portable draft", "version": 2, "kind": "s3d",
                         "draft": {...}, "target": {...}, "training": {...}, "arrays": {...}}
-    draft.safetensors  mask_embeddings, deltas, bridges
+    draft.safetensors  mask_embeddings, deltas, bridges, chain, vocabulary
 
 "target" has the settings and a checksum of the model that the draft was trained for. A draft fits
 every model of these settings, whatever its dtype and weight format; one with other weights (a
@@ -23,6 +23,7 @@ from s3d_jax.drafters.stored import (
     KINDS,
     StoredDraft,
     check_name,
+    check_vocabulary,
     draft_tree,
     read_draft,
     save_draft,
@@ -37,7 +38,8 @@ from s3d_jax.storage.native import read_header, weights_checksum
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import bullets, flatten, unflatten
 
-FORMAT, VERSION = "s3d_jax portable draft", 1
+FORMAT, VERSION = "s3d_jax portable draft", 2
+_READABLE_VERSIONS = (1, 2)
 FILES = ("config.json", "draft.safetensors")
 # Settings in which a model may differ from the one that a draft was trained for.
 _FREE = ("dtype", "quantization", "exact_sums", "max_position_embeddings")
@@ -125,6 +127,7 @@ def add_draft(
             f"model, or train one (s3d train)\n{bullets(differences)}"
         )
     params = _read_params(folder, index)
+    check_vocabulary(params, header.config.vocab_size, folder)
     if trained_for != weights_checksum(header.path):
         warnings.warn(
             f"the draft in {folder} was trained for other weights "
@@ -163,7 +166,7 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     fields = read_json_object(folder / "config.json", advice=_AGAIN, if_missing=missing)
     if fields.get("format") != FORMAT:
         raise CheckpointError(missing)
-    if fields.get("version") != VERSION or fields.get("kind") not in KINDS:
+    if fields.get("version") not in _READABLE_VERSIONS or fields.get("kind") not in KINDS:
         raise CheckpointError(
             f"the draft in {folder} is of version {fields.get('version')!r:.20} and kind "
             f"{fields.get('kind')!r:.80}, which this s3d_jax does not know: update s3d_jax"

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
 from s3d_jax.machine import default_device
 from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.transformer import forward
+from s3d_jax.nn.draft import chained
+from s3d_jax.nn.transformer import hidden_states, logits_of
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.weights.formats import weight_format
 
@@ -70,13 +72,23 @@ class S3D(Drafter):
         return found
 
     def propose(self, inputs: Inputs) -> Proposal:
-        logits, cache = self.logits(inputs)
-        noise = None if inputs.noise is None else inputs.noise[:, : self.gamma]
-        return Proposal(pick_tokens(inputs, logits, noise), cache)
+        config, params, draft = inputs.spec.config, inputs.params, inputs.drafter_params
+        hidden, cache = self.hidden_states(inputs)
+        logits = logits_of(config, params, hidden, draft)
+        tokens: list[jax.Array] = []
+        width = 1 if draft.chain else self.gamma  # tokens that are chosen at once
+        for i in range(0, self.gamma, width):
+            here = slice(i, i + width)
+            q = logits[:, here]
+            if tokens:
+                q = chained(config, params, draft, hidden[:, here], q, tokens[-1])
+            noise = None if inputs.noise is None else inputs.noise[:, here]
+            tokens.append(pick_tokens(inputs, q, noise, draft.vocabulary))
+        return Proposal(jnp.concatenate(tokens, axis=1), cache)
 
-    def logits(self, inputs: Inputs) -> tuple[jax.Array, KVCache]:
-        """The draft pass: logits float32 [B, γ, V], and the cache."""
-        return forward(
+    def hidden_states(self, inputs: Inputs) -> tuple[jax.Array, KVCache]:
+        """The draft pass without the head: [B, γ, D], and the cache."""
+        return hidden_states(
             inputs.spec.config,
             inputs.params,
             last_token(inputs.state),

@@ -1,8 +1,9 @@
 """Trained drafts in a checkpoint: one target can carry several, each under its own name.
 
-    drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 2, "kind": "s3d",
+    drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 3, "kind": "s3d",
                                  "draft": {...}, "training": {...}, "arrays": {...}}
-    drafts/<name>/weights/       one orbax checkpoint: mask_embeddings, deltas, bridges
+    drafts/<name>/weights/       one orbax checkpoint: mask_embeddings, deltas, bridges, chain,
+                                 vocabulary
 
 "kind" names the drafter that uses the draft. "arrays" holds shape and CRC-32 of each array.
 """
@@ -34,8 +35,8 @@ from s3d_jax.weights.base import WeightFormat
 from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params, store_tree, widen_tree
 
-FORMAT, VERSION = "s3d_jax draft", 2
-_READABLE_VERSIONS = (1, 2)
+FORMAT, VERSION = "s3d_jax draft", 3
+_READABLE_VERSIONS = (1, 2, 3)
 KINDS = ("s3d",)  # a draft of version 1 names no kind, and is of the first
 DEFAULT_NAME = "default"  # the draft that is used unless another is requested
 _AGAIN = "train it again, or restore it from a copy"
@@ -52,6 +53,7 @@ class StoredDraft:
         params: its arrays, in the target's dtype; None if only the settings were read.
         training: how it was trained, and what it reached (free form, JSON).
         num_params: parameters in addition to the target's.
+        shapes: of its arrays, by path.
     """
 
     name: str
@@ -60,6 +62,7 @@ class StoredDraft:
     params: DraftParams | None
     training: dict[str, Any]
     num_params: int
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def save_draft(
@@ -123,7 +126,7 @@ def write_draft(
     dtype = jnp.dtype(model.dtype)
     writer = ArrayWriter(folder / "weights")
     for path, x in flatten(draft_tree(params)).items():
-        writer.add({path: cast(np.asarray(x), dtype, path)})
+        writer.add({path: _as_stored(np.asarray(x), dtype, path)})
     writer.finish()
     fields = {
         "format": FORMAT,
@@ -198,17 +201,39 @@ def read_draft(
         index = index_from_json(fields["arrays"])
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from error
-    count = sum(math.prod(record.shape) for record in index.values())
+    shapes = {path: record.shape for path, record in index.items()}
+    count = sum(math.prod(shape) for path, shape in shapes.items() if path != "vocabulary")
     params = None
     if weights:
         default_device()  # as in storage.native.load
         dtype = jnp.dtype(config.dtype)
         arrays = {
-            path: cast(read_array(folder / "weights", path, record, advice=_AGAIN), dtype, path)
+            path: _as_stored(
+                read_array(folder / "weights", path, record, advice=_AGAIN), dtype, path
+            )
             for path, record in index.items()
         }
         params = DraftParams(**unflatten({path: jnp.asarray(x) for path, x in arrays.items()}))
-    return StoredDraft(name, kind, draft, params, fields.get("training") or {}, count)
+        check_vocabulary(params, config.vocab_size, folder)
+    return StoredDraft(name, kind, draft, params, fields.get("training") or {}, count, shapes)
+
+
+def check_vocabulary(params: DraftParams, vocab_size: int, folder: Path) -> None:
+    """Raises CheckpointError unless the draft's tokens are some of the target's, ascending."""
+    if params.vocabulary is None:
+        return
+    ids = np.asarray(params.vocabulary)
+    ascending = ids.ndim == 1 and ids.dtype.kind == "i" and ids.size and (np.diff(ids) > 0).all()
+    if not ascending or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise CheckpointError(
+            f"the draft in {folder} is damaged: its vocabulary must be ascending ids of the "
+            f"model's {vocab_size} tokens: {_AGAIN}"
+        )
+
+
+def _as_stored(array: np.ndarray, dtype: jnp.dtype, path: str) -> np.ndarray:
+    """Token ids stay as they are."""
+    return array if path == "vocabulary" else cast(array, dtype, path)
 
 
 def draft_kind(model: str | os.PathLike[str], name: str) -> str:
@@ -289,8 +314,14 @@ def draft_tree(params: DraftParams) -> dict[str, Any]:
         "mask_embeddings": params.mask_embeddings,
         "deltas": params.deltas,
         "bridges": params.bridges,
+        "chain": params.chain,
+        "vocabulary": params.vocabulary,
     }
-    return {name: part for name, part in parts.items() if not isinstance(part, Mapping) or part}
+    return {
+        name: part
+        for name, part in parts.items()
+        if part is not None and (not isinstance(part, Mapping) or part)
+    }
 
 
 def _is_name(path: Path) -> bool:

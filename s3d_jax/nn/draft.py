@@ -1,4 +1,8 @@
-"""The arrays of a draft: mask embeddings, low-rank deltas, bridges over skipped layers."""
+"""The arrays of a draft, and what it does with them besides the layers' own work.
+
+Mask embeddings, low-rank deltas, bridges over skipped layers, a vocabulary of its own, and a chain
+from each draft token to the next.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -10,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.nn.layers import low_rank, rms_norm
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.base import Arrays
 from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params, float_dtype, widen_tree
+
+CANDIDATES = 16  # of each row, which the token before can move
 
 
 class DraftParams(flax.struct.PyTreeNode):
@@ -25,19 +33,101 @@ class DraftParams(flax.struct.PyTreeNode):
             empty.
         bridges: low-rank stand-ins for gaps of skipped layers, by the name of the module after the
             gap (layers_j or final_norm): {down [D, r], up [r, D]}. May be empty.
+        chain: corrects a row by the token that is drafted before it (`chained`): {down [2·D, r],
+            up [r, D]}. May be empty.
+        vocabulary: int32 [V'], the tokens that can be drafted, ascending. None is all.
         layers: kept layers whose weights include the deltas (`merge_deltas`). They replace the
             target's layers of the same names. May be empty. Never stored.
+        head: the rows of the target's head that belong to `vocabulary` (`with_head`), as the weight
+            format stores them. May be empty. Never stored.
     """
 
     mask_embeddings: jax.Array
     deltas: Mapping[str, Any] = flax.struct.field(default_factory=dict)
     bridges: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    chain: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    vocabulary: jax.Array | None = None
     layers: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    head: Arrays = ()
 
     def masks(self, count: int) -> jax.Array:
         """The first `count` mask embeddings, [count, D]."""
         rows = np.minimum(np.arange(count), self.mask_embeddings.shape[0] - 1)
         return self.mask_embeddings[rows]
+
+    def tokens(self, places: jax.Array) -> jax.Array:
+        """The token ids of places in the draft's vocabulary, int32 of the same shape."""
+        places = places.astype(jnp.int32)
+        return places if self.vocabulary is None else self.vocabulary[places]
+
+    def places(self, tokens: jax.Array, vocab_size: int) -> jax.Array:
+        """The places of token ids in the draft's vocabulary, int32; -1 for what it lacks.
+
+        Args:
+            tokens: int [...].
+            vocab_size: V, of the target.
+        """
+        if self.vocabulary is None:
+            return tokens.astype(jnp.int32)
+        count = jnp.arange(self.vocabulary.shape[0], dtype=jnp.int32)
+        return jnp.full(vocab_size, -1, jnp.int32).at[self.vocabulary].set(count)[tokens]
+
+
+def head_matrix(config: ModelConfig, params: Params) -> Arrays:
+    """The matrix of the target's head [V, D], as the weight format stores it."""
+    parts = weight_format(config).parts
+    if config.tie_embeddings:
+        return tuple(params["embed"][part] for part in parts("embedding"))
+    return tuple(params["lm_head"][part] for part in parts("weight"))
+
+
+@under_usual_jax_settings
+def with_head(config: ModelConfig, params: Params, draft: DraftParams) -> DraftParams:
+    """The draft with its rows of the head, if it has a vocabulary of its own.
+
+    Reading them from the whole matrix in every draft pass would cost more than they save.
+    """
+    if draft.vocabulary is None or draft.head:
+        return draft
+    rows = weight_format(config).take_rows(head_matrix(config, params), draft.vocabulary)
+    return draft.replace(head=rows)
+
+
+def chained(
+    config: ModelConfig,
+    params: Params,
+    draft: DraftParams,
+    hidden: jax.Array,
+    logits: jax.Array,
+    before: jax.Array,
+) -> jax.Array:
+    """Draft logits, corrected by the token that is drafted before each.
+
+    The rows of a draft pass do not know each other's tokens: a mask row predicts what is likely at
+    its position whatever the token before it is. A low-rank function of the row and that token
+    moves the row's best candidates, as the Markov head of DSpark (arXiv 2607.05147), which knows
+    the token alone.
+
+    Args:
+        config, params: the target.
+        draft: has a chain.
+        hidden: [B, T, D], of which the logits were made.
+        logits: float32 [B, T, V'].
+        before: int [B, T], ids of the tokens before.
+
+    Returns:
+        float32 [B, T, V']; it differs at the `CANDIDATES` largest logits of each row.
+    """
+    weights, draft = weight_format(config), with_head(config, params, draft)
+    table = tuple(params["embed"][part] for part in weights.parts("embedding"))
+    embedded = weights.look_up(table, before, jnp.float32)
+    both = (rms_norm(x.astype(jnp.float32), config.norm_eps) for x in (hidden, embedded))
+    moved = low_rank(jnp.concatenate([*both], axis=-1), draft.chain, jax.nn.silu)
+    best = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))[1]
+    rows = weights.look_up(draft.head or head_matrix(config, params), best, jnp.float32)
+    gain = jnp.einsum("btcd,btd->btc", rows, moved)
+    at = (*jnp.indices(best.shape, sparse=True)[:2], best)
+    return logits.at[at].add(gain)
 
 
 @under_usual_jax_settings

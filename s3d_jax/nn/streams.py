@@ -13,8 +13,8 @@ import numpy as np
 
 from s3d_jax.nn.attention import layout_after_anchors
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.draft import DraftParams
-from s3d_jax.nn.transformer import fill_cache, forward
+from s3d_jax.nn.draft import DraftParams, chained, with_head
+from s3d_jax.nn.transformer import fill_cache, forward, hidden_states, logits_of
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params, float_dtype
@@ -84,11 +84,13 @@ def draft_stream(
 
     Returns:
         float32 [B, A·γ, V]; row a·γ+i is q for the token at position anchors[a] + 1 + i, as the
-        S3D drafter gives it.
+        S3D drafter gives it if the tokens before that one are drafted. With a vocabulary of its own
+        V is the draft's.
     """
     gamma, length = draft_config.gamma, tokens.shape[1]
     bidirectional = draft_config.block_attention == "bidirectional"
-    logits, _ = forward(
+    draft = with_head(config, params, draft)
+    hidden, _ = hidden_states(
         config,
         params,
         jnp.take_along_axis(tokens, anchors, axis=1),
@@ -100,4 +102,16 @@ def draft_stream(
         layout=layout_after_anchors(anchors, gamma, length, bidirectional),
         remat=remat,
     )
-    return logits
+    logits = logits_of(config, params, hidden, draft)
+    if not draft.chain or gamma == 1:
+        return logits
+
+    def after_the_first(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, gamma, x.shape[-1])[:, 1:]
+
+    places = jnp.minimum(anchors[:, :, None] + jnp.arange(1, gamma), length - 1)
+    before = jnp.take_along_axis(tokens, places.reshape(len(tokens), -1), axis=1)
+    before = before.reshape(-1, gamma - 1)
+    rest = chained(config, params, draft, after_the_first(hidden), after_the_first(logits), before)
+    first = logits.reshape(-1, gamma, logits.shape[-1])[:, :1]
+    return jnp.concatenate([first, rest], axis=1).reshape(logits.shape)

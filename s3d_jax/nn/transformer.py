@@ -15,10 +15,11 @@ from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.draft import DraftParams, with_head
 from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge
 from s3d_jax.nn.rope import Rotary, rotary_table
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params
 
 
@@ -74,8 +75,8 @@ class Pass(NamedTuple):
 class Transformer(nn.Module):
     """The decoder. Its parameter tree is documented in docs/checkpoint.md.
 
-    A pass is `begin`, `cross` and `layer` for each layer, `cross` for the head, and `head`. `bound`
-    gives an instance whose methods may be called one by one.
+    A pass is `begin`, `cross` and `layer` for each layer, `cross` for the head, `final_norm` and
+    `head`. `bound` gives an instance whose methods may be called one by one.
 
     Attributes:
         config: the model.
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
         """A pass of the target, which `init` runs: see `forward`."""
         x, shared = self.begin(tokens, cache)
         x, cache = self.run_layers(x, cache, shared)
-        return self.head(x), cache
+        return self.head(self.final_norm(x)), cache
 
     def begin(
         self,
@@ -153,7 +154,7 @@ class Transformer(nn.Module):
         skip: tuple[bool, ...] | None = None,
         keep: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Runs the layers that `skip` or `keep` leave: the input of `head`, and the cache."""
+        """Runs the layers that `skip` or `keep` leave: input of the final norm, and the cache."""
         assert skip is None or keep is None
         gap: bool | jax.Array = False  # whether the layer before is skipped
         for i in range(self.config.num_layers):
@@ -194,11 +195,16 @@ class Transformer(nn.Module):
         )
         return x, cache.replace(keys=tuple(keys), values=tuple(values))
 
-    def head(self, x: jax.Array) -> jax.Array:
-        """Logits float32 [B, T, V] of what the last layer gives, [B, T, D]."""
+    def head(self, x: jax.Array, draft: DraftParams | None = None) -> jax.Array:
+        """Logits float32 [B, T, V] of what the final norm gives, [B, T, D].
+
+        A draft with a vocabulary of its own, and its head, gives [B, T, V'].
+        """
         cfg = self.config
-        x = self.final_norm(x)
-        logits = self.embed.logits(x) if cfg.tie_embeddings else self.lm_head(x)
+        if draft is not None and draft.head:
+            logits = weight_format(cfg).multiply(x, draft.head, jnp.float32)
+        else:
+            logits = self.embed.logits(x) if cfg.tie_embeddings else self.lm_head(x)
         if cfg.logit_divisor != 1.0:
             logits = logits / cfg.logit_divisor
         if cfg.logit_softcap is not None:
@@ -223,7 +229,7 @@ def bound(
 
 
 @under_usual_jax_settings
-def forward(
+def hidden_states(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
@@ -259,8 +265,8 @@ def forward(
         remat: static; the backward pass computes activations again, layer by layer.
 
     Returns:
-        (logits, cache): float32 [B, T, V]; and the cache with the block's keys and values written
-        after `length`, which is unchanged: committing is the caller's decision.
+        (hidden, cache): the input of the head, [B, T, D]; and the cache with the block's keys and
+        values written after `length`, which is unchanged: committing is the caller's decision.
     """
     model = bound(config, params, draft, remat=remat)
     x, shared = model.begin(
@@ -273,7 +279,35 @@ def forward(
         layout=layout,
     )
     x, cache = model.run_layers(x, cache, shared, skip=skip, keep=keep)
-    return model.head(x), cache
+    return model.final_norm(x), cache
+
+
+@under_usual_jax_settings
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    *,
+    draft: DraftParams | None = None,
+    **options: Any,
+) -> tuple[jax.Array, KVCache]:
+    """`hidden_states`, with the same options, and the head.
+
+    Returns:
+        (logits, cache): float32 [B, T, V]; of a draft with a vocabulary of its own, [B, T, V'].
+    """
+    hidden, cache = hidden_states(config, params, tokens, cache, draft=draft, **options)
+    return logits_of(config, params, hidden, draft), cache
+
+
+def logits_of(
+    config: ModelConfig, params: Params, hidden: jax.Array, draft: DraftParams | None = None
+) -> jax.Array:
+    """Logits of `hidden_states`, see `forward`."""
+    if draft is not None:
+        draft = with_head(config, params, draft)
+    return bound(config, params, draft).head(hidden, draft)
 
 
 @under_usual_jax_settings

@@ -89,6 +89,9 @@ class AdapterConfig(Checked):
 
     rank: int = option(16, "of the deltas on kept layers; 0: none", least=0)
     bridge_rank: int = option(64, "of the bridges over skipped layers; 0: none", least=0)
+    chain_rank: int = option(
+        0, "of the correction of each draft token by the one before it; 0: none", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,14 @@ class TrainDraftConfig(RunConfig):
     out: str | None = option(None, "mode full: folder of the new checkpoint", metavar="DIR")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "of the frozen target in training", shown="as stored"
+    )
+    vocabulary: int | None = option(
+        None,
+        "tokens that can be drafted, the most frequent ones of the data: a smaller head to read",
+        flag="--draft-vocab",
+        metavar="N",
+        shown="all",
+        least=2,
     )
     next_token_weight: float = option(
         1.0, "mode full: of the target's own loss, added to the draft's", metavar="W", least=0

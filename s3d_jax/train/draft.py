@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.draft import DraftParams, mean_embedding, untrained_draft
@@ -79,7 +80,11 @@ def init_draft(
                 name = f"layers_{i}" if i < config.num_layers else "final_norm"
                 size = config.hidden_size
                 bridges[name] = factors((size, size), adapter.bridge_rank)
-    return DraftParams(mask_embeddings=masks, deltas=deltas, bridges=bridges)
+    chain = {}
+    if adapter.chain_rank:
+        size = config.hidden_size
+        chain = factors((2 * size, size), adapter.chain_rank)
+    return DraftParams(mask_embeddings=masks, deltas=deltas, bridges=bridges, chain=chain)
 
 
 def _copied_into(new: Any, old: Any) -> Any:
@@ -88,6 +93,18 @@ def _copied_into(new: Any, old: Any) -> Any:
         return {k: _copied_into(x, old[k]) if k in old else x for k, x in new.items()}
     common = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape, strict=True))
     return new.at[common].set(old[common])
+
+
+def frequent_tokens(counts: np.ndarray, count: int) -> np.ndarray:
+    """The most frequent tokens, of equally frequent ones the lower ids: int32 [count], ascending.
+
+    Tokenizers that merge pairs give frequent tokens low ids.
+
+    Args:
+        counts: [V], how often each token occurs.
+        count: at most V.
+    """
+    return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int32)
 
 
 class DraftTask:
@@ -102,6 +119,7 @@ class DraftTask:
         mode, objective, adapter, next_token_weight, remat: as in `TrainDraftConfig`.
         start: a draft to start from, with any γ and at most the ranks of `adapter`; None starts
             from the untrained one.
+        vocabulary: int32 [V'], ascending, the tokens that can be drafted; None is all.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -121,6 +139,7 @@ class DraftTask:
         objective: ObjectiveConfig = ObjectiveConfig(),
         adapter: AdapterConfig = AdapterConfig(),
         start: DraftParams | None = None,
+        vocabulary: np.ndarray | None = None,
         next_token_weight: float = 1.0,
         remat: bool = False,
     ) -> None:
@@ -139,8 +158,9 @@ class DraftTask:
         self.draft_config = draft_config
         self.mode = mode
         self.objective = objective
-        self.adapter = adapter if mode == "adapter" else AdapterConfig(0, 0)
+        self.adapter = adapter if mode == "adapter" else AdapterConfig(0, 0, 0)
         self.start = start
+        self.vocabulary = None if vocabulary is None else jnp.asarray(vocabulary)
         self.loss_weights = {"draft_loss": 1.0}
         if mode == "full":
             self.loss_weights["next_token_loss"] = next_token_weight
@@ -155,6 +175,7 @@ class DraftTask:
                 mask_embeddings=_copied_into(draft.mask_embeddings, self.start.mask_embeddings),
                 deltas=_copied_into(draft.deltas, self.start.deltas),
                 bridges=_copied_into(draft.bridges, self.start.bridges),
+                chain=_copied_into(draft.chain, self.start.chain),
             )
         tree: dict[str, Any] = {"draft": draft}
         if self.mode == "full":
@@ -170,7 +191,8 @@ class DraftTask:
         """(target, draft): the target with its trained layers, if any, in its own dtype."""
         dtype = float_dtype(frozen)
         layers = jax.tree.map(lambda x: x.astype(dtype), tree.get("layers", {}))
-        return {**frozen, **layers}, tree["draft"]
+        # The vocabulary is not trained, and its ids are no numbers for the optimizer.
+        return {**frozen, **layers}, tree["draft"].replace(vocabulary=self.vocabulary)
 
     def losses(
         self,
@@ -245,17 +267,24 @@ def draft_losses(
     stream = functools.partial(draft_stream, config, remat=remat)
     if objective.hop:
         _, targets, _ = block_targets(tokens, learn, anchors, gamma, objective.decay)
+        targets = draft.places(targets, config.vocab_size)
         constant = jax.lax.stop_gradient((params, draft, cache))
         q = stream(constant[0], draft_config, constant[1], tokens, anchors, constant[2])
         anchors = next_anchors(anchors, q, targets, gamma, tokens.shape[1])
     rows, targets, weights = block_targets(tokens, learn, anchors, gamma, objective.decay)
+    targets = draft.places(targets, config.vocab_size)
     q = stream(params, draft_config, draft, tokens, anchors, cache)
-    target_logits = None
+    log_p, learnt = None, weights
     if compares:
-        target_logits = jax.lax.stop_gradient(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
-    losses = divergence(objective.objective, q, target_logits, targets)
+        log_p = jax.nn.log_softmax(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
+        if draft.vocabulary is not None:
+            log_p = log_p[:, :, draft.vocabulary]
+        log_p = jax.lax.stop_gradient(log_p)
+    else:
+        learnt = weights * (targets >= 0)  # nothing makes a draft propose what it cannot
+    losses = divergence(objective.objective, q, log_p, targets)
     full_weight = anchors.size * sum(objective.decay**i for i in range(gamma))
-    loss = Mean(jnp.sum(losses * weights), jnp.sum(weights), full_weight)
+    loss = Mean(jnp.sum(losses * learnt), jnp.sum(learnt), full_weight)
     metrics = {"draft_loss": loss, "agreement": agreement(q, targets, weights, gamma)}
     if target_is_trained:
         metrics["next_token_loss"] = next_token_loss(logits, tokens, learn)

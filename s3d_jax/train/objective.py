@@ -60,7 +60,7 @@ def next_anchors(
     Args:
         anchors: int [B, A].
         draft: float32 [B, A·γ, V], the blocks' logits.
-        targets: int [B, A·γ], the text's tokens.
+        targets: int [B, A·γ], the text's tokens, as places in the draft's vocabulary.
         gamma: γ.
         length: T.
 
@@ -79,19 +79,18 @@ def divergence(
 
     Args:
         objective: "ce", "kl" or "tv", see ObjectiveConfig.
-        draft: float32 [..., V], the draft's logits.
-        target: float32 [..., V], the target's; "ce" does not use them.
-        tokens: int [...], the text's tokens; only "ce" uses them.
+        draft: float32 [..., V], the draft's logits; of the tokens that it can draft, if these are
+            not all.
+        target: float32 [..., V], log p of the same tokens; "ce" does not use them.
+        tokens: int [...], the text's tokens, as places in V; only "ce" uses them.
     """
     log_q = jax.nn.log_softmax(draft, axis=-1)
     if objective == "ce":
         return -jnp.take_along_axis(log_q, tokens[..., None], axis=-1)[..., 0]
     assert target is not None
     if objective == "kl":
-        log_p = jax.nn.log_softmax(target, axis=-1)
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    p = jax.nn.softmax(target, axis=-1)
-    return 1.0 - jnp.sum(jnp.minimum(p, jnp.exp(log_q)), axis=-1)
+        return jnp.sum(jnp.exp(target) * (target - log_q), axis=-1)
+    return 1.0 - jnp.sum(jnp.minimum(jnp.exp(target), jnp.exp(log_q)), axis=-1)
 
 
 class Mean(flax.struct.PyTreeNode):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.drafters.stored import (
@@ -25,14 +26,14 @@ from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, load
 from s3d_jax.machine import default_device
-from s3d_jax.nn.draft import DraftParams, untrained_draft
+from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
-from s3d_jax.train.data import concatenate, pack, row_length_for
-from s3d_jax.train.draft import DraftTask
+from s3d_jax.train.data import Rows, concatenate, pack, row_length_for
+from s3d_jax.train.draft import DraftTask, frequent_tokens
 from s3d_jax.train.folder import check_run
 from s3d_jax.train.loop import fit
 from s3d_jax.train.pretrain import PretrainTask
@@ -87,17 +88,6 @@ def train_draft(
     check_row_length(config.row_length, stored.config)
     lm = load(model, dtype=config.dtype, progress=progress, use_draft=False)
     draft, adapter, start = _beginning(model, lm.config, config)
-    task = DraftTask(
-        lm.config,
-        lm.params,
-        draft,
-        mode=config.mode,
-        objective=config.objective,
-        adapter=adapter,
-        start=start,
-        next_token_weight=config.next_token_weight,
-        remat=config.remat,
-    )
     limit = stored.config.max_position_embeddings
     corpus = read_corpus(
         data,
@@ -110,12 +100,25 @@ def train_draft(
         learns_text=config.mode == "full",
     )
     _show(corpus, progress)
+    task = DraftTask(
+        lm.config,
+        lm.params,
+        draft,
+        mode=config.mode,
+        objective=config.objective,
+        adapter=adapter,
+        start=start,
+        vocabulary=_vocabulary(config, start, corpus, lm.config.vocab_size),
+        next_token_weight=config.next_token_weight,
+        remat=config.remat,
+    )
     make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=lm.eos_token_ids)
     decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
 
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
         params, trained = task.merged(_cast(dict(tree), stored.config.dtype), lm.params)
-        report = decoding.measure(params, _cast(trained, lm.config.dtype))
+        trained = _cast(trained, lm.config.dtype)
+        report = decoding.measure(params, with_head(lm.config, params, trained))
         if config.mode == "full":
             report["perplexity"] = perplexity(lm.config, params, corpus.held_out)
         return report
@@ -124,6 +127,7 @@ def train_draft(
         "mode": config.mode,
         "draft": draft.to_dict(),
         "adapter": dataclasses.asdict(task.adapter),
+        "vocabulary": None if task.vocabulary is None else len(task.vocabulary),
         "start": config.start,
         "loss_weights": task.loss_weights,
         "dtype": lm.config.dtype,
@@ -162,8 +166,14 @@ def train_draft(
         "reached": reached,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
+    params, trained = task.merged(tree, lm.params)
+    if task.vocabulary is not None:
+        whole = _cast(trained.replace(vocabulary=None), lm.config.dtype)
+        measured = decoding.measure(params, whole)["tokens_per_iteration"]
+        report["covered"] = _share_covered(np.asarray(task.vocabulary), corpus.held_out)
+        report["tokens_per_iteration_with_all_tokens"] = measured
     if config.out is None:
-        save_draft(model, config.name, draft, tree["draft"], report, overwrite=True)
+        save_draft(model, config.name, draft, trained, report, overwrite=True)
     else:
         del report["target_crc32"]  # it is for the weights next to which it is stored
         same = lm.config.dtype == stored.config.dtype
@@ -338,18 +348,56 @@ def _beginning(
     draft = config.draft or start.config
     if draft.replace(gamma=start.config.gamma) != start.config:
         raise ConfigError(f"start {name!r} has another skip or block attention: only γ may differ")
-    rank, bridge_rank = (
-        max((x.shape[-1] for x in jax.tree.leaves(tree)[::2]), default=0)  # [down, up] each
-        for tree in (start.params.deltas, start.params.bridges)
-    )
-    wanted = config.adapter or AdapterConfig(0, 0)
-    adapter = AdapterConfig(wanted.rank or rank, wanted.bridge_rank or bridge_rank)
-    if adapter.rank < rank or adapter.bridge_rank < bridge_rank:
-        raise ConfigError(
-            f"the draft {name!r} has rank {rank} and bridge rank {bridge_rank}, which can grow "
-            f"but not shrink: got {adapter.rank} and {adapter.bridge_rank} (--rank, --bridge-rank)"
+    had = AdapterConfig(
+        *(
+            max((x.shape[-1] for x in jax.tree.leaves(tree)[::2]), default=0)  # [down, up] each
+            for tree in (start.params.deltas, start.params.bridges, start.params.chain)
         )
+    )
+    wanted = config.adapter or AdapterConfig(0, 0, 0)
+    names = [field.name for field in dataclasses.fields(AdapterConfig)]
+    adapter = AdapterConfig(*(getattr(wanted, n) or getattr(had, n) for n in names))
+    for n in names:
+        if getattr(adapter, n) < getattr(had, n):
+            raise ConfigError(
+                f"the draft {name!r} has {n.replace('_', ' ')} {getattr(had, n)}, which can grow "
+                f"but not shrink: got {getattr(adapter, n)} (--{n.replace('_', '-')})"
+            )
     return draft, adapter, start.params
+
+
+def _vocabulary(
+    config: TrainDraftConfig, start: DraftParams | None, corpus: Corpus, vocab_size: int
+) -> np.ndarray | None:
+    """The tokens that can be drafted: those of the draft to start from, or the data's frequent.
+
+    Raises:
+        ConfigError: that draft has others, or there are not so many.
+    """
+    wanted = config.vocabulary
+    if start is not None and start.vocabulary is not None:
+        own = np.asarray(start.vocabulary)
+        if wanted not in (None, len(own)):
+            raise ConfigError(
+                f"the draft {config.start!r} drafts {len(own)} tokens, not {wanted} "
+                "(--draft-vocab): train a new one without --start"
+            )
+        return own
+    if wanted is None:
+        return None
+    if wanted > vocab_size:
+        raise ConfigError(
+            f"vocabulary (--draft-vocab) is {wanted}: the model has {vocab_size} tokens"
+        )
+    learnt = np.bincount(corpus.rows.tokens[corpus.rows.learn], minlength=vocab_size)
+    # What is only read counts a little: answers repeat words of their questions.
+    read = np.bincount(corpus.rows.tokens[~corpus.rows.learn], minlength=vocab_size)
+    return frequent_tokens(learnt + 0.1 * read, wanted)
+
+
+def _share_covered(vocabulary: np.ndarray, rows: Rows) -> float:
+    """The share of the learnt tokens that a vocabulary holds."""
+    return float(np.isin(rows.tokens[rows.learn], vocabulary).mean())
 
 
 def _show(corpus: Corpus, progress: bool) -> None:
@@ -361,7 +409,10 @@ def _show(corpus: Corpus, progress: bool) -> None:
 
 
 def _cast(tree: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+    """The tree with its float arrays in that type."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def _save_model(

@@ -49,6 +49,9 @@ class WeightFormat(Protocol):
     def look_up(self, arrays: Arrays, rows: jax.Array, dtype: Any) -> jax.Array:
         """Some rows of the matrix: int [...] -> [..., in] of the model's dtype."""
 
+    def take_rows(self, arrays: Arrays, rows: jax.Array) -> Arrays:
+        """The arrays of a matrix that has these rows alone; rows: int [R]."""
+
     def store(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float [out, in] of any type -> the arrays.
 

@@ -37,6 +37,9 @@ class Dense:
         (table,) = arrays
         return table[rows]
 
+    def take_rows(self, arrays: Arrays, rows: jax.Array) -> Arrays:
+        return tuple(array[rows] for array in arrays)
+
     def store(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
         return (matrix,)
 

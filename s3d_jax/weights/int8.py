@@ -55,6 +55,9 @@ class Int8:
         weight, scale = arrays
         return (weight[rows] * scale[rows][..., None]).astype(dtype)
 
+    def take_rows(self, arrays: Arrays, rows: jax.Array) -> Arrays:
+        return tuple(array[rows] for array in arrays)
+
     def store(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
         return quantize(matrix)
 

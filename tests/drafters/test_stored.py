@@ -114,7 +114,7 @@ def test_damage_is_noticed(model):
     with pytest.raises(CheckpointError, match=r"mask_embeddings in .* is damaged: train it again"):
         read_draft(model, "a", tiny_config())
     (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 9}')
-    with pytest.raises(CheckpointError, match="format version 2"):
+    with pytest.raises(CheckpointError, match="format version 3"):
         read_draft(model, "a", tiny_config())
     (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 1}')
     with pytest.raises(CheckpointError, match="damaged"):
@@ -142,3 +142,33 @@ def test_a_draft_of_another_model_is_refused(model):
         read_draft(model, "a", tiny_config(num_layers=6))
     with pytest.raises(ConfigError, match="skip has 2 entries"):
         save_draft(model, "b", DraftConfig((True, False)), draft_of(model), {})
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [[3, 2], [4, 4], [-1, 5], [0, 31], [[1, 2]]], ids=lambda ids: str(ids)
+)
+def test_a_vocabulary_holds_ascending_ids_of_the_model(model, vocabulary):
+    wrong = draft_of(model).replace(vocabulary=np.array(vocabulary, np.int32))
+    save_draft(model, "default", DRAFT, wrong, {})
+    with pytest.raises(CheckpointError, match="ascending ids of the model's 31 tokens"):
+        read_draft(model, "default", tiny_config())
+
+
+def test_a_chain_and_a_vocabulary_come_back_and_are_shown(model, capsys):
+    loaded = checkpoint.load(model)
+    params = noisy_draft(loaded.config, loaded.params, DRAFT, chain_rank=6)
+    params = params.replace(vocabulary=np.array([2, 3, 5, 30], np.int32))
+    save_draft(model, "default", DRAFT, params, {})
+    stored = read_draft(model, "default", tiny_config())
+    jax.tree.map(np.testing.assert_array_equal, stored.params, params)
+    assert stored.params.vocabulary.dtype == np.int32
+    floats = sum(x.size for x in jax.tree.leaves(params)) - 4
+    assert stored.num_params == floats
+    assert main(["info", "--model", str(model)]) == 0
+    assert f"{floats:,} parameters, drafts 4 tokens, chain of rank 6" in capsys.readouterr().out
+    lm = s3d_jax.load(model)
+    assert lm.draft_params.head[0].shape == (4, 24)
+    assert s3d_jax.load(model, dtype="bfloat16").draft_params.vocabulary.dtype == np.int32
+    options = dict(max_new_tokens=20)
+    ours = lm.generate([5, 6, 7], **options)[0].tokens
+    assert ours == lm.generate([5, 6, 7], method="ar", **options)[0].tokens

@@ -1,5 +1,6 @@
 """Training computes the same as decoding: the two-stream pass against the real draft pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,13 +13,15 @@ from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import DecodeSpec, Inputs, init_state
 from s3d_jax.drafters.s3d import S3D
-from s3d_jax.nn.draft import DraftParams
+from s3d_jax.keys import make_key
+from s3d_jax.nn.draft import CANDIDATES, DraftParams, with_head
 from s3d_jax.nn.streams import draft_stream, target_stream
+from s3d_jax.nn.transformer import logits_of
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
-from s3d_jax.train.draft import DraftTask, init_draft
+from s3d_jax.train.draft import DraftTask, draft_losses, frequent_tokens, init_draft
 from s3d_jax.train.objective import (
     agreement,
     block_targets,
@@ -31,9 +34,10 @@ from tests.sampled import combinations, sampled
 from tests.tiny import tiny_config, tiny_params
 
 
-def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
+def noisy_draft(config, params, draft_config, scale=0.3, chain_rank=0) -> DraftParams:
     """A draft whose parts all have an effect."""
-    draft = init_draft(config, params, draft_config, AdapterConfig(3, 5), jax.random.key(1))
+    adapter = AdapterConfig(3, 5, chain_rank)
+    draft = init_draft(config, params, draft_config, adapter, jax.random.key(1))
     leaves, tree = jax.tree.flatten(draft)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     noise = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -42,21 +46,26 @@ def noisy_draft(config, params, draft_config, scale=0.3) -> DraftParams:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draft_logits(spec, params, draft, state):
-    logits, _ = spec.drafter.logits(Inputs(spec, params, draft, state))
-    return logits[0]
+    hidden, _ = spec.drafter.hidden_states(Inputs(spec, params, draft, state))
+    return logits_of(spec.config, params, hidden, draft)[0]
 
 
 def decoded_draft_logits(config, params, draft_config, draft, tokens, anchor):
     """q of one block, by the functions that decoding uses: float32 [γ, V]."""
     prompt = np.asarray(tokens[: anchor + 1])
+    state, spec = decoding_state(config, params, draft_config, draft, prompt)
+    return np.asarray(_draft_logits(spec, params, draft, state))
+
+
+def decoding_state(config, params, draft_config, draft, prompt):
+    """The state of one greedy row after its prefill, and the program."""
     sampling, features = batch_sampling(
-        [SamplingConfig(temperature=1.0)], jax.random.split(jax.random.key(0), 1), config.vocab_size
+        [SamplingConfig()], jax.random.split(jax.random.key(0), 1), config.vocab_size
     )
     spec, length = DecodeSpec(config, S3D(draft_config), features), len(prompt)
     plan = SlotPlan((length,), (length + 4,), draft_config.gamma, 64)
     state = init_state(spec, [prompt], plan, sampling)
-    state = prefill(spec, params, draft, state, [prompt], plan)
-    return np.asarray(_draft_logits(spec, params, draft, state))
+    return prefill(spec, params, draft, state, [prompt], plan), spec
 
 
 _target_stream = jax.jit(target_stream, static_argnums=(0, 3))
@@ -103,6 +112,87 @@ def test_training_computes_the_draft_pass_of_decoding(name, block_attention):
             np.testing.assert_allclose(
                 jax.nn.log_softmax(q[b, a]), jax.nn.log_softmax(expected), atol=2e-5
             )
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True, logit_divisor=2.0)])
+def test_training_knows_what_a_chain_will_draft(changes, pruned):
+    """Where the text is what the draft proposes, training computes the block of decoding.
+
+    Each position is corrected by the text's token before it, which decoding has drafted.
+    """
+    config = tiny_config(**changes)
+    params = tiny_params(config)
+    draft_config = DraftConfig((False, True, True, False), 4)
+    draft = noisy_draft(config, params, draft_config, chain_rank=6)
+    unchained = draft.replace(chain={})
+    if pruned:
+        draft = draft.replace(vocabulary=jnp.arange(0, config.vocab_size, 2))
+    prompt = jax.random.randint(jax.random.key(3), (9,), 0, config.vocab_size)
+    state, spec = decoding_state(config, params, draft_config, draft, np.asarray(prompt))
+    inputs = Inputs(spec, params, draft, state)
+    proposed = jax.jit(lambda: spec.drafter.propose(inputs).tokens)()[0]
+    if pruned:
+        assert not np.any(proposed % 2)
+        ready = inputs._replace(drafter_params=with_head(config, params, draft))
+        np.testing.assert_array_equal(spec.drafter.propose(ready).tokens[0], proposed)
+    tokens = jnp.concatenate([prompt, proposed])[None]
+    anchors = jnp.array([[len(prompt) - 1]])
+    _, cache = _target_stream(config, params, tokens, tokens.shape[1] + 4)
+    q = _draft_stream(config, params, draft_config, draft, tokens, anchors, cache)
+    np.testing.assert_array_equal(draft.tokens(jnp.argmax(q[0], axis=-1)), proposed)
+    assert q.shape == (1, 4, 16 if pruned else 31)
+    plain = _draft_stream(config, params, draft_config, unchained, tokens, anchors, cache)
+    plain = plain[0] if draft.vocabulary is None else plain[0][:, draft.vocabulary]
+    changed = np.any(np.asarray(q[0] != plain), axis=1)
+    assert changed.tolist() == [False, True, True, True]  # x_n is an input of the first row
+    assert np.all(np.sum(np.asarray(q[0] != plain), axis=1) <= CANDIDATES)
+
+
+def test_a_draft_learns_only_what_it_can_propose():
+    config = tiny_config()
+    params = tiny_params(config)
+    draft_config = DraftConfig((False, True, True, False), 2)
+    draft = noisy_draft(config, params, draft_config)
+    few = draft.replace(vocabulary=jnp.array([3, 7, 8, 20]))
+    np.testing.assert_array_equal(few.tokens(jnp.array([[2, 0]])), [[8, 3]])
+    np.testing.assert_array_equal(few.places(jnp.array([[8, 9], [20, 3]]), 31), [[2, -1], [3, 0]])
+    tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, config.vocab_size)
+    batch = {"tokens": tokens, "learn": jnp.ones_like(tokens, bool)}
+    objective, key = ObjectiveConfig("ce", decay=1.0, anchors=4, hop=False), make_key(0)
+
+    def losses(draft, name="ce"):
+        chosen = dataclasses.replace(objective, objective=name)
+        arguments = (config, params, draft_config, draft, chosen, batch, key)
+        return draft_losses(*arguments, target_is_trained=False, remat=False)
+
+    anchors = random_anchors(key, batch["learn"], 4)
+    rows, targets, weights = block_targets(tokens, batch["learn"], anchors, 2, 1.0)
+    logits, cache = _target_stream(config, params, tokens, 12 + 4 * 2)
+    q = _draft_stream(config, params, draft_config, draft, tokens, anchors, cache)
+    log_q = np.asarray(jax.nn.log_softmax(q[:, :, few.vocabulary]))
+    targets, weights = np.asarray(targets), np.asarray(weights)
+    known = np.isin(targets, few.vocabulary) & (weights > 0)
+    assert 0 < known.sum() < known.size
+    expected = [
+        -log_q[b, i, np.searchsorted(few.vocabulary, targets[b, i])] for b, i in np.argwhere(known)
+    ]
+    assert losses(few)["draft_loss"].value == pytest.approx(np.mean(expected), abs=1e-5)
+    assert losses(few)["draft_loss"].weight == known.sum()
+    # Distributions are compared with all of the target's: what a draft cannot propose is lost.
+    p = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), np.asarray(rows)[..., None], 1)
+    lost = 1 - np.minimum(p[:, :, few.vocabulary], np.exp(log_q)).sum(-1)
+    expected = lost[weights > 0].mean()
+    assert losses(few, "tv")["draft_loss"].value == pytest.approx(expected, abs=1e-5)
+    # A text's token that cannot be drafted counts as wrong.
+    right = np.asarray(few.vocabulary)[log_q.argmax(-1)] == targets
+    right = np.cumprod(right.reshape(2, 4, 2), axis=2) & (weights.reshape(2, 4, 2) > 0)[..., 1:]
+    np.testing.assert_array_equal(losses(few)["agreement"].total, right.sum((0, 1)))
+
+
+def test_frequent_tokens_and_of_equals_the_first():
+    np.testing.assert_array_equal(frequent_tokens(np.array([0, 5, 2, 2, 9, 0]), 3), [1, 2, 4])
+    np.testing.assert_array_equal(frequent_tokens(np.zeros(6), 4), range(4))
 
 
 def test_a_new_adapter_computes_the_untrained_draft():
@@ -171,7 +261,8 @@ def test_divergences_against_numpy():
         "tv": 0.5 * np.abs(p - q).sum(-1),
     }
     for name, values in expected.items():
-        ours = divergence(name, jnp.asarray(draft), jnp.asarray(target), jnp.asarray(tokens))
+        log_p = jax.nn.log_softmax(jnp.asarray(target))
+        ours = divergence(name, jnp.asarray(draft), log_p, jnp.asarray(tokens))
         np.testing.assert_allclose(ours, values, rtol=1e-5)
 
 
@@ -220,7 +311,7 @@ def test_gradients_reach_all_trained_arrays_and_are_finite(mode, objective):
         draft_config,
         mode=mode,
         objective=ObjectiveConfig(objective, 0.8, 4),
-        adapter=AdapterConfig(2, 2),
+        adapter=AdapterConfig(2, 2, 2),
     )
     tree = task.init(jax.random.key(0))
     batch = {

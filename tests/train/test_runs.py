@@ -88,10 +88,10 @@ def test_a_draft_starts_from_another(start, model, capsys):
     assert command("second") == 0
     second = read_draft(model / "model", "second", tiny_config(), weights=False)
     assert second.config == reached.config and second.num_params == reached.num_params
-    assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5}
+    assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5, "chain_rank": 0}
     assert second.training["before"] == reached.training["reached"]  # its starting point
     for arguments, message in (
-        (("--rank", "2"), "can grow but not shrink: got 2 and 5"),
+        (("--rank", "2"), "has rank 3, which can grow but not shrink: got 2 (--rank)"),
         (("--skip", "2"), "--skip: --start takes what that draft has"),
         (("--start", "nobody"), "has no draft 'nobody'"),
     ):
@@ -104,7 +104,7 @@ def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start
     reached, command = start
     assert command("third", "--rank", "7") == 0
     third = read_draft(model / "model", "third", tiny_config())
-    assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5}
+    assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5, "chain_rank": 0}
     assert third.training["before"] == reached.training["reached"]  # added ranks start at 0
     added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
     assert added.shape == (4, 24)
@@ -114,6 +114,57 @@ def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start
     assert two.config == reached.config.replace(gamma=2)
     assert two.params.mask_embeddings.shape == (1, 24)
     assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it starts from a trained one
+
+
+def test_a_draft_has_a_chain_and_the_frequent_tokens_of_its_data(model, capsys):
+    parts = ("--steps", "30", "--chain-rank", "6", "--draft-vocab", "20")
+    assert train(model, "chained", *parts) == 0
+    draft = read_draft(model / "model", "chained", tiny_config())
+    ids = np.asarray(draft.params.vocabulary)
+    assert ids.shape == (20,) and draft.params.chain["up"].shape == (6, 24)
+    assert np.abs(draft.params.chain["up"]).max() > 0  # it has learnt
+    report = draft.training
+    assert (report["vocabulary"], report["adapter"]["chain_rank"]) == (20, 6)
+    lines = [json.loads(line) for line in (model / "own.jsonl").read_text().splitlines()]
+    counts = np.bincount(np.concatenate([line["tokens"] for line in lines]), minlength=31)
+    missing = np.setdiff1d(np.arange(31), ids)
+    assert counts[missing].mean() < counts[ids].mean()
+    assert counts[ids].sum() / counts.sum() == pytest.approx(report["covered"], abs=0.1)
+    reached = report["reached"]["tokens_per_iteration"]
+    assert 1 < reached <= report["tokens_per_iteration_with_all_tokens"] + 0.1
+    out = capsys.readouterr().out
+    assert f"20 tokens can be drafted: {report['covered']:.1%} of the held-out text" in out
+    lm = s3d_jax.load(model / "model", draft="chained")
+    texts = [lm.generate([[1, 2, 3], [9]], method=m, max_new_tokens=30) for m in ("s3d", "ar")]
+    assert [r.tokens for r in texts[0]] == [r.tokens for r in texts[1]]
+
+    again = ("--name", "longer", "--start", "chained", "--steps", "10")
+    files = (
+        "--model",
+        model / "model",
+        "--data",
+        model / "own.jsonl",
+        "--run",
+        model / "run-longer",
+    )
+    small = [
+        "--batch-size",
+        "8",
+        "--row-length",
+        "32",
+        "--valid-prompts",
+        "8",
+        "--valid-tokens",
+        "24",
+    ]
+    assert run("train", *files, *again, *small, "--draft-vocab", "9") == 2
+    assert "the draft 'chained' drafts 20 tokens, not 9" in capsys.readouterr().err
+    assert run("train", *files, *again, *small) == 0
+    continued = read_draft(model / "model", "longer", tiny_config())
+    np.testing.assert_array_equal(continued.params.vocabulary, ids)
+    assert continued.training["before"] == report["reached"]
+    assert train(model, "many", "--draft-vocab", "32") == 2
+    assert "vocabulary (--draft-vocab) is 32: the model has 31 tokens" in capsys.readouterr().err
 
 
 def test_masks_alone_train_masks_alone(model):
