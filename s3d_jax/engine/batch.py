@@ -93,7 +93,10 @@ class Batch(Runner):
         self._begin_pace(iterations_per_call)
         if self._pace is not None:
             budget = self._pace.budget(self._request.max_new_tokens)
-            self._state = self._state.replace(budget=budget)
+            if self._pace.drafts:
+                self._state = self._state.replace(budget=budget)
+            else:
+                self._decode_plainly()
         rows = range(len(self._prompts))
         running = [True for _ in rows]
         while any(running):

@@ -26,8 +26,9 @@ _AT_FIRST, _LONGEST_BETWEEN = 3, 128
 _KNOWN = 64  # iterations with a draft after which τ is known
 _REMEMBERED = 1024  # iterations with a draft
 _STAKE = 0.02  # of its limit: the steps that a row may lose where drafting has not paid so far
-# Where τ is below this share of the cost, only every eighth text drafts at its beginning.
-_HOPELESS, _TRIED = 0.7, 8
+# Where τ is below this share of the cost, one text in so many drafts, and only at its beginning. A
+# row that joins a running batch drafts after so many iterations.
+_HOPELESS, _TRIED = 0.7, 16
 _HOPELESS_PAUSE = 512
 
 
@@ -183,7 +184,11 @@ class Experiences:
 
 
 class Pace:
-    """Decides for the texts of one batch when they draft, and measures."""
+    """Decides for the texts of one batch when they draft, and measures.
+
+    Attributes:
+        drafts: whether the text of the last `budget` is to draft at all.
+    """
 
     def __init__(self, estimate: float, gain: float | None, experience: Experience) -> None:
         """Begins.
@@ -196,6 +201,7 @@ class Pace:
             experience: of these settings; it learns from this batch.
         """
         self._estimate, self._gain, self._experience = estimate, gain, experience
+        self.drafts = True
 
     @property
     def cost(self) -> float:
@@ -205,7 +211,7 @@ class Pace:
 
     def budget(self, new_tokens: Sequence[int]) -> Budget:
         """The budget with which rows begin a text of so many new tokens at most, [B]."""
-        batch, gain, tries = len(new_tokens), self._gain, False
+        batch, gain, tries, self.drafts = len(new_tokens), self._gain, False, True
         if gain is None:
             self._experience.begin_text()
             tau = self._experience.tokens_per_iteration
@@ -214,6 +220,7 @@ class Pace:
         if gain is None or gain >= 1:
             return new_budget(batch, self.cost)
         if gain < _HOPELESS and not tries:
+            self.drafts = self._experience.measurement is not None
             return new_budget(batch, self.cost, steps=[0.0] * batch, pause=_HOPELESS_PAUSE)
         return new_budget(batch, self.cost, steps=[_STAKE * n for n in new_tokens])
 

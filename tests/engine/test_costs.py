@@ -105,9 +105,41 @@ def test_what_was_gained_decides_how_much_may_be_lost():
         assert np.asarray(budget.steps).tolist() == steps
         assert np.asarray(budget.pause).tolist() == [pause] * 2
         assert np.asarray(budget.drafting_rows).tolist() == [tau > 2] * 2
-    # Even there each eighth text tries, since texts may have changed.
-    tries = [float(Pace(1.5, None, experience).budget([100]).steps[0]) for _ in range(16)]
-    assert tries.count(2.0) == 2 and tries.count(0.0) == 14
+        assert pace.drafts == (tau > 2)
+    # Even there each sixteenth text tries, since texts may have changed.
+    tries = []
+    for _ in range(32):
+        steps, drafts = float(pace.budget([100]).steps[0]), pace.drafts
+        if pace.next_call().mode == BY_BUDGET:
+            tries.append((steps, drafts))
+        else:  # the cost is measured again
+            assert drafts
+            decode(pace, 0.01, 0.035, 1.5)
+    assert tries.count((2.0, True)) == 2 == len(tries) - tries.count((0.0, False))
+
+
+def test_a_text_without_drafts_runs_the_loop_of_plain_decoding():
+    lm = tiny_lm()
+    options = dict(max_new_tokens=40, temperature=[0.0, 0.9], seed=3)
+    prompts = [[5, 9, 2], [7]]
+    expected = lm.generate(prompts, method="ar", **options)
+    lm.generate(prompts, **options)
+    (experience,) = lm.experiences
+    experience.costs.append(30.0)
+    experience.gained(64, 64)
+    experience.next_measurement = 100
+    programs = len(lm.programs)
+    for _ in range(2):
+        results = lm.generate(prompts, **options)
+        for result, plain in zip(results, expected, strict=True):
+            assert result.tokens == plain.tokens
+            assert result.stats.plain_iterations == result.stats.iterations == 40
+            assert (result.stats.drafted, result.stats.accepted_per_position) == (0, (0,) * 4)
+        assert len(lm.programs) == programs  # the one of method "ar"
+    experience.texts = 15
+    tried = lm.generate(prompts, **options)
+    assert [r.tokens for r in tried] == [r.tokens for r in expected]
+    assert any(r.stats.drafted for r in tried)
 
 
 def test_measuring_is_not_charged_to_the_rows():
