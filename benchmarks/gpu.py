@@ -92,7 +92,9 @@ def _float_model(dtype: str) -> Any:
     config = lm.config.replace(quantization=None, exact_sums=False, dtype=dtype)
     params = widen_tree(weight_format(lm.config), lm.params, jnp.dtype(dtype))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    draft = jax.tree.map(lambda x: jnp.asarray(x, dtype), _unmerged(lm))
+    draft = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, _unmerged(lm)
+    )
     return s3d_jax.LM(
         config, params, draft_config=lm.draft_config, draft_params=draft, tokenizer=lm.tokenizer
     )

@@ -96,8 +96,6 @@ def load(
     draft_params = trained.params if trained else None
     if draft_params and merged_bytes(loaded.params, draft_params) <= _MOST_MERGED:
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
-    if draft_params:
-        draft_params = with_head(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
     return LM(
@@ -175,9 +173,9 @@ class LM:
         self.params = params
         self.draft_config = draft_config or default_draft(config)
         self.draft_config.validate_for(config)
-        self.draft_params = (
-            untrained_draft(config, params) if draft_params is None else draft_params
-        )
+        if draft_params is None:
+            draft_params = untrained_draft(config, params)
+        self.draft_params = draft_params
         self.tokenizer = tokenizer
         self.eos_token_ids = checked_ids(eos_token_ids, config.vocab_size)
         length = plain(config.max_position_embeddings if max_length is None else max_length)
@@ -190,6 +188,16 @@ class LM:
         self.tuning = tuning
         self.programs = Programs()
         self.experiences = Experiences()
+
+    @property
+    def draft_params(self) -> DraftParams:
+        """S3D's draft; setting one takes its rows of the head of `params`."""
+        return self._draft_params
+
+    @draft_params.setter
+    @under_usual_jax_settings
+    def draft_params(self, draft: DraftParams) -> None:
+        self._draft_params = with_head(self.config, self.params, draft.replace(head=()))
 
     @property
     def draft_model(self) -> "LM | None":

@@ -14,8 +14,9 @@ finds it. The target is not changed (except in mode full), so S3D generates the 
 decoding; training raises the share of the draft that is accepted.
 
 modes:
-  adapter  mask embeddings, low-rank deltas on the layers that the draft runs, a low-rank bridge
-           over the skipped ones, and a chain from each draft token to the next (the default)
+  adapter  mask embeddings, low-rank deltas on the layers that the draft runs, and a low-rank
+           bridge over the skipped ones (the default); with --chain-rank a chain from each draft
+           token to the next
   mask     the mask embeddings alone: cheapest, and only of use where few layers are skipped
   full     the layers that the draft runs, with the next-token loss added: changes the target,
            which is written to --out"""
@@ -95,9 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print("accepted by position:", *(f"{x:.2f}" for x in after["acceptance_per_position"]))
     if (count := report["vocabulary"]) is not None:
+        coverage = report["vocabulary_coverage"]
+        covered = "" if coverage is None else f"{coverage:.1%} of the held-out text; "
         print(
-            f"{count:,} tokens can be drafted: {report['covered']:.1%} of the held-out text; with "
-            f"all tokens {report['tokens_per_iteration_with_all_tokens']:.2f} per iteration"
+            f"{count:,} tokens can be drafted: {covered}with all tokens "
+            f"{report['tokens_per_iteration_with_all_tokens']:.2f} per iteration"
         )
     if "perplexity" in after:
         print(f"perplexity: {before['perplexity']:.3f} before, {after['perplexity']:.3f} now")

@@ -173,7 +173,7 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
         float32 [B, T, V]; their softmax is exactly what is sampled from.
     """
     greedy = params.temperature[:, None] == 0
-    best = jnp.argmax(logits, axis=-1)
+    best = largest(logits)
     # Below their largest, so that no temperature makes them overflow.
     x = logits - jnp.max(logits, axis=-1, keepdims=True)
     x = x / jnp.where(greedy, 1.0, params.temperature[:, None])[..., None]
@@ -191,6 +191,33 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
 
 
 # --- choice and acceptance ------------------------------------------------------------------------
+
+
+_GROUP = 128  # numbers
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """Where the largest number is: `argmax` over the last axis, the first of equal ones.
+
+    By the largest of each group first. XLA's CPU argmax looks at one number after the other, which
+    over 49,152 logits takes ten times as long (docs/log).
+
+    Args:
+        x: float [..., V].
+
+    Returns:
+        int32 [...]; some place where there are NaN.
+    """
+    size = x.shape[-1]
+    if size <= _GROUP:
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    missing = -size % _GROUP
+    if missing:  # -infinity at the end is never the first of equal ones
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+    groups = x.reshape(*x.shape[:-1], -1, _GROUP)
+    group = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
+    best = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+    return (group * _GROUP + jnp.argmax(best, axis=-1)).astype(jnp.int32)
 
 
 def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
@@ -229,7 +256,7 @@ def choose(
     """
     if noise is not None:
         logits = warp(logits, params, features) + noise
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return largest(logits)
 
 
 def accept(

@@ -52,8 +52,9 @@ def leading_numbers(logits: jax.Array) -> jax.Array:
     Returns:
         int32 [B], 0 … T.
     """
-    best = jnp.argmax(logits, axis=-1, keepdims=True)  # NaN counts as the largest
-    finite = jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1)[..., 0])
+    # XLA's largest number is not NaN where there are NaN, so these are looked for.
+    no_nan = jnp.sum(jnp.isnan(logits), axis=-1, dtype=jnp.int32) == 0
+    finite = jnp.isfinite(jnp.max(logits, axis=-1)) & no_nan
     return jnp.sum(jnp.cumprod(finite, axis=1, dtype=jnp.int32), axis=1)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.sampling import SamplingFeatures, choose
+from s3d_jax.decoding.sampling import SamplingFeatures, choose, largest
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
@@ -154,7 +154,7 @@ def pick_tokens(
     logits = jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30))
     if vocabulary is not None:
         if spec.features == SamplingFeatures():
-            return vocabulary[jnp.argmax(logits, axis=-1)]
+            return vocabulary[largest(logits)]
         others = jnp.full((*logits.shape[:2], spec.config.vocab_size), -1e30)
         logits = others.at[:, :, vocabulary].set(logits)
     return choose(process(spec, logits, state), state.sampling, spec.features, noise)

@@ -127,7 +127,7 @@ def add_draft(
             f"model, or train one (s3d train)\n{bullets(differences)}"
         )
     params = _read_params(folder, index)
-    check_vocabulary(params, header.config.vocab_size, folder)
+    check_vocabulary(params, header.config.vocab_size, folder, _AGAIN)
     if trained_for != weights_checksum(header.path):
         warnings.warn(
             f"the draft in {folder} was trained for other weights "

@@ -11,7 +11,7 @@ from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
 from s3d_jax.machine import default_device
 from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.draft import chained
+from s3d_jax.nn.draft import begin_chain, chained, with_head
 from s3d_jax.nn.transformer import hidden_states, logits_of
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
 from s3d_jax.weights.formats import weight_format
@@ -72,21 +72,29 @@ class S3D(Drafter):
         return found
 
     def propose(self, inputs: Inputs) -> Proposal:
-        config, params, draft = inputs.spec.config, inputs.params, inputs.drafter_params
-        hidden, cache = self.hidden_states(inputs)
-        logits = logits_of(config, params, hidden, draft)
+        spec, params, draft = inputs.spec, inputs.params, inputs.drafter_params
+        draft = with_head(spec.config, params, draft)
+        hidden, cache = self.draft_pass(inputs)
+        logits = logits_of(spec.config, params, hidden, draft)
+        if not draft.chain or self.gamma == 1:
+            noise = None if inputs.noise is None else inputs.noise[:, : self.gamma]
+            return Proposal(pick_tokens(inputs, logits, noise, draft.vocabulary), cache)
+        chain = begin_chain(spec.config, params, draft, hidden, logits)
+        counts, rows = inputs.state.output_counts, jnp.arange(hidden.shape[0])
         tokens: list[jax.Array] = []
-        width = 1 if draft.chain else self.gamma  # tokens that are chosen at once
-        for i in range(0, self.gamma, width):
-            here = slice(i, i + width)
+        for i in range(self.gamma):
+            here = slice(i, i + 1)
             q = logits[:, here]
             if tokens:
-                q = chained(config, params, draft, hidden[:, here], q, tokens[-1])
+                q = chained(spec.config, params, draft, chain.rows(here), q, tokens[-1])
+                if spec.features.penalized:
+                    counts = counts.at[rows, tokens[-1][:, 0]].add(1)
             noise = None if inputs.noise is None else inputs.noise[:, here]
-            tokens.append(pick_tokens(inputs, q, noise, draft.vocabulary))
+            state = inputs.state.replace(output_counts=counts)
+            tokens.append(pick_tokens(inputs._replace(state=state), q, noise, draft.vocabulary))
         return Proposal(jnp.concatenate(tokens, axis=1), cache)
 
-    def hidden_states(self, inputs: Inputs) -> tuple[jax.Array, KVCache]:
+    def draft_pass(self, inputs: Inputs) -> tuple[jax.Array, KVCache]:
         """The draft pass without the head: [B, γ, D], and the cache."""
         return hidden_states(
             inputs.spec.config,

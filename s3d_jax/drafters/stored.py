@@ -123,6 +123,7 @@ def write_draft(
             "the draft's deltas are merged into its layers, as load does for small models, and "
             "cannot be stored: save the draft that read_draft returns"
         )
+    check_vocabulary(params, model.vocab_size, folder)
     dtype = jnp.dtype(model.dtype)
     writer = ArrayWriter(folder / "weights")
     for path, x in flatten(draft_tree(params)).items():
@@ -218,7 +219,9 @@ def read_draft(
     return StoredDraft(name, kind, draft, params, fields.get("training") or {}, count, shapes)
 
 
-def check_vocabulary(params: DraftParams, vocab_size: int, folder: Path) -> None:
+def check_vocabulary(
+    params: DraftParams, vocab_size: int, folder: Path, advice: str = _AGAIN
+) -> None:
     """Raises CheckpointError unless the draft's tokens are some of the target's, ascending."""
     if params.vocabulary is None:
         return
@@ -227,7 +230,7 @@ def check_vocabulary(params: DraftParams, vocab_size: int, folder: Path) -> None
     if not ascending or ids[0] < 0 or ids[-1] >= vocab_size:
         raise CheckpointError(
             f"the draft in {folder} is damaged: its vocabulary must be ascending ids of the "
-            f"model's {vocab_size} tokens: {_AGAIN}"
+            f"model's {vocab_size} tokens: {advice}"
         )
 
 

@@ -93,7 +93,7 @@ class Batch(Runner):
         self._begin_pace(iterations_per_call)
         if self._pace is not None:
             budget = self._pace.budget(self._request.max_new_tokens)
-            if self._pace.drafts:
+            if self._pace.drafts or self._drafter is None or self._drafter.keeps_state:
                 self._state = self._state.replace(budget=budget)
             else:
                 self._decode_plainly()

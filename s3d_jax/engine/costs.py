@@ -112,6 +112,7 @@ class Experience:
             count less.
         texts: how many there were.
         next_measurement: the number of texts at which the cost is measured again.
+        hopeless: texts that were not to draft.
         measurement: the one under way.
     """
 
@@ -122,6 +123,7 @@ class Experience:
     drafting: float = 0.0
     texts: int = 0
     next_measurement: int = 2
+    hopeless: int = 0
     measurement: _Measurement | None = None
 
     @property
@@ -220,9 +222,22 @@ class Pace:
         if gain is None or gain >= 1:
             return new_budget(batch, self.cost)
         if gain < _HOPELESS and not tries:
-            self.drafts = self._experience.measurement is not None
+            self.drafts = self._waits_for_a_reason_to_compile()
             return new_budget(batch, self.cost, steps=[0.0] * batch, pause=_HOPELESS_PAUSE)
         return new_budget(batch, self.cost, steps=[_STAKE * n for n in new_tokens])
+
+    def _waits_for_a_reason_to_compile(self) -> bool:
+        """Whether the loop that can draft still decodes texts that are not to draft.
+
+        The loop of plain decoding is another program, and compiling it takes as long as it saves in
+        some texts.
+        """
+        if self._gain is not None:
+            return False
+        if self._experience.measurement is not None:
+            return True
+        self._experience.hopeless += 1
+        return self._experience.hopeless <= _TRIED
 
     def next_call(self) -> Call:
         """How the next call is to decode."""

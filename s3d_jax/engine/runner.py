@@ -192,7 +192,6 @@ class Runner:
 
         The plain iterations of a loop that can draft take up to a sixth longer in a small model.
         """
-        assert self._drafter is not None and not self._drafter.keeps_state
         self._loop_spec = dataclasses.replace(self._spec, drafter=None)
         self._drafter_params = None
         self._signatures["drafter_params"] = signature(None)

@@ -6,7 +6,7 @@ from each draft token to the next.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.nn.layers import low_rank, rms_norm
+from s3d_jax.nn.layers import rms_norm
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
 from s3d_jax.weights.formats import weight_format
@@ -55,22 +55,22 @@ class DraftParams(flax.struct.PyTreeNode):
         rows = np.minimum(np.arange(count), self.mask_embeddings.shape[0] - 1)
         return self.mask_embeddings[rows]
 
-    def tokens(self, places: jax.Array) -> jax.Array:
-        """The token ids of places in the draft's vocabulary, int32 of the same shape."""
-        places = places.astype(jnp.int32)
-        return places if self.vocabulary is None else self.vocabulary[places]
+    def ids(self, indices: jax.Array) -> jax.Array:
+        """The token ids of indices into the draft's vocabulary, int32 of the same shape."""
+        indices = indices.astype(jnp.int32)
+        return indices if self.vocabulary is None else self.vocabulary[indices]
 
-    def places(self, tokens: jax.Array, vocab_size: int) -> jax.Array:
-        """The places of token ids in the draft's vocabulary, int32; -1 for what it lacks.
+    def indices(self, ids: jax.Array, vocab_size: int) -> jax.Array:
+        """The indices of token ids in the draft's vocabulary, int32; -1 for what it lacks.
 
         Args:
-            tokens: int [...].
+            ids: int [...].
             vocab_size: V, of the target.
         """
         if self.vocabulary is None:
-            return tokens.astype(jnp.int32)
+            return ids.astype(jnp.int32)
         count = jnp.arange(self.vocabulary.shape[0], dtype=jnp.int32)
-        return jnp.full(vocab_size, -1, jnp.int32).at[self.vocabulary].set(count)[tokens]
+        return jnp.full(vocab_size, -1, jnp.int32).at[self.vocabulary].set(count)[ids]
 
 
 def head_matrix(config: ModelConfig, params: Params) -> Arrays:
@@ -93,11 +93,48 @@ def with_head(config: ModelConfig, params: Params, draft: DraftParams) -> DraftP
     return draft.replace(head=rows)
 
 
+class Chain(NamedTuple):
+    """What the chain of a draft pass knows before any token is drafted (`begin_chain`).
+
+    Attributes:
+        best: int32 [B, T, C], indices of each row's C = `CANDIDATES` largest logits.
+        weights: float32 [B, T, C, D], their rows of the head.
+        features: float32 [B, T, r], what the row itself adds to the chain's features.
+    """
+
+    best: jax.Array
+    weights: jax.Array
+    features: jax.Array
+
+    def rows(self, which: slice) -> "Chain":
+        """Those of some of the T rows."""
+        return Chain(*(x[:, which] for x in self))
+
+
+def begin_chain(
+    config: ModelConfig, params: Params, draft: DraftParams, hidden: jax.Array, logits: jax.Array
+) -> Chain:
+    """What does not depend on the drafted tokens, for all rows at once.
+
+    Args:
+        config, params: the target.
+        draft: has a chain, and its head if it has a vocabulary (`with_head`).
+        hidden: [B, T, D], of which the logits were made.
+        logits: float32 [B, T, V'].
+    """
+    head = head_matrix(config, params) if draft.vocabulary is None else draft.head
+    best = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))[1]
+    weights = weight_format(config).look_up(head, best, config.dtype).astype(jnp.float32)
+    normed = rms_norm(hidden.astype(jnp.float32), config.norm_eps)
+    down = draft.chain["down"][: hidden.shape[-1]].astype(jnp.float32)
+    return Chain(best, weights, _product(normed, down))
+
+
 def chained(
     config: ModelConfig,
     params: Params,
     draft: DraftParams,
-    hidden: jax.Array,
+    chain: Chain,
     logits: jax.Array,
     before: jax.Array,
 ) -> jax.Array:
@@ -109,25 +146,28 @@ def chained(
     the token alone.
 
     Args:
-        config, params: the target.
-        draft: has a chain.
-        hidden: [B, T, D], of which the logits were made.
+        config, params, draft: as in `begin_chain`.
+        chain: of these T rows.
         logits: float32 [B, T, V'].
         before: int [B, T], ids of the tokens before.
 
     Returns:
-        float32 [B, T, V']; it differs at the `CANDIDATES` largest logits of each row.
+        float32 [B, T, V']; it differs at `chain.best`.
     """
-    weights, draft = weight_format(config), with_head(config, params, draft)
+    weights = weight_format(config)
     table = tuple(params["embed"][part] for part in weights.parts("embedding"))
-    embedded = weights.look_up(table, before, jnp.float32)
-    both = (rms_norm(x.astype(jnp.float32), config.norm_eps) for x in (hidden, embedded))
-    moved = low_rank(jnp.concatenate([*both], axis=-1), draft.chain, jax.nn.silu)
-    best = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))[1]
-    rows = weights.look_up(draft.head or head_matrix(config, params), best, jnp.float32)
-    gain = jnp.einsum("btcd,btd->btc", rows, moved)
-    at = (*jnp.indices(best.shape, sparse=True)[:2], best)
+    embedded = weights.look_up(table, before, config.dtype).astype(jnp.float32)
+    normed = rms_norm(embedded, config.norm_eps)
+    down = draft.chain["down"][embedded.shape[-1] :].astype(jnp.float32)
+    features = jax.nn.silu(chain.features + _product(normed, down))
+    moved = _product(features, draft.chain["up"].astype(jnp.float32))
+    gain = jnp.sum(chain.weights * moved[:, :, None], axis=-1)
+    at = (*jnp.indices(chain.best.shape, sparse=True)[:2], chain.best)
     return logits.at[at].add(gain)
+
+
+def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 @under_usual_jax_settings

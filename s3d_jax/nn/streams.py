@@ -13,7 +13,7 @@ import numpy as np
 
 from s3d_jax.nn.attention import layout_after_anchors
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.draft import DraftParams, chained, with_head
+from s3d_jax.nn.draft import DraftParams, begin_chain, chained, with_head
 from s3d_jax.nn.transformer import fill_cache, forward, hidden_states, logits_of
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -106,12 +106,10 @@ def draft_stream(
     if not draft.chain or gamma == 1:
         return logits
 
-    def after_the_first(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, gamma, x.shape[-1])[:, 1:]
-
+    hidden, blocks = (x.reshape(-1, gamma, x.shape[-1]) for x in (hidden, logits))
     places = jnp.minimum(anchors[:, :, None] + jnp.arange(1, gamma), length - 1)
     before = jnp.take_along_axis(tokens, places.reshape(len(tokens), -1), axis=1)
-    before = before.reshape(-1, gamma - 1)
-    rest = chained(config, params, draft, after_the_first(hidden), after_the_first(logits), before)
-    first = logits.reshape(-1, gamma, logits.shape[-1])[:, :1]
-    return jnp.concatenate([first, rest], axis=1).reshape(logits.shape)
+    before, rest = before.reshape(-1, gamma - 1), blocks[:, 1:]
+    chain = begin_chain(config, params, draft, hidden[:, 1:], rest)
+    rest = chained(config, params, draft, chain, rest, before)
+    return jnp.concatenate([blocks[:, :1], rest], axis=1).reshape(logits.shape)

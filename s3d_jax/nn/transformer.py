@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         A draft with a vocabulary of its own, and its head, gives [B, T, V'].
         """
         cfg = self.config
-        if draft is not None and draft.head:
+        if draft is not None and draft.vocabulary is not None:
             logits = weight_format(cfg).multiply(x, draft.head, jnp.float32)
         else:
             logits = self.embed.logits(x) if cfg.tie_embeddings else self.lm_head(x)

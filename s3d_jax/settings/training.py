@@ -136,8 +136,8 @@ class TrainDraftConfig(RunConfig):
     name: str = option("default", "of the draft in the checkpoint", metavar="NAME")
     start: str | None = option(
         None,
-        "continue from this draft of the model, with its skip and block attention; a higher --rank "
-        "or --bridge-rank adds to it, and --gamma may differ",
+        "continue from this draft of the model, with its skip, block attention and vocabulary; a "
+        "higher --rank, --bridge-rank or --chain-rank adds to it, and --gamma may differ",
         metavar="NAME",
     )
     out: str | None = option(None, "mode full: folder of the new checkpoint", metavar="DIR")

@@ -148,6 +148,11 @@ class DraftTask:
         draft_config.validate_for(config)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
+        if adapter.chain_rank and draft_config.gamma == 1:
+            raise ConfigError(
+                "a chain (chain_rank, --chain-rank) joins draft tokens, and with gamma 1 there is "
+                "only one"
+            )
         if mode == "full" and not weight_format(config).trainable:
             raise ConfigError(
                 f"mode 'full' changes the target's weights, and these are {config.quantization}: "
@@ -267,21 +272,25 @@ def draft_losses(
     stream = functools.partial(draft_stream, config, remat=remat)
     if objective.hop:
         _, targets, _ = block_targets(tokens, learn, anchors, gamma, objective.decay)
-        targets = draft.places(targets, config.vocab_size)
+        targets = draft.indices(targets, config.vocab_size)
         constant = jax.lax.stop_gradient((params, draft, cache))
         q = stream(constant[0], draft_config, constant[1], tokens, anchors, constant[2])
         anchors = next_anchors(anchors, q, targets, gamma, tokens.shape[1])
     rows, targets, weights = block_targets(tokens, learn, anchors, gamma, objective.decay)
-    targets = draft.places(targets, config.vocab_size)
+    targets = draft.indices(targets, config.vocab_size)
     q = stream(params, draft_config, draft, tokens, anchors, cache)
     log_p, learnt = None, weights
     if compares:
         log_p = jax.nn.log_softmax(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
         if draft.vocabulary is not None:
             log_p = log_p[:, :, draft.vocabulary]
+            if objective.objective == "kl":  # from what the target gives to these tokens
+                log_p = jax.nn.log_softmax(log_p)
         log_p = jax.lax.stop_gradient(log_p)
     else:
-        learnt = weights * (targets >= 0)  # nothing makes a draft propose what it cannot
+        # A block is worth nothing from a token on that the draft cannot propose.
+        possible = jnp.cumprod((targets >= 0).reshape(-1, gamma), axis=1)
+        learnt = weights * possible.reshape(weights.shape)
     losses = divergence(objective.objective, q, log_p, targets)
     full_weight = anchors.size * sum(objective.decay**i for i in range(gamma))
     loss = Mean(jnp.sum(losses * learnt), jnp.sum(learnt), full_weight)

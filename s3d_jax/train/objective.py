@@ -60,7 +60,7 @@ def next_anchors(
     Args:
         anchors: int [B, A].
         draft: float32 [B, A·γ, V], the blocks' logits.
-        targets: int [B, A·γ], the text's tokens, as places in the draft's vocabulary.
+        targets: int [B, A·γ], the text's tokens, as indices into the draft's vocabulary.
         gamma: γ.
         length: T.
 
@@ -82,7 +82,7 @@ def divergence(
         draft: float32 [..., V], the draft's logits; of the tokens that it can draft, if these are
             not all.
         target: float32 [..., V], log p of the same tokens; "ce" does not use them.
-        tokens: int [...], the text's tokens, as places in V; only "ce" uses them.
+        tokens: int [...], the text's tokens, as indices into V; only "ce" uses them.
     """
     log_q = jax.nn.log_softmax(draft, axis=-1)
     if objective == "ce":

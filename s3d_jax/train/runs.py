@@ -26,13 +26,13 @@ from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, load
 from s3d_jax.machine import default_device
-from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
+from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
-from s3d_jax.train.data import Rows, concatenate, pack, row_length_for
+from s3d_jax.train.data import concatenate, pack, row_length_for
 from s3d_jax.train.draft import DraftTask, frequent_tokens
 from s3d_jax.train.folder import check_run
 from s3d_jax.train.loop import fit
@@ -118,7 +118,7 @@ def train_draft(
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
         params, trained = task.merged(_cast(dict(tree), stored.config.dtype), lm.params)
         trained = _cast(trained, lm.config.dtype)
-        report = decoding.measure(params, with_head(lm.config, params, trained))
+        report = decoding.measure(params, trained)
         if config.mode == "full":
             report["perplexity"] = perplexity(lm.config, params, corpus.held_out)
         return report
@@ -145,9 +145,12 @@ def train_draft(
         progress=progress,
     )
     before, reached = validations[0], validations[-1]
+    vocabulary = {"vocabulary": task.vocabulary}  # a smaller one accepts less, on purpose
     untrained = before
     if start is not None:
-        untrained = decoding.measure(lm.params, untrained_draft(lm.config, lm.params))
+        untrained = decoding.measure(
+            lm.params, untrained_draft(lm.config, lm.params).replace(**vocabulary)
+        )
     tau = reached["tokens_per_iteration"]
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
     if config.out is None and config.name in draft_names(model):
@@ -157,7 +160,9 @@ def train_draft(
         make_old = functools.partial(make_lm, draft_config=old_config)
         held_out = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_old)
         assert old.params is not None  # read_draft read the weights
-        replaced = held_out.measure(lm.params, old.params)["tokens_per_iteration"]
+        replaced = held_out.measure(lm.params, old.params.replace(**vocabulary))[
+            "tokens_per_iteration"
+        ]
         worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
     if worse:
         raise TrainingError(worse)
@@ -166,12 +171,8 @@ def train_draft(
         "reached": reached,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
-    params, trained = task.merged(tree, lm.params)
-    if task.vocabulary is not None:
-        whole = _cast(trained.replace(vocabulary=None), lm.config.dtype)
-        measured = decoding.measure(params, whole)["tokens_per_iteration"]
-        report["covered"] = _share_covered(np.asarray(task.vocabulary), corpus.held_out)
-        report["tokens_per_iteration_with_all_tokens"] = measured
+    report |= _about_vocabulary(task, tree, corpus, decoding, stored.config.dtype)
+    trained = task.merged(tree, lm.params)[1]
     if config.out is None:
         save_draft(model, config.name, draft, trained, report, overwrite=True)
     else:
@@ -337,6 +338,11 @@ def _beginning(
     model: str | os.PathLike[str], target: ModelConfig, config: TrainDraftConfig
 ) -> tuple[DraftConfig, AdapterConfig, DraftParams | None]:
     """The settings and ranks of the draft to train, and the arrays of the draft it starts from."""
+    wanted = config.vocabulary
+    if wanted is not None and wanted > target.vocab_size:
+        raise ConfigError(
+            f"vocabulary (--draft-vocab) is {wanted}: the model has {target.vocab_size} tokens"
+        )
     if config.start is None:
         return config.draft or default_draft(target), config.adapter or AdapterConfig(), None
     if config.mode != "adapter":
@@ -345,6 +351,12 @@ def _beginning(
     choose_draft(model, name)  # says which drafts there are
     start = read_draft(model, name, target)
     assert start.params is not None
+    own = start.params.vocabulary
+    if own is not None and wanted not in (None, len(own)):
+        raise ConfigError(
+            f"the draft {name!r} drafts {len(own)} tokens, not {wanted} (--draft-vocab): train a "
+            "new one without --start"
+        )
     draft = config.draft or start.config
     if draft.replace(gamma=start.config.gamma) != start.config:
         raise ConfigError(f"start {name!r} has another skip or block attention: only γ may differ")
@@ -354,9 +366,9 @@ def _beginning(
             for tree in (start.params.deltas, start.params.bridges, start.params.chain)
         )
     )
-    wanted = config.adapter or AdapterConfig(0, 0, 0)
+    ranks = config.adapter or AdapterConfig(0, 0, 0)
     names = [field.name for field in dataclasses.fields(AdapterConfig)]
-    adapter = AdapterConfig(*(getattr(wanted, n) or getattr(had, n) for n in names))
+    adapter = AdapterConfig(*(getattr(ranks, n) or getattr(had, n) for n in names))
     for n in names:
         if getattr(adapter, n) < getattr(had, n):
             raise ConfigError(
@@ -369,35 +381,38 @@ def _beginning(
 def _vocabulary(
     config: TrainDraftConfig, start: DraftParams | None, corpus: Corpus, vocab_size: int
 ) -> np.ndarray | None:
-    """The tokens that can be drafted: those of the draft to start from, or the data's frequent.
-
-    Raises:
-        ConfigError: that draft has others, or there are not so many.
-    """
+    """The tokens that can be drafted: those of the draft to start from, or the data's frequent."""
     wanted = config.vocabulary
     if start is not None and start.vocabulary is not None:
-        own = np.asarray(start.vocabulary)
-        if wanted not in (None, len(own)):
-            raise ConfigError(
-                f"the draft {config.start!r} drafts {len(own)} tokens, not {wanted} "
-                "(--draft-vocab): train a new one without --start"
-            )
-        return own
+        return np.asarray(start.vocabulary)
     if wanted is None:
         return None
-    if wanted > vocab_size:
-        raise ConfigError(
-            f"vocabulary (--draft-vocab) is {wanted}: the model has {vocab_size} tokens"
-        )
     learnt = np.bincount(corpus.rows.tokens[corpus.rows.learn], minlength=vocab_size)
     # What is only read counts a little: answers repeat words of their questions.
     read = np.bincount(corpus.rows.tokens[~corpus.rows.learn], minlength=vocab_size)
     return frequent_tokens(learnt + 0.1 * read, wanted)
 
 
-def _share_covered(vocabulary: np.ndarray, rows: Rows) -> float:
-    """The share of the learnt tokens that a vocabulary holds."""
-    return float(np.isin(rows.tokens[rows.learn], vocabulary).mean())
+def _about_vocabulary(
+    task: DraftTask,
+    tree: Mapping[str, Any],
+    corpus: Corpus,
+    decoding: HeldOutDecoding,
+    dtype: str,
+) -> dict[str, Any]:
+    """What a vocabulary of its own costs the draft; JSON, empty without one."""
+    if task.vocabulary is None:
+        return {}
+    params, trained = task.merged(_cast(dict(tree), dtype), task.frozen)
+    whole = _cast(trained.replace(vocabulary=None), task.config.dtype)
+    report = decoding.measure(params, whole)
+    rows, coverage = corpus.held_out, None
+    if rows.num_learnt:
+        coverage = float(np.isin(rows.tokens[rows.learn], task.vocabulary).mean())
+    return {
+        "vocabulary_coverage": coverage,
+        "tokens_per_iteration_with_all_tokens": report["tokens_per_iteration"],
+    }
 
 
 def _show(corpus: Corpus, progress: bool) -> None:

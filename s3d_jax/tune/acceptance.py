@@ -332,5 +332,5 @@ def _right_tokens(
     known = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < length, tokens.shape)
     gamma = draft_config.gamma
     _, targets, weights = block_targets(tokens, known, anchors, gamma, 1.0)
-    right = (draft.tokens(jnp.argmax(logits, axis=-1)) == targets) & (weights > 0)
+    right = (draft.ids(jnp.argmax(logits, axis=-1)) == targets) & (weights > 0)
     return jnp.sum(jnp.cumprod(right.reshape(*anchors.shape, gamma), axis=2), axis=2)

@@ -105,7 +105,7 @@ def test_what_was_gained_decides_how_much_may_be_lost():
         assert np.asarray(budget.steps).tolist() == steps
         assert np.asarray(budget.pause).tolist() == [pause] * 2
         assert np.asarray(budget.drafting_rows).tolist() == [tau > 2] * 2
-        assert pace.drafts == (tau > 2)
+        assert pace.drafts
     # Even there each sixteenth text tries, since texts may have changed.
     tries = []
     for _ in range(32):
@@ -115,7 +115,13 @@ def test_what_was_gained_decides_how_much_may_be_lost():
         else:  # the cost is measured again
             assert drafts
             decode(pace, 0.01, 0.035, 1.5)
-    assert tries.count((2.0, True)) == 2 == len(tries) - tries.count((0.0, False))
+    # After sixteen other texts it is worth compiling the loop of plain decoding.
+    assert tries.count((2.0, True)) == 2 and tries.count((0.0, True)) == 15
+    assert tries.count((0.0, False)) == len(tries) - 17 > 8
+    for gain, drafts in ((0.69, False), (0.7, True)):  # measured by tuning
+        pace = Pace(1.5, gain, Experience())
+        pace.budget([100])
+        assert pace.drafts == drafts
 
 
 def test_a_text_without_drafts_runs_the_loop_of_plain_decoding():
@@ -127,7 +133,7 @@ def test_a_text_without_drafts_runs_the_loop_of_plain_decoding():
     (experience,) = lm.experiences
     experience.costs.append(30.0)
     experience.gained(64, 64)
-    experience.next_measurement = 100
+    experience.next_measurement, experience.hopeless = 100, 16
     programs = len(lm.programs)
     for _ in range(2):
         results = lm.generate(prompts, **options)

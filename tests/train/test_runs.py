@@ -129,11 +129,13 @@ def test_a_draft_has_a_chain_and_the_frequent_tokens_of_its_data(model, capsys):
     counts = np.bincount(np.concatenate([line["tokens"] for line in lines]), minlength=31)
     missing = np.setdiff1d(np.arange(31), ids)
     assert counts[missing].mean() < counts[ids].mean()
-    assert counts[ids].sum() / counts.sum() == pytest.approx(report["covered"], abs=0.1)
+    assert counts[ids].sum() / counts.sum() == pytest.approx(report["vocabulary_coverage"], abs=0.1)
     reached = report["reached"]["tokens_per_iteration"]
     assert 1 < reached <= report["tokens_per_iteration_with_all_tokens"] + 0.1
     out = capsys.readouterr().out
-    assert f"20 tokens can be drafted: {report['covered']:.1%} of the held-out text" in out
+    assert (
+        f"20 tokens can be drafted: {report['vocabulary_coverage']:.1%} of the held-out text" in out
+    )
     lm = s3d_jax.load(model / "model", draft="chained")
     texts = [lm.generate([[1, 2, 3], [9]], method=m, max_new_tokens=30) for m in ("s3d", "ar")]
     assert [r.tokens for r in texts[0]] == [r.tokens for r in texts[1]]

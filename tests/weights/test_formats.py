@@ -42,6 +42,9 @@ class Nibbles:
     def look_up(self, arrays, rows, dtype):
         return self.widen(tuple(a[rows] for a in arrays), dtype)
 
+    def take_rows(self, arrays, rows):
+        return tuple(a[rows] for a in arrays)
+
     def store(self, matrix):
         groups = np.asarray(matrix, np.float32).reshape(len(matrix), -1, GROUP)
         scale = (np.abs(groups).max(axis=-1) / 7).astype(np.float16)
