@@ -1,5 +1,7 @@
 """The machine that jax computes on: its device, its name, its cores, and its memory."""
 
+import contextlib
+import ctypes
 import os
 import platform
 from collections.abc import Iterator
@@ -222,6 +224,16 @@ def memory_maps() -> MemoryMaps | None:
         return MemoryMaps(Path("/proc/self/maps").read_bytes().count(b"\n"), most)
     except (OSError, ValueError):
         return None
+
+
+def return_free_memory() -> None:
+    """Returns to the system what the process has freed; does nothing where that is not possible.
+
+    glibc keeps it, since it lies between blocks in use: of 32 compiled programs that were freed,
+    all 2.4 GiB.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc; Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _allocator_peak() -> int | None:

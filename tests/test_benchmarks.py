@@ -56,6 +56,11 @@ def test_the_soak_finds_what_grows_and_what_differs():
     assert {c["kind"] for c in calls} == {"generate", "stream", "left", "conversation"}
     flat, rising = [5.0] * 2000, [5.0] * 500 + [5 + i / 1000 for i in range(1500)]
     assert soak["growth"](flat) == 1 and soak["growth"](rising) == pytest.approx(1.217, abs=1e-3)
+    left, texts = dict(kind="left"), dict(kind="generate")
+    assert soak["are_same"](left, [[1, 2, 3]], [[1, 2]])  # as far as both were read
+    assert not soak["are_same"](left, [[1, 2, 3]], [[1, 3]])
+    assert not soak["are_same"](left, [[1]], [[]])
+    assert not soak["are_same"](texts, [[1, 2, 3]], [[1, 2]])
     good = dict(different_calls=[], most_memory_maps=50, allowed_memory_maps=100)
     good |= dict(resident_growth=1.04, memory_maps_growth=None)
     assert soak["passes"](good)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -55,6 +56,19 @@ def test_memory_maps_are_counted(monkeypatch, tmp_path):
         assert 50 < maps.used < maps.most
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "none")
     assert machine.memory_maps() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count of pages")
+def test_what_is_freed_returns_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [bytearray(1000) for _ in range(200_000)]
+    pieces = pieces[::1000]  # they lie between the freed ones
+    before = resident()
+    machine.return_free_memory()
+    assert before - resident() > 100 * 2**20
+    assert len(pieces) == 200
 
 
 @pytest.fixture

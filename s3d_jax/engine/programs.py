@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from s3d_jax.errors import ConfigError
-from s3d_jax.machine import memory_maps
+from s3d_jax.machine import memory_maps, return_free_memory
 from s3d_jax.settings.records import is_integer
 
 # On a CPU, programs take memory maps: about 50 per layer for a decoding loop, thousands in all. A
@@ -90,6 +90,7 @@ class Programs:
         """Forgets all programs."""
         with _lock:
             self._programs.clear()
+        return_free_memory()
 
     def get(
         self,
@@ -132,14 +133,18 @@ def _make_room() -> None:
     with _lock:
         kept = [(p.last_call, key, s) for s in _stores for key, p in s._programs.items()]
         kept.sort(key=lambda item: item[0])
+        before = _freed
         for i, (_, key, store) in enumerate(kept[:-1]):
             if len(kept) - i <= _most and not _crowded():
                 break
             del store._programs[key]
             _freed += 1
+        if _freed == before:
+            return
         if _freed >= _most:
             jax.clear_caches()
             _freed = 0
+        return_free_memory()  # tens of milliseconds, after a compilation
 
 
 def _crowded() -> bool:
