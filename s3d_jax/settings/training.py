@@ -265,3 +265,12 @@ class PromptsConfig(Checked):
     limit: int | None = option(None, "prompts at most", shown="all", least=1)
     prompt_tokens: int = option(16, "tokens of a text that are its prompt", least=1)
     whole_prompts: bool = option(False, "take texts as prompts as a whole")
+    longest: int | None = option(
+        None,
+        "leave out prompts of more tokens, before --limit: each row of a batch reads a cache of "
+        "the longest one's size",
+        flag="--longest-prompt",
+        metavar="N",
+        shown="any length",
+        least=1,
+    )

@@ -24,10 +24,13 @@ def prompts_of(documents: Sequence[Document], config: PromptsConfig) -> list[np.
 
     Args:
         documents: read with `prompts`.
-        config: how many prompts, and how long ones; a shorter text is used whole.
+        config: how many prompts, and how long ones; a text with fewer tokens is used whole.
 
     Returns:
         int32 [n] each.
+
+    Raises:
+        InputError: all prompts are too long.
     """
 
     def size(document: Document) -> int:
@@ -36,6 +39,14 @@ def prompts_of(documents: Sequence[Document], config: PromptsConfig) -> list[np.
         return document.prompt_tokens or length
 
     prompts = [document.tokens[:n] for document in documents if (n := size(document))]
+    if config.longest is not None:
+        fitting = [prompt for prompt in prompts if len(prompt) <= config.longest]
+        if prompts and not fitting:
+            raise InputError(
+                f"all {len(prompts)} prompts have more than {config.longest} tokens "
+                "(--longest-prompt)"
+            )
+        prompts = fitting
     return prompts[: config.limit]
 
 

@@ -340,6 +340,9 @@ def test_prompts_are_beginnings_of_texts_or_whole_ones():
     assert lengths(None, 4) == [4, 3, 7, 4]
     assert lengths(None, 5) == [5, 3, 7, 4]
     assert lengths(3, 1, True) == [5, 3, 7]
+    assert lengths(3, 1, True, 5) == [5, 3, 4]
+    with pytest.raises(InputError, match=r"all 4 prompts have more than 2 tokens \(--longest"):
+        lengths(3, 1, True, 2)
 
 
 def test_distilling_needs_no_choice_of_a_draft(model, tmp_path, capsys):
