@@ -144,7 +144,7 @@ def _make_room() -> None:
         if _freed >= _most:
             jax.clear_caches()
             _freed = 0
-        return_free_memory()  # tens of milliseconds, after a compilation
+        return_free_memory()
 
 
 def _crowded() -> bool:

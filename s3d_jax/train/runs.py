@@ -145,11 +145,12 @@ def train_draft(
         progress=progress,
     )
     before, reached = validations[0], validations[-1]
-    vocabulary = {"vocabulary": task.vocabulary}  # a smaller one accepts less, on purpose
+    # A smaller vocabulary accepts less, on purpose: all are compared with the new one's.
+    same = {"vocabulary": task.vocabulary}
     untrained = before
     if start is not None:
         untrained = decoding.measure(
-            lm.params, untrained_draft(lm.config, lm.params).replace(**vocabulary)
+            lm.params, untrained_draft(lm.config, lm.params).replace(**same)
         )
     tau = reached["tokens_per_iteration"]
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
@@ -160,9 +161,7 @@ def train_draft(
         make_old = functools.partial(make_lm, draft_config=old_config)
         held_out = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_old)
         assert old.params is not None  # read_draft read the weights
-        replaced = held_out.measure(lm.params, old.params.replace(**vocabulary))[
-            "tokens_per_iteration"
-        ]
+        replaced = held_out.measure(lm.params, old.params.replace(**same))["tokens_per_iteration"]
         worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
     if worse:
         raise TrainingError(worse)
@@ -172,13 +171,15 @@ def train_draft(
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
     report |= _about_vocabulary(task, tree, corpus, decoding, stored.config.dtype)
-    trained = task.merged(tree, lm.params)[1]
     if config.out is None:
+        trained = task.merged(tree, lm.params)[1]
         save_draft(model, config.name, draft, trained, report, overwrite=True)
     else:
         del report["target_crc32"]  # it is for the weights next to which it is stored
-        same = lm.config.dtype == stored.config.dtype
-        params, trained = task.merged(tree, lm.params if same else checkpoint.load(model).params)
+        as_stored = lm.config.dtype == stored.config.dtype
+        params, trained = task.merged(
+            tree, lm.params if as_stored else checkpoint.load(model).params
+        )
         _save_model(
             config.out,
             stored.config,
