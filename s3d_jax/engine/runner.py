@@ -84,7 +84,7 @@ class Runner:
             raise InputError("stop strings need a tokenizer, and this model has none")
         self._target, self._programs = target, engine.programs
         self._spec, self._drafter = request.spec, request.drafter
-        self._loop_spec = self._spec  # of the compiled loop
+        self._without_draft = False  # whether the loop is that of AR
         self._drafter_params, self._stop_ids = request.drafter_params, request.stop_ids
         self._request, self._sampling = request, request.sampling
         self._experiences = engine.experiences
@@ -183,8 +183,8 @@ class Runner:
 
     def _counts(self, i: int, passes: np.ndarray) -> Counts:
         """What prompt i cost, by its row of `DecodeState.passes`."""
-        if self._loop_spec != self._spec:
-            passes = -passes  # the loop knows of no draft that it left out
+        if self._without_draft:
+            passes = -passes  # the loop of AR knows of no draft that it left out
         return statistics(passes, len(self._prompts[i]), len(self.tokens[i]), self._spec.gamma)
 
     def _decode_plainly(self) -> None:
@@ -192,7 +192,7 @@ class Runner:
 
         The plain iterations of a loop that can draft take up to a sixth longer in a small model.
         """
-        self._loop_spec = dataclasses.replace(self._spec, drafter=None)
+        self._without_draft = True
         self._drafter_params = None
         self._signatures["drafter_params"] = signature(None)
 
@@ -279,7 +279,8 @@ class Runner:
             enough=np.int32(enough),
         )
         if (loop := self._loops.get(visible)) is None:
-            static = dict(spec=self._loop_spec, visible=visible)
+            without = dataclasses.replace(self._spec, drafter=None)
+            static = dict(spec=without if self._without_draft else self._spec, visible=visible)
             loop = self._program(decode_jit, static, arrays, self._signatures)
             self._loops[visible] = loop
         start = time.perf_counter()

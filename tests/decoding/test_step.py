@@ -364,25 +364,30 @@ def test_a_single_token_s_write_copies_no_cache():
 def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monkeypatch):
     blocks, passes = [], []
     real_call, real_forward = model.Block.__call__, step.forward
+    real_draft = s3d.hidden_states
 
     def counted_block(self, *args):
         blocks.append(self.name)
         return real_call(self, *args)
 
     def counted_forward(*args, **kwargs):
-        passes.append(kwargs.get("skip"))
+        passes.append("verify")
         return real_forward(*args, **kwargs)
+
+    def counted_draft(*args, **kwargs):
+        passes.append(kwargs["skip"])
+        return real_draft(*args, **kwargs)
 
     monkeypatch.setattr(model.Block, "__call__", counted_block)
     monkeypatch.setattr(step, "forward", counted_forward)
-    monkeypatch.setattr(s3d, "forward", counted_forward)
+    monkeypatch.setattr(s3d, "hidden_states", counted_draft)
     skip = (False, True, True, False)
     spec, state = make_state([[1, 2]], 2)
     spec = DecodeSpec(CONFIG, S3D(DraftConfig(skip, 2)), spec.features)
     jax.jit(step.decode, static_argnames="spec").lower(
         spec, PARAMS, untrained_draft(CONFIG, PARAMS), state, jnp.int32(1)
     )
-    assert passes == [skip, None]
+    assert passes == [skip, "verify"]
     kept = ["layers_0", "layers_3"]
     assert blocks == kept + [f"layers_{i}" for i in range(4)]
 
