@@ -14,6 +14,7 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.nn.largest import largest
 from s3d_jax.settings.sampling import SamplingConfig
 
 
@@ -191,33 +192,6 @@ def warp(logits: jax.Array, params: SamplingParams, features: SamplingFeatures) 
 
 
 # --- choice and acceptance ------------------------------------------------------------------------
-
-
-_GROUP = 128  # numbers
-
-
-def largest(x: jax.Array) -> jax.Array:
-    """Where the largest number is: `argmax` over the last axis, the first of equal ones.
-
-    By the largest of each group first. XLA's CPU argmax looks at one number after the other, which
-    over 49,152 logits takes ten times as long (docs/log).
-
-    Args:
-        x: float [..., V].
-
-    Returns:
-        int32 [...]; some place where there are NaN.
-    """
-    size = x.shape[-1]
-    if size <= _GROUP:
-        return jnp.argmax(x, axis=-1).astype(jnp.int32)
-    missing = -size % _GROUP
-    if missing:  # -infinity at the end is never the first of equal ones
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
-    groups = x.reshape(*x.shape[:-1], -1, _GROUP)
-    group = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
-    best = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
-    return (group * _GROUP + jnp.argmax(best, axis=-1)).astype(jnp.int32)
 
 
 def gumbel_noise(keys: jax.Array, vocab_size: int) -> jax.Array:

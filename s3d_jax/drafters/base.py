@@ -7,11 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.sampling import SamplingFeatures, choose, largest
+from s3d_jax.decoding.sampling import SamplingFeatures, choose
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.largest import largest
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params

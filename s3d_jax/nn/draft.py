@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.nn.largest import largest_few
 from s3d_jax.nn.layers import rms_norm
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
@@ -123,7 +124,7 @@ def begin_chain(
         logits: float32 [B, T, V'].
     """
     head = head_matrix(config, params) if draft.vocabulary is None else draft.head
-    best = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))[1]
+    best = largest_few(logits, min(CANDIDATES, logits.shape[-1]))
     weights = weight_format(config).look_up(head, best, config.dtype).astype(jnp.float32)
     normed = rms_norm(hidden.astype(jnp.float32), config.norm_eps)
     down = draft.chain["down"][: hidden.shape[-1]].astype(jnp.float32)

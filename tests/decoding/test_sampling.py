@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3d_jax.decoding import sampling
-from s3d_jax.decoding.sampling import batch_sampling, largest, warp
+from s3d_jax.decoding.sampling import batch_sampling, warp
 from s3d_jax.decoding.state import Proposal
 from s3d_jax.drafters.base import Drafter
 from s3d_jax.drafters.prompt_lookup import PromptLookup
@@ -24,23 +24,6 @@ from s3d_jax.settings.drafting import DraftConfig, PassCosts, PromptLookupConfig
 from s3d_jax.settings.sampling import SamplingConfig
 from tests.sampled import sampled
 from tests.tiny import counted, outputs, run, tiny_config, tiny_params
-
-
-@pytest.mark.parametrize("size", [1, 5, 127, 128, 129, 1000, 49152])
-def test_the_largest_is_that_of_argmax(size):
-    """The first of equal ones."""
-    generator = np.random.default_rng(size)
-    rows = [generator.normal(size=size), generator.integers(0, 3, size), np.full(size, -np.inf)]
-    for value in (np.inf, -np.inf):
-        row = generator.normal(size=size)
-        row[generator.integers(0, size, 3)] = value
-        rows.append(row)
-    x = np.array([rows, rows[::-1]], np.float32)
-    found = jax.jit(largest)(x)
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(found, np.argmax(x, axis=-1))
-    x[..., :: max(size // 3, 1)] = np.nan
-    assert np.all((largest(jnp.asarray(x)) >= 0) & (largest(jnp.asarray(x)) < size))
 
 
 def reference_distribution(

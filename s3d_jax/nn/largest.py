@@ -1,0 +1,54 @@
+"""Where the largest numbers of long rows are.
+
+By the largest of each group first. XLA's CPU argmax looks at one number after the other, and its
+top_k may sort the whole row within a larger program (docs/log).
+"""
+
+import jax
+import jax.numpy as jnp
+
+_GROUP = 128  # numbers
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """Where the largest number is: `argmax` over the last axis, the first of equal ones.
+
+    Args:
+        x: float [..., V].
+
+    Returns:
+        int32 [...]; some place where there are NaN.
+    """
+    if x.shape[-1] <= _GROUP:
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    groups = _in_groups(x)
+    group = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
+    best = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+    return (group * _GROUP + jnp.argmax(best, axis=-1)).astype(jnp.int32)
+
+
+def largest_few(x: jax.Array, count: int) -> jax.Array:
+    """Where the largest numbers are, in falling order, the first of equal ones first: as `top_k`.
+
+    Args:
+        x: float [..., V], without NaN.
+        count: k <= V.
+
+    Returns:
+        int32 [..., k].
+    """
+    if x.shape[-1] <= count * _GROUP:
+        return jax.lax.top_k(x, count)[1]
+    # Each of the k largest is in one of the k groups with the largest maxima.
+    groups = _in_groups(x)
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(groups, axis=-1), count)[1], axis=-1)
+    few = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
+    best = jax.lax.top_k(few.reshape(*few.shape[:-2], -1), count)[1]
+    return jnp.take_along_axis(chosen, best // _GROUP, axis=-1) * _GROUP + best % _GROUP
+
+
+def _in_groups(x: jax.Array) -> jax.Array:
+    """[..., V] -> [..., ceil(V / group), group]."""
+    if missing := -x.shape[-1] % _GROUP:  # -infinity at the end is never the first of equal ones
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+    return x.reshape(*x.shape[:-1], -1, _GROUP)
