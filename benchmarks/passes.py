@@ -37,7 +37,7 @@ from s3d_jax.machine import core_count, machine_name, peak_memory_bytes
 from s3d_jax.nn.transformer import abstract_params, weight_bytes
 from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
-from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.model import DTYPES, QUANTIZATIONS, ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
 
 TURN_SECONDS = 0.5
@@ -94,12 +94,12 @@ def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) ->
 
 def random_model(shape: dict[str, Any], precision: str) -> LM:
     """A Llama of that shape whose weights repeat one random block."""
-    int8 = precision == "int8"
+    int8 = precision in QUANTIZATIONS
     config = ModelConfig(
         **shape,
         # What is not int8 is of the type that the device computes in.
         dtype=("float32" if jax.default_backend() == "cpu" else "bfloat16") if int8 else precision,
-        quantization="int8" if int8 else None,
+        quantization=precision if int8 else None,
     )
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
 
@@ -223,7 +223,7 @@ def measure(model: str, precision: str, repeats: int, against_hf: bool) -> dict[
     weights = weight_bytes(lm.config)
     read, read_bytes = read_run(min(weights, 1 << 30))
     runs["read"] = read
-    if against_hf and precision != "int8":
+    if against_hf and precision not in QUANTIZATIONS:
         runs["hf"] = hf_run(SHAPES[model], precision, 8)
     seconds = median_seconds(runs, repeats)
     bandwidth = read_bytes / seconds.pop("read")
@@ -272,9 +272,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="MODEL", help=str([*SHAPES]))
-    parser.add_argument(
-        "--precisions", nargs="+", choices=("float32", "bfloat16", "float16", "int8")
-    )
+    parser.add_argument("--precisions", nargs="+", choices=(*DTYPES, *QUANTIZATIONS))
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="turns (default: 7)")
     parser.add_argument("--hf", action="store_true", help="HF transformers too (needs torch)")
     parser.add_argument(

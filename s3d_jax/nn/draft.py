@@ -19,9 +19,10 @@ from s3d_jax.nn.layers import rms_norm
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
 from s3d_jax.weights.formats import weight_format
-from s3d_jax.weights.trees import Params, float_dtype, widen_tree
+from s3d_jax.weights.trees import Params, float_dtype
 
 CANDIDATES = 16  # of each row, which the token before can move
+_PART = 256  # rows of the table at once
 
 
 class DraftParams(flax.struct.PyTreeNode):
@@ -186,6 +187,15 @@ def mean_embedding(config: ModelConfig, params: Params, power: int = 1) -> jax.A
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "power"))
 def _mean_embedding(config: ModelConfig, embed: Params, dtype: jnp.dtype, power: int) -> jax.Array:
-    # In one program: the table is never in memory as float32.
-    table = widen_tree(weight_format(config), embed, dtype)["embedding"]
-    return jnp.mean(table.astype(jnp.float32) ** power, axis=0)
+    # Part by part: the table is never in memory as float32.
+    weights, size = weight_format(config), config.vocab_size
+    table, part = tuple(embed[name] for name in weights.parts("embedding")), min(_PART, size)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        first = i * part
+        at = jnp.minimum(first, size - part) + jnp.arange(part)  # the last parts overlap
+        rows = weights.look_up(table, at, dtype).astype(jnp.float32) ** power
+        return total + jnp.sum(rows, axis=0, where=(at >= first)[:, None])
+
+    zero = jnp.zeros(config.hidden_size, jnp.float32)
+    return jax.lax.fori_loop(0, -(-size // part), add, zero) / size

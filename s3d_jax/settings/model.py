@@ -13,7 +13,10 @@ from s3d_jax.settings.records import Record, check, is_integer, is_positive
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = {"int8": "linear layers, embeddings and head in int8, with one scale per output"}
+QUANTIZATIONS = {
+    "int8": "linear layers, embeddings and head in int8, rotated, with one scale per output",
+    "int8-plain": "the same without rotation, faster in models of a few million parameters",
+}
 # Upper bounds, so that a corrupt config fails fast.
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
 

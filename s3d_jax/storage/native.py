@@ -1,6 +1,6 @@
 """The native checkpoint folder, which appears whole or not at all.
 
-    config.json              {"format": "s3d_jax", "version": 3, "model": {...}, "source": {...}}
+    config.json              {"format": "s3d_jax", "version": 4, "model": {...}, "source": {...}}
     weights/                 one orbax checkpoint of the parameter tree (see `arrays`)
     weights.json             shape and CRC-32 of each array, so that damage is found and named
     generation_config.json   as in HF; only its end-of-text ids are used
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from s3d_jax.weights.trees import Params
 
-FORMAT, VERSION = "s3d_jax", 3
-_READABLE_VERSIONS = (2, 3)
+FORMAT, VERSION = "s3d_jax", 4
+_READABLE_VERSIONS = (2, 3, 4)
 
 # Fields of generation_config.json that do not change the tokens: they are ignored without a word.
 _SILENT_GENERATION_FIELDS = frozenset(
@@ -334,6 +334,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         )
     try:
         config = ModelConfig.from_dict(fields.get("model", {}))
+        if version < 4 and config.quantization == "int8":  # the name of another format since then
+            config = config.replace(quantization="int8-plain")
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     index = read_json_object(folder / "weights.json")

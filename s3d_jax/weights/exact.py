@@ -82,12 +82,11 @@ def norm(x: jax.Array, eps: float) -> jax.Array:
     Therefore only exact products, by a power of two, are added. A barrier keeps the last product
     apart from the scale that multiplies it; XLA removes the barrier before it fuses loops.
     """
-    bits = jax.lax.bitcast_convert_type(row_max(jnp.abs(x)), jnp.int32)
     # The power of two below the largest number; 1 if that number is 0 or the power out of range.
-    exponent = jnp.right_shift(bits, 23) - 127
+    exponent = exponent_of(row_max(jnp.abs(x)))
     exponent = jnp.where(jnp.abs(exponent) < 60, exponent, 0)
-    part, count = x * _power_of_two(-exponent), x.shape[-1]
-    total = row_sum(part * part, 4.0) + count * eps * _power_of_two(-2 * exponent)
+    part, count = x * power_of_two(-exponent), x.shape[-1]
+    total = row_sum(part * part, 4.0) + count * eps * power_of_two(-2 * exponent)
     return jax.lax.optimization_barrier(part * jax.lax.rsqrt(total / count))
 
 
@@ -101,5 +100,15 @@ def _norm_jvp(
     return norm(x, eps), factor * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def exponent_of(x: jax.Array) -> jax.Array:
+    """The exponent e of float32 numbers of at least 0: 2^e <= x < 2^(e+1).
+
+    Returns:
+        int32; -127 for 0 and denormal numbers, 128 for infinity and NaN.
+    """
+    return jnp.right_shift(jax.lax.bitcast_convert_type(x, jnp.int32), 23) - 127
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2 to the power of an integer from -126 to 127, float32."""
     return jax.lax.bitcast_convert_type(jnp.left_shift(exponent + 127, 23), jnp.float32)

@@ -9,7 +9,11 @@ from s3d_jax.weights.base import WeightFormat
 from s3d_jax.weights.dense import Dense
 from s3d_jax.weights.int8 import Int8
 
-FORMATS: dict[str | None, WeightFormat] = {None: Dense(), "int8": Int8()}
+FORMATS: dict[str | None, WeightFormat] = {
+    None: Dense(),
+    "int8": Int8(rotated=True),
+    "int8-plain": Int8(rotated=False),
+}
 
 
 def weight_format(config: ModelConfig) -> WeightFormat:

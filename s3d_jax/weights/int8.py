@@ -1,4 +1,4 @@
-"""int8 weights: each output has a scale.
+"""int8 weights: each output has a scale, and rows are rotated before they are rounded.
 
 A matrix is stored as int8 [out, in] and its scale, float32 [out]. docs/log has the
 measurements for the choices made here.
@@ -15,20 +15,27 @@ import numpy as np
 
 from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
 from s3d_jax.weights.exact import row_max
+from s3d_jax.weights.rotation import block_of, rotate, rotate_rounded
 
 LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
 _WIDE, _WIDE_PER_ROW = 512, 64  # with more inputs, transposing the result costs less than it saves
+_COLUMNS = 4  # what a sum is made for at the cost of one
+_SHORT, _TALL = 1024, 4  # a tall matrix of short rows is better packed than multiplied first
 _AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 
 
 class Int8:
-    """The format "int8": see `WeightFormat`.
+    """The formats "int8" and "int8-plain": see `WeightFormat`.
 
     On CPUs activations are rounded too, so models in this format need exact sums (`exact`).
     """
 
     exact_sums = True
     trainable = False
+
+    def __init__(self, rotated: bool) -> None:
+        """`rotated`: both operands of a product are rotated before they are rounded."""
+        self._rotated = rotated
 
     def parts(self, name: str) -> tuple[str, ...]:
         return name, "scale"
@@ -40,7 +47,8 @@ class Int8:
             return jax.random.randint(key, shape, -LARGEST, LARGEST + 1, jnp.int8)
 
         # The deviation of integers drawn evenly is LARGEST / √3.
-        scale = nn.initializers.constant(INIT_DEVIATION / (LARGEST / 3**0.5))
+        deviation = LARGEST / 3**0.5 * (block_of(shape[1]) ** 0.5 if self._rotated else 1)
+        scale = nn.initializers.constant(INIT_DEVIATION / deviation)
         name, scale_name = self.parts(name)
         return (
             module.param(name, random, shape),
@@ -49,35 +57,38 @@ class Int8:
 
     def multiply(self, x: jax.Array, arrays: Arrays, out_dtype: Any) -> jax.Array:
         weight, scale = arrays
-        return multiply(x, weight, scale, out_dtype)
+        return multiply(x, weight, scale, out_dtype, self._rotated)
 
     def look_up(self, arrays: Arrays, rows: jax.Array, dtype: Any) -> jax.Array:
         weight, scale = arrays
-        return (weight[rows] * scale[rows][..., None]).astype(dtype)
+        return self.widen((weight[rows], scale[rows]), dtype)
 
     def take_rows(self, arrays: Arrays, rows: jax.Array) -> Arrays:
         return tuple(array[rows] for array in arrays)
 
     def store(self, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
-        return quantize(matrix)
+        return quantize(matrix, self._rotated)
 
     def widen(self, arrays: Arrays, dtype: Any) -> jax.Array:
         weight, scale = arrays
-        return (weight.astype(np.float32) * scale[:, None]).astype(dtype)
+        whole = weight.astype(np.float32)
+        return ((rotate(whole) if self._rotated else whole) * scale[..., None]).astype(dtype)
 
     def bound_by_memory(self, dtype: str, backend: str) -> bool:
         return backend != "cpu"
 
 
-def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize(matrix: np.ndarray, rotated: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """A matrix in int8 with one scale per row: numbers are rounded to the nearest of 255 steps.
 
     Args:
         matrix: [out, in], of a float type.
+        rotated: rotate the rows first.
 
     Returns:
-        (int8 [out, in], float32 [out]); their product differs from the matrix by half a step at
-        most. Rows whose step would be below float32's normal numbers (1e-38) become 0.
+        (int8 [out, in], float32 [out]); their product, rotated back, is the matrix. Without a
+        rotation it differs by half a step at most. Rows whose step would be below float32's normal
+        numbers (1e-38) become 0.
 
     Raises:
         ValueError: it holds infinities or NaN.
@@ -86,19 +97,22 @@ def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = max(1, _AT_ONCE // matrix.shape[1])
     for start in range(0, len(matrix), rows):
         part = matrix[start : start + rows].astype(np.float32)
-        largest = np.max(np.abs(part), axis=1)
-        if not np.isfinite(largest).all():
+        if not np.isfinite(part).all():
             raise ValueError("a matrix holds infinities or NaN, which int8 cannot represent")
-        step = largest / np.float32(LARGEST)
+        if rotated:
+            part = rotate(part / np.float32(block_of(part.shape[1])))
+        step = np.max(np.abs(part), axis=1) / np.float32(LARGEST)
         step = np.where(step < np.finfo(np.float32).tiny, np.float32(1), step)
         quantized[start : start + rows] = np.rint(part / step[:, None])
         scale[start : start + rows] = step
     return quantized, scale
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def multiply(x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """`x @ (weight * scale).T` for a matrix made by `quantize`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def multiply(
+    x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype, rotated: bool = False
+) -> jax.Array:
+    """The product of x with a matrix made by `quantize`, `x @ matrix.T`.
 
     CPUs multiply int8 faster than anything else, so each row of x is rounded to int8 as well
     (W8A8). A row's result does not depend on the other rows, and int32 sums are exact: a token has
@@ -112,30 +126,67 @@ def multiply(x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.d
         weight: int8 [out, in].
         scale: float32 [out].
         out_dtype: of the result.
+        rotated: as in `quantize`.
 
     Returns:
         [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.platform_dependent(rows, weight, scale, cpu=_w8a8, default=_w8a16)
+    cpu, default = (functools.partial(f, rotated=rotated) for f in (_w8a8, _w8a16))
+    y = jax.lax.platform_dependent(rows, weight, scale, cpu=cpu, default=default)
     return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
-def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
-    count, rows = rows.shape[0], rows.astype(jnp.float32)
+def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array, rotated: bool) -> jax.Array:
+    rows, unit = rows.astype(jnp.float32), None
+    if rotated:
+        rows, unit = rotate_rounded(rows)
     step = row_max(jnp.abs(rows)) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
-    weight_first = _multiplies_int8() and rows.shape[1] >= max(_WIDE, _WIDE_PER_ROW * count)
-    missing = max(0, 2 - count)  # one row takes up to 16 times the time of two
-    rounded = jnp.pad(rounded, ((0, missing), (0, 0)))
-    contracted = (((1,), (1,)), ((), ()))
-    if weight_first:  # as in dense.py
-        sums = jax.lax.dot_general(weight, rounded, contracted, preferred_element_type=jnp.int32)
-        sums = jax.lax.optimization_barrier(sums).T
-    else:
-        sums = jax.lax.dot_general(rounded, weight, contracted, preferred_element_type=jnp.int32)
+    step = step if unit is None else step * unit
     # A barrier as in `exact.norm`: XLA might multiply step and scale first, for some shapes only.
-    return jax.lax.optimization_barrier(sums[:count].astype(jnp.float32) * step) * scale
+    sums = _int8_sums(rounded, weight).astype(jnp.float32)
+    return jax.lax.optimization_barrier(sums * step) * scale
+
+
+def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """`rows @ weight.T`, int32 [B, out], of int8 matrices, in the order that is fastest on CPUs."""
+    count, (outputs, inputs) = rows.shape[0], weight.shape
+    weight_first = _multiplies_int8() and inputs >= max(_WIDE, _WIDE_PER_ROW * count)
+    folds = _COLUMNS // count
+    if weight_first and folds > 1 and outputs % folds == 0:
+        return _folded_sums(rows, weight, folds)
+    if weight_first and count > 2 and inputs < _SHORT and outputs >= _TALL * inputs:
+        weight_first = count >= 8
+    padded = count
+    if count == 1:
+        padded = 2  # one row takes up to 16 times the time of two
+    elif weight_first and 4 < count < 8:
+        padded = 8  # eight rows take less time than five
+    rows = jnp.pad(rows, ((0, padded - count), (0, 0)))
+    if weight_first:  # as in dense.py
+        return jax.lax.optimization_barrier(_product(weight, rows)).T[:count]
+    return _product(rows, weight)[:count]
+
+
+def _folded_sums(rows: jax.Array, weight: jax.Array, folds: int) -> jax.Array:
+    """As `_int8_sums`, with so many outputs in one: rows of the weight joined to longer ones.
+
+    A sum has costs of its own, whatever its length, and a sum for four columns costs that for one.
+    So each row is multiplied once per fold, with zeros around it.
+    """
+    (count, inputs), outputs = rows.shape, weight.shape[0]
+    unit = jnp.eye(folds, dtype=jnp.int8)[:, None, :, None]
+    columns = (unit * rows[None, :, None, :]).reshape(folds * count, folds * inputs)
+    columns = jax.lax.optimization_barrier(columns)
+    sums = _product(weight.reshape(outputs // folds, folds * inputs), columns)
+    sums = jax.lax.optimization_barrier(sums).reshape(outputs // folds, folds, count)
+    return sums.transpose(2, 0, 1).reshape(count, outputs)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    contracted = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.int32)
 
 
 @functools.cache
@@ -151,7 +202,8 @@ def _multiplies_int8() -> bool:
     return "avx2" not in text or "vnni" in text or "amx_int8" in text
 
 
-def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array, rotated: bool) -> jax.Array:
+    rows, scale = _rotated_evenly(rows, scale) if rotated else (rows, scale)
     return scale * jax.lax.dot_general(
         rows,
         weight.astype(rows.dtype),
@@ -161,14 +213,21 @@ def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     )
 
 
+def _rotated_evenly(rows: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows rotated without becoming longer, which float16 might not hold, and the scale for it."""
+    length = block_of(rows.shape[-1]) ** 0.5
+    return (rotate(rows.astype(jnp.float32)) / length).astype(rows.dtype), scale * length
+
+
 def _multiply_forward(
-    x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype
+    x: jax.Array, weight: jax.Array, scale: jax.Array, out_dtype: jnp.dtype, rotated: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return multiply(x, weight, scale, out_dtype), (jnp.zeros((), x.dtype), weight, scale)
+    y = multiply(x, weight, scale, out_dtype, rotated)
+    return y, (jnp.zeros((), x.dtype), weight, scale)
 
 
 def _multiply_backward(
-    out_dtype: jnp.dtype, saved: tuple[jax.Array, ...], gradient: jax.Array
+    out_dtype: jnp.dtype, rotated: bool, saved: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     like, weight, scale = saved
     scaled = gradient.astype(jnp.float32) * scale
@@ -179,6 +238,8 @@ def _multiply_backward(
         precision=jax.lax.Precision.HIGHEST if like.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+    if rotated:
+        x_gradient = rotate(x_gradient)
     return x_gradient.astype(like.dtype).reshape(*gradient.shape[:-1], -1), None, None
 
 

@@ -1,6 +1,7 @@
 """Conversion to int8: what is written, what it costs, and what is refused."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -25,7 +26,7 @@ from s3d_jax.texts.suites import HELD_OUT
 from s3d_jax.weights.formats import FORMATS
 from s3d_jax.weights.trees import store_tree, widen_tree
 from tests.conftest import need
-from tests.convert.hf_folder import random_tensors, write_folder
+from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
@@ -38,6 +39,32 @@ def stories(data_dir, tmp_path_factory):
     convert.convert(source, folder / "float", parity=False, progress=False)
     report = convert.convert(source, folder / "int8", quantization="int8", progress=False)
     return folder, report
+
+
+def with_outliers(folder):
+    """A Llama with an activation a hundred times as large as the others, and weights for it."""
+    fields = FIELDS | dict(hidden_size=512)
+    tensors = random_tensors(fields)
+    for name, x in tensors.items():
+        if name.endswith("layernorm.weight"):
+            x[3] *= 100
+        elif name.endswith(tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))):
+            x[:, 3] /= 100
+    return write_folder(folder, tensors, fields)
+
+
+def test_rotation_saves_a_model_with_outliers_and_plain_int8_warns(tmp_path, capsys):
+    source = with_outliers(tmp_path / "hf")
+    lost = {}
+    for name in ("int8", "int8-plain"):
+        out = tmp_path / name
+        assert main([str(source), str(out), "--quantize", name]) == 0
+        warning = "warning: the KL divergence from the float weights is"
+        found = capsys.readouterr()
+        lost[name] = float(re.search(r"KL divergence (\S+) nats", found.out)[1])
+        assert (warning in found.err) == (lost[name] > 0.02)
+    assert lost["int8"] < lost["int8-plain"] / 4 and lost["int8-plain"] > 0.02
+    assert "convert with --quantize int8 or --dtype bfloat16" in found.err
 
 
 def test_every_matrix_is_quantised_and_nothing_else(tmp_path):
