@@ -1,6 +1,7 @@
 """What a device does with this package, in ten minutes.
 
-    python benchmarks/gpu.py --out DIR [--minutes 10] [--model CHECKPOINT] [--data own.jsonl]
+    python benchmarks/gpu.py --out DIR [--minutes 10] [--model CHECKPOINT]
+        [--data own.jsonl] [--prompts chats.jsonl] [--start DRAFT] [--stages training ...]
 
 The stages run one after the other, what is wanted most first, each in a process of its own with a
 share of the time:
@@ -11,7 +12,8 @@ exact      S3D's tokens against AR's in int8, float32, bfloat16 and float16, dif
 passes     AR step, verification of 4 to 33 rows, half-depth draft, by shape and precision; share of
            the bandwidth; peak memory; temporary memory, which shows whether weights are widened
 texts      `s3d bench` on the model of the package, and on --model
-training   a draft for --model on --data: tokens per second; the run's folder can be continued
+distilling answers of --model to --prompts, as many as the time allows
+training   a draft for --model on --data and those answers, in the time that there is
 profile    kernels of one text: their time, their number, and the idle time between them
 
 Each finding is appended to DIR/results.jsonl at once, so that a run that is killed loses no more
@@ -23,9 +25,11 @@ import argparse
 import collections
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,8 +38,10 @@ from typing import Any
 Findings = Iterator[dict[str, Any]]
 
 # Seconds of ten minutes.
-SHARES = {"exact": 110, "passes": 210, "texts": 110, "training": 110, "profile": 60}
+SHARES = dict(exact=100, passes=180, texts=90, distilling=80, training=100, profile=50)
 PROMPT_TOKENS, NEW_TOKENS = 24, 96
+# The runs of one stage compile the same programs.
+_ENVIRON = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/s3d_gpu"}
 
 
 def exact(options: argparse.Namespace) -> Findings:
@@ -216,37 +222,84 @@ def texts(options: argparse.Namespace) -> Findings:
         yield {"model": found["model"], "precision": found["precision"], "rows": rows}
 
 
-def training(options: argparse.Namespace) -> Findings:
-    """Trains a draft until the time is over; the run's folder can be continued elsewhere."""
-    if options.model is None or options.data is None:
-        yield {"skipped": "needs --model and --data"}
+def distilling(options: argparse.Namespace) -> Findings:
+    """The model's own answers to --prompts, until the time is over: OUT/answers.jsonl."""
+    if options.model is None or options.prompts is None:
+        yield {"skipped": "needs --model and --prompts"}
         return
-    run, size, length = options.out / "run", (2 if options.small else 16), 256
-    command = [sys.executable, "-m", "s3d_jax", "train", "--model", str(options.model)]
-    command += ["--data", str(options.data), "--run", str(run), "--name", "trained-here"]
-    command += ["--batch-size", str(size), "--row-length", str(length), "--anchors", "32"]
-    command += ["--steps", "4000", "--learning-rate", "0.001", "--warmup-steps", "100"]
-    command += ["--save-every", "20", "--validate-every", "4000", "--valid-prompts", "8"]
-    command += ["--resume"] if (run / "options.json").exists() else []
+    answers = options.out / "answers.jsonl"
+    command = [sys.executable, "-m", "s3d_jax", "distill", "--model", str(options.model)]
+    command += ["--prompts", str(options.prompts), "--out", str(answers), "--seed", "2"]
+    command += ["--longest-prompt", "128", "--max-new-tokens", "16" if options.small else "192"]
+    command += ["--batch-size", "4" if options.small else "256", "--sampled-fraction", "0.25"]
+    command += ["--temperature", "0.7", *(["--limit", "8"] if options.small else [])]
     start = time.monotonic()
-    left = options.deadline - time.monotonic() - 5
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 5))
-        error = done.stderr[-2000:] if done.returncode else None
-    except subprocess.TimeoutExpired:
-        error = None
-    lines = []
-    if (run / "metrics.jsonl").exists():
-        lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = max((line["step"] for line in lines), default=0)
+    error = _run_until(options.deadline, command)
+    partial = answers.with_name(answers.name + ".partial")
+    if not answers.exists() and partial.exists():  # each line of it is whole but the last
+        lines = partial.read_text().splitlines(keepends=True)
+        answers.write_text("".join(line for line in lines if line.endswith("\n")))
+    count = len(answers.read_text().splitlines()) if answers.exists() else 0
     seconds = time.monotonic() - start
-    yield {
-        "error": error,
-        "steps": steps,
-        "seconds_with_compilation": seconds,
-        "tokens_per_second_with_compilation": steps * size * length / seconds,
-        "last": lines[-1:],
-    }
+    yield {"error": error, "answers": count, "seconds_with_compilation": seconds}
+
+
+def training(options: argparse.Namespace) -> Findings:
+    """Trains a draft in the time that there is: OUT/run, and the draft in OUT/draft.
+
+    A first run of a few steps measures a step, so that the schedule of the second ends in time.
+    """
+    files = [path for path in (options.data, options.out / "answers.jsonl") if path]
+    files = [path for path in files if path.exists()]
+    if options.model is None or not files:
+        yield {"skipped": "needs --model, and --data or the stage distilling"}
+        return
+    size, length, begin = (2, 64, 3) if options.small else (32, 256, 40)
+    command = [sys.executable, "-m", "s3d_jax", "train", "--model", str(options.model)]
+    command += [word for path in files for word in ("--data", str(path))]
+    command += ["--batch-size", str(size), "--row-length", str(length), "--anchors", "48"]
+    command += ["--learning-rate", "0.001", "--validate-every", "0"]
+    command += ["--valid-prompts", "2" if options.small else "16", "--valid-tokens", "96"]
+    command += ["--rank", "32", "--chain-rank", "256", "--draft-vocab", "16384"]
+    if options.small:
+        command[-1] = "256"
+    command += ["--start", options.start] if options.start else []
+
+    def train(name: str, steps: int) -> tuple[float, str | None]:
+        words = ["--run", str(options.out / name), "--name", name, "--steps", str(steps)]
+        words += ["--warmup-steps", str(min(50, steps // 4)), "--overwrite"]
+        words += ["--save-every", str(max(steps // 4, begin))]
+        start = time.monotonic()
+        error = _run_until(options.deadline, [*command, *words])
+        return time.monotonic() - start, error
+
+    seconds, error = train("trial", begin)
+    yield {"steps": begin, "seconds_with_compilation": seconds, "error": error}
+    if error:
+        return
+    longer, error = train("trial-2", 3 * begin)
+    a_step = max((longer - seconds) / (2 * begin), 1e-4)
+    left = options.deadline - time.monotonic() - seconds - 15
+    steps = max(begin, int(0.85 * left / a_step))
+    yield {"seconds_a_step": a_step, "tokens_per_second": size * length / a_step, "steps": steps}
+    seconds, error = train("run", steps)
+    metrics = options.out / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    last = [json.loads(line) for line in lines[-2:]]
+    yield {"seconds": seconds, "last": last, "error": error}
+    export = [sys.executable, "-m", "s3d_jax", "draft", "export", "run", str(options.out / "draft")]
+    error = _run_until(options.deadline + 10, [*export, "--model", str(options.model)])
+    yield {"draft": str(options.out / "draft"), "error": error}
+
+
+def _run_until(deadline: float, command: list[str]) -> str | None:
+    """Runs a command, stopped shortly before the deadline; returns what it said if it failed."""
+    try:
+        left = max(deadline - time.monotonic() - 5, 5)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left, env=_ENVIRON)
+    except subprocess.TimeoutExpired:
+        return "cut off"
+    return done.stderr[-2000:] if done.returncode else None
 
 
 def profile(options: argparse.Namespace) -> Findings:
@@ -303,6 +356,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], Findings]] = {
     "exact": exact,
     "passes": passes,
     "texts": texts,
+    "distilling": distilling,
     "training": training,
     "profile": profile,
 }
@@ -337,6 +391,8 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES], metavar="STAGE")
     parser.add_argument("--model", type=Path, help="a native checkpoint for texts and training")
     parser.add_argument("--data", type=Path, help="its own answers, to train on (s3d distill)")
+    parser.add_argument("--prompts", type=Path, help="chats to answer, as for s3d distill")
+    parser.add_argument("--start", metavar="NAME", help="the model's draft that training continues")
     parser.add_argument("--small", action="store_true", help="small models (on CPUs: always)")
     for name in ("--only", "--shape", "--precision"):  # for the processes of the stages
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -363,7 +419,9 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     command = [sys.executable, __file__, "--out", str(options.out)] + ["--small"] * options.small
     command += ["--model", str(options.model)] if options.model else []
-    command += ["--data", str(options.data)] if options.data else []
+    for name in ("data", "prompts", "start"):
+        if (value := getattr(options, name)) is not None:
+            command += [f"--{name}", str(value)]
     subprocess.run([*command, "--only", "about"])
     for stage in options.stages:
         # What earlier stages did not use is shared by the later ones.

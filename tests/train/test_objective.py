@@ -267,6 +267,23 @@ def test_divergences_against_numpy():
         np.testing.assert_allclose(ours, values, rtol=1e-5)
 
 
+def test_divergences_of_a_draft_that_knows_some_tokens():
+    """Where q is 0, nothing can be accepted: TV counts it, and KL leaves it out, being infinite."""
+    generator = np.random.default_rng(1)
+    known = np.array([0, 2, 5])
+    draft, target = generator.normal(size=(5, 3)), generator.normal(size=(5, 7))
+    q = np.exp(draft) / np.exp(draft).sum(-1, keepdims=True)
+    p = (np.exp(target) / np.exp(target).sum(-1, keepdims=True))[:, known]
+    expected = {
+        "kl": (p * np.log(p / q)).sum(-1),
+        "tv": 0.5 * (np.abs(p - q).sum(-1) + 1 - p.sum(-1)),
+    }
+    tokens = jnp.zeros(5, jnp.int32)
+    for name, values in expected.items():
+        ours = divergence(name, jnp.asarray(draft), jnp.asarray(np.log(p)), tokens)
+        np.testing.assert_allclose(ours, values, rtol=1e-5)
+
+
 def test_agreement_counts_whole_prefixes():
     logits = jax.nn.one_hot(jnp.array([1, 2, 3, 1, 9, 3, 1, 2, 3]), 10)
     tokens = jnp.array([1, 2, 3, 1, 2, 3, 1, 2, 3])

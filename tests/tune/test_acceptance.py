@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from s3d_jax.errors import InputError
 from s3d_jax.lm import LM
+from s3d_jax.nn.draft import with_head
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.texts.suites import Prompt, read_suites
 from s3d_jax.tune import acceptance
@@ -40,6 +42,31 @@ def test_counts_are_those_of_decoding_by_the_embedded_model():
 @pytest.mark.exhaustive
 def test_counts_are_those_of_decoding_with_a_bidirectional_block():
     compare(model("bidirectional", trained=True), PROMPTS, (True, False, False))
+
+
+def test_counts_are_those_of_decoding_with_a_chain_and_a_vocabulary():
+    lm = model()
+    draft = noisy_draft(lm.config, lm.params, lm.draft_config, 0.05, chain_rank=4)
+    up = 40 * draft.chain["up"]  # so that the chain decides
+    draft = draft.replace(chain=draft.chain | {"up": up}, vocabulary=jnp.array([0, *range(2, 13)]))
+    chained = LM(
+        lm.config,
+        lm.params,
+        draft_config=lm.draft_config,
+        draft_params=with_head(lm.config, lm.params, draft),
+        eos_token_ids=[11],
+    )
+    compare(chained, PROMPTS, (True, False, False))
+    texts = write_texts(lm, PROMPTS, NEW)
+    skip = lm.draft_config.skip
+    unchained = Judge(
+        LM(
+            lm.config, lm.params, draft_config=lm.draft_config, draft_params=draft.replace(chain={})
+        ),
+        texts,
+        4,
+    )
+    assert Judge(chained, texts, 4).acceptance(skip, 4) != unchained.acceptance(skip, 4)
 
 
 def compare(lm, prompts, other_skip):
