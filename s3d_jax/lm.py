@@ -11,7 +11,7 @@ import numpy as np
 
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.base import SecondModel, Target
-from s3d_jax.drafters.stored import choose_draft, merge_deltas, merged_bytes, read_draft
+from s3d_jax.drafters.stored import choose_draft, is_merged, merge_deltas, read_draft
 from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.costs import Experiences
 from s3d_jax.engine.options import GenerateOptions, checked_ids
@@ -33,9 +33,6 @@ from s3d_jax.storage.tuning import read_tuning
 from s3d_jax.stream import Stream, text_pieces
 from s3d_jax.weights.trees import Params
 
-# Merge a draft's deltas into layer copies up to this size; above it the extra products are
-# negligible.
-_MOST_MERGED = 64 * 2**20
 EMBEDDED = Path(__file__).parent / "assets" / "stories_and_dialogues"
 
 
@@ -94,7 +91,7 @@ def load(
     _warn_if_slow(loaded.config.dtype)
     trained = None if name is None else read_draft(path, name, loaded.config)
     draft_params = trained.params if trained else None
-    if draft_params and merged_bytes(loaded.params, draft_params) <= _MOST_MERGED:
+    if draft_params and is_merged(loaded.params, draft_params):
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)

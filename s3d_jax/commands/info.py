@@ -1,13 +1,15 @@
 """The command `s3d info`."""
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.generation import add_model
 
 if TYPE_CHECKING:
+    from s3d_jax.engine.ledger import Ledger
     from s3d_jax.settings.drafting import DraftConfig
     from s3d_jax.storage.native import Header
 
@@ -17,9 +19,20 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
         help="what a checkpoint is: shape, size, draft",
-        description="Prints what a native checkpoint holds, without loading its weights.",
+        description="Prints what a native checkpoint holds, without loading its weights. With "
+        "--context, --batch, --method or --gamma, also the memory that a generation will need, in "
+        "each precision; this compiles its programs, which takes seconds.",
     )
     add_model(parser)
+    memory = parser.add_argument_group("memory")
+    for flag, metavar, words in (
+        ("--context", "N", "tokens of a row, prompt and output together (default: 2048, or fewer)"),
+        ("--batch", "B", "rows at once (default: 1)"),
+        ("--gamma", "G", "draft tokens per iteration (default: the draft's own)"),
+    ):
+        memory.add_argument(flag, type=int, metavar=metavar, help=words)
+    memory.add_argument("--method", choices=("s3d", "ar"), help="(default: s3d)")
+    memory.add_argument("--draft", metavar="NAME", help="which of the trained drafts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -28,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the facts."""
     from s3d_jax.decoding.sizes import PREFILL_BUCKETS
     from s3d_jax.drafters.stored import draft_names
+    from s3d_jax.engine.ledger import CARDS
     from s3d_jax.lm import EMBEDDED, default_draft
     from s3d_jax.nn import transformer as model
     from s3d_jax.nn.cache import cache_bytes
@@ -57,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         "generation_config_ignored": header.generation_config_ignored,
         "source": header.source,
     }
+    asked = (arguments.context, arguments.batch, arguments.method, arguments.gamma)
+    ledgers = [] if asked == (None,) * 4 else _ledgers(arguments, header)
+    if ledgers:
+        facts["memory"] = [
+            dataclasses.asdict(x) | {"total": x.total, "fits": [c for c in CARDS if x.fits(c)]}
+            for x in ledgers
+        ]
     if arguments.json:
         print(json.dumps(facts), file=arguments.stdout)
         return 0
@@ -85,7 +106,61 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append(("not used", f"from generation_config.json: {ignored} (pass what you want)"))
     for name, value in rows:
         print(f"{name:12} {value}")
+    for row in _memory_rows(ledgers):
+        print(row)
     return 0
+
+
+def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
+    """The ledgers of the checkpoint's own precision, and of those that it could be cast to."""
+    from s3d_jax.drafters.stored import choose_draft, read_draft
+    from s3d_jax.engine.ledger import estimated, plan_of
+    from s3d_jax.errors import ConfigError
+    from s3d_jax.lm import default_draft
+
+    config = header.config
+    for name in ("context", "batch", "gamma"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    context = arguments.context or min(2048, config.max_position_embeddings)
+    if context > config.max_position_embeddings:
+        raise ConfigError(
+            f"--context must be at most {config.max_position_embeddings}, which the model was made "
+            f"for, got {context}"
+        )
+    name = choose_draft(header.path, arguments.draft)
+    ledgers = []
+    kinds = [dict(dtype="float32"), dict(dtype="bfloat16"), dict(quantization="int8")]
+    if config.quantization is None:
+        kinds = [dict(quantization=None) | kind for kind in kinds]
+    else:
+        kinds = [{}]  # it is rounded already
+    for kind in kinds:
+        changed = config.replace(**kind)
+        drafting = None
+        if arguments.method != "ar":
+            stored = None if name is None else read_draft(header.path, name, changed)
+            settings = default_draft(changed) if stored is None else stored.config
+            drafting = (settings, None if stored is None else stored.params)
+        gamma = 0 if drafting is None else arguments.gamma or drafting[0].gamma
+        plan = plan_of(context, arguments.batch or 1, gamma, config.max_position_embeddings)
+        ledgers.append(estimated(changed, plan, drafting))
+    return ledgers
+
+
+def _memory_rows(ledgers: list["Ledger"]) -> Iterator[str]:
+    from s3d_jax.engine.ledger import CARDS
+
+    if not ledgers:
+        return
+    names = ("weights", "draft", "cache", "scratch", "total")
+    yield ""
+    yield f"{'memory, MiB':12}" + "".join(f"{name:>11}" for name in names) + "  fits"
+    for ledger in ledgers:
+        sizes = "".join(f"{getattr(ledger, name) / 2**20:11,.1f}" for name in names)
+        fitting = ", ".join(card for card in CARDS if ledger.fits(card))
+        fitting = fitting or "none of " + ", ".join(CARDS)
+        yield f"{ledger.precision:12}{sizes}  {fitting}"
 
 
 def _draft_facts(header: "Header", name: str) -> dict[str, Any]:

@@ -258,9 +258,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {"kind": KINDS[0]} | fields
 
 
+# Deltas are merged into layer copies up to this size, in bytes; above it the extra products are
+# negligible.
+MOST_MERGED = 64 * 2**20
+
+
 def merged_bytes(params: Params, draft: DraftParams) -> int:
-    """Bytes of the layer copies that `merge_deltas` makes."""
-    return sum(x.nbytes for name in draft.deltas for x in jax.tree.leaves(params[name]))
+    """Bytes of the layer copies that `merge_deltas` makes; of arrays or their shapes."""
+    leaves = [x for name in draft.deltas for x in jax.tree.leaves(params[name])]
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def is_merged(params: Params, draft: DraftParams) -> bool:
+    """Whether loading a model merges the draft's deltas."""
+    return merged_bytes(params, draft) <= MOST_MERGED
 
 
 @under_usual_jax_settings

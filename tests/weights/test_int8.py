@@ -7,6 +7,7 @@ import pytest
 from scipy.linalg import hadamard
 
 import s3d_jax
+from s3d_jax.drafters import stored
 from s3d_jax.drafters.stored import merge_deltas, merged_bytes
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import LM
@@ -329,5 +330,5 @@ def test_a_full_draft_needs_float_weights():
 
 def test_small_drafts_are_merged_when_they_are_loaded(monkeypatch):
     assert s3d_jax.load().draft_params.layers and not s3d_jax.load().draft_params.deltas
-    monkeypatch.setattr(s3d_jax.lm, "_MOST_MERGED", 1000)
+    monkeypatch.setattr(stored, "MOST_MERGED", 1000)
     assert s3d_jax.load().draft_params.deltas and not s3d_jax.load().draft_params.layers

@@ -1,0 +1,78 @@
+"""What is computed of a generation's memory is what its arrays and programs take."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import s3d_jax
+from s3d_jax.commands.main import main
+from s3d_jax.decoding.step import decode_jit
+from s3d_jax.drafters.stored import read_draft
+from s3d_jax.engine.batch import Batch
+from s3d_jax.engine.ledger import CARDS, Ledger, estimated, plan_of
+from s3d_jax.lm import EMBEDDED
+
+
+def arrays_bytes() -> int:
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+@pytest.mark.usefixtures("compiled_here")
+@pytest.mark.parametrize("method", ["s3d", "ar"])
+def test_the_ledger_is_what_a_generation_takes(method):
+    drafts = method == "s3d"
+    before = arrays_bytes()
+    lm = s3d_jax.load(use_draft=drafts)
+    context, batch, gamma = 400, 3, 4
+    prompts = [np.ones(context // 2, np.int32)] * batch
+    options = dict(gamma=gamma, adaptive=False) if drafts else dict(method="ar")
+    running = Batch(lm.engine, prompts, max_new_tokens=context // 2, eos_token_ids=(), **options)
+    assert list(running.run())
+    taken = arrays_bytes() - before
+    draft = read_draft(EMBEDDED, "default", lm.config)
+    plan = plan_of(context, batch, gamma if drafts else 0, lm.max_length)
+    ledger = estimated(lm.config, plan, (draft.config, draft.params) if drafts else None)
+    assert taken == pytest.approx(ledger.weights + ledger.draft + ledger.cache, rel=0.05)
+    assert (ledger.draft > 2e6) == drafts and ledger.scratch > 0
+
+
+def test_cards_hold_what_is_below_their_size():
+    small, large = (Ledger("int8", n << 30, 1 << 30, 1 << 29, 0) for n in (13, 21))
+    assert [card for card in CARDS if small.fits(card)] == ["T4", "L4", "A100"]
+    assert [card for card in CARDS if large.fits(card)] == ["A100"]
+    assert small.total == (14 << 30) + (1 << 29)
+
+
+def test_info_prints_it(capsys):
+    assert main(["info", "--context", "512", "--batch", "2", "--method", "ar"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("int8-plain"))
+    weights, draft, cache, _, total = map(float, line.split()[1:6])
+    assert draft == 0 and weights == pytest.approx(4.6, abs=0.1)
+    assert cache > 2 * 512 * 2 * 64 * 4 * 10 / 2**20
+    assert total > weights + cache and line.endswith("T4, L4, A100")
+    assert main(["info", "--gamma", "2", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["memory"]
+    assert row["total"] == sum(row[k] for k in ("weights", "draft", "cache", "scratch"))
+    assert row["draft"] > 2e6 and row["fits"] == list(CARDS)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--context", "513"], "--context must be at most 512"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--context", "9", "--draft", "other"], "other"),
+    ],
+)
+def test_wrong_sizes_are_refused(words, message, capsys):
+    assert main(["info", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_stays_compiled():
+    lm = s3d_jax.load()
+    estimated(lm.config, plan_of(64, 1, 0, 512), None)
+    assert decode_jit._cache_size() == 0
