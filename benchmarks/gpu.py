@@ -27,6 +27,9 @@ import gzip
 import json
 import os
 import re
+import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,8 +56,8 @@ def exact(options: argparse.Namespace) -> Findings:
     from s3d_jax.nn.transformer import forward_logits
     from s3d_jax.texts.suites import read_suites
 
-    for dtype in ("int8", "float32", "bfloat16", "float16"):
-        lm = s3d_jax.load() if dtype == "int8" else _float_model(dtype)
+    for dtype in ("int8-plain", "int8", "float32", "bfloat16", "float16"):
+        lm = s3d_jax.load() if dtype == "int8-plain" else _other_model(dtype)
         prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 300)]
         prompts = prompts[: 8 if options.small else 64]
         runs = dict(max_new_tokens=32 if options.small else NEW_TOKENS, eos_token_ids=())
@@ -85,19 +88,23 @@ def exact(options: argparse.Namespace) -> Findings:
         yield {"dtype": dtype, **_loop_facts(lm)}
 
 
-def _float_model(dtype: str) -> Any:
-    """The model of the package with its weights widened, without its draft's merged layers."""
+def _other_model(precision: str) -> Any:
+    """The model of the package in another precision, without its draft's merged layers."""
     import jax
     import jax.numpy as jnp
 
     import s3d_jax
-    from s3d_jax.weights.formats import weight_format
-    from s3d_jax.weights.trees import widen_tree
+    from s3d_jax.weights.formats import FORMATS, weight_format
+    from s3d_jax.weights.trees import store_tree, widen_tree
 
     lm = s3d_jax.load(dtype="float32")
+    dtype = "float32" if precision in FORMATS else precision
     config = lm.config.replace(quantization=None, exact_sums=False, dtype=dtype)
     params = widen_tree(weight_format(lm.config), lm.params, jnp.dtype(dtype))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    if precision in FORMATS:
+        config = config.replace(quantization=precision, exact_sums=None)
+        params = jax.device_put(store_tree(FORMATS[precision], jax.device_get(params)))
     draft = jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, _unmerged(lm)
     )
@@ -151,7 +158,7 @@ def passes(options: argparse.Namespace) -> Findings:
     """What passes cost, by shape and precision; each pair in a process of its own."""
     shapes = ["llama-130m"] if options.small else ["phi-3-mini", "llama-2-7b", "llama-1.1b"]
     for shape in shapes:
-        for precision in ("bfloat16", "int8"):
+        for precision in ("bfloat16", "int8", "int8-plain"):
             command = [sys.executable, __file__, "--only", "one-shape", "--shape", shape]
             command += ["--precision", precision, "--out", str(options.out)]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -249,57 +256,107 @@ def training(options: argparse.Namespace) -> Findings:
 
     A first run of a few steps measures a step, so that the schedule of the second ends in time.
     """
+    import numpy as np
+
+    from s3d_jax.storage.native import read_header
+
     files = [path for path in (options.data, options.out / "answers.jsonl") if path]
-    files = [path for path in files if path.exists()]
+    files = [path for path in files if path.exists() and path.stat().st_size]
     if options.model is None or not files:
         yield {"skipped": "needs --model, and --data or the stage distilling"}
         return
-    size, length, begin = (2, 64, 3) if options.small else (32, 256, 40)
-    command = [sys.executable, "-m", "s3d_jax", "train", "--model", str(options.model)]
+    end = options.deadline - 40  # the rest is for the draft to be written
+    model = options.out / "model"  # a copy, so that the drafts of trials stay out of --model
+    if not model.exists():
+        shutil.copytree(options.model, model, copy_function=_link)
+    size, length, trial_steps = (2, 64, 6) if options.small else (32, 256, 60)
+    command = [sys.executable, "-m", "s3d_jax", "train", "--model", str(model), "--overwrite"]
     command += [word for path in files for word in ("--data", str(path))]
     command += ["--batch-size", str(size), "--row-length", str(length), "--anchors", "48"]
     command += ["--learning-rate", "0.001", "--validate-every", "0"]
     command += ["--valid-prompts", "2" if options.small else "16", "--valid-tokens", "96"]
-    command += ["--rank", "32", "--chain-rank", "256", "--draft-vocab", "16384"]
-    if options.small:
-        command[-1] = "256"
-    command += ["--start", options.start] if options.start else []
+    if options.start:
+        command += ["--start", options.start]
+    else:
+        vocabulary = min(16384, read_header(model).config.vocab_size)
+        command += ["--rank", "32", "--chain-rank", "256", "--draft-vocab", str(vocabulary)]
 
-    def train(name: str, steps: int) -> tuple[float, str | None]:
-        words = ["--run", str(options.out / name), "--name", name, "--steps", str(steps)]
-        words += ["--warmup-steps", str(min(50, steps // 4)), "--overwrite"]
-        words += ["--save-every", str(max(steps // 4, begin))]
-        start = time.monotonic()
-        error = _run_until(options.deadline, [*command, *words])
-        return time.monotonic() - start, error
+    def train(name: str, steps: int, save_every: int) -> tuple[float, list[float], str | None]:
+        """Seconds to the first line of the metrics, between the others, and the error."""
+        run = options.out / name
+        shutil.rmtree(run, ignore_errors=True)
+        words = ["--run", str(run), "--name", name, "--steps", str(steps), "--log-every", "1"]
+        words += ["--warmup-steps", str(min(50, steps // 4)), "--save-every", str(save_every)]
+        start, seen = time.monotonic(), []
 
-    seconds, error = train("trial", begin)
-    yield {"steps": begin, "seconds_with_compilation": seconds, "error": error}
-    if error:
+        def look() -> None:
+            metrics = run / "metrics.jsonl"
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            seen.extend([time.monotonic()] * (lines - len(seen)))
+
+        error = _run_until(end, [*command, *words], look)
+        if not seen:
+            return time.monotonic() - start, [], error
+        return seen[0] - start, np.diff(seen).tolist(), error
+
+    first, between, error = train("trial", trial_steps, 0)
+    yield {"steps": trial_steps, "seconds_to_the_first": first, "error": error}
+    if not between:
         return
-    longer, error = train("trial-2", 3 * begin)
-    a_step = max((longer - seconds) / (2 * begin), 1e-4)
-    left = options.deadline - time.monotonic() - seconds - 15
-    steps = max(begin, int(0.85 * left / a_step))
+    a_step = max(statistics.median(between), 1e-3)
+    # The run compiles nothing new; its validations take as long as those of the trial.
+    steps = max(trial_steps, int(0.8 * (end - time.monotonic() - first) / a_step))
     yield {"seconds_a_step": a_step, "tokens_per_second": size * length / a_step, "steps": steps}
-    seconds, error = train("run", steps)
-    metrics = options.out / "run" / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    last = [json.loads(line) for line in lines[-2:]]
-    yield {"seconds": seconds, "last": last, "error": error}
+    first, between, error = train("run", steps, max(1, int(20 / a_step)))
+    yield {"seconds_to_the_first": first, "steps": len(between), "error": error}
     export = [sys.executable, "-m", "s3d_jax", "draft", "export", "run", str(options.out / "draft")]
-    error = _run_until(options.deadline + 10, [*export, "--model", str(options.model)])
+    error = _run_until(options.deadline, [*export, "--model", str(model)])
     yield {"draft": str(options.out / "draft"), "error": error}
 
 
-def _run_until(deadline: float, command: list[str]) -> str | None:
-    """Runs a command, stopped shortly before the deadline; returns what it said if it failed."""
+def _link(source: str, destination: str) -> None:
     try:
-        left = max(deadline - time.monotonic() - 5, 5)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left, env=_ENVIRON)
-    except subprocess.TimeoutExpired:
-        return "cut off"
-    return done.stderr[-2000:] if done.returncode else None
+        os.link(source, destination)
+    except OSError:  # another file system
+        shutil.copy2(source, destination)
+
+
+def _run_until(
+    deadline: float,
+    command: list[str],
+    look: Callable[[], None] = lambda: None,
+    output: int | None = subprocess.DEVNULL,
+) -> str | None:
+    """Runs a command, stopped shortly before the deadline; returns what it said if it failed.
+
+    Args:
+        deadline: by `time.monotonic`.
+        command: the words.
+        look: called again and again while it runs.
+        output: where its output goes; None is where this process's goes.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        # A session of its own, so that it can be stopped with the processes that it started.
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=errors,
+            env=_ENVIRON,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                if time.monotonic() > deadline - 3:
+                    return "cut off at the end of its time"
+                look()
+                time.sleep(0.02)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        look()
+        errors.seek(0)
+        return errors.read()[-2000:] if process.returncode else None
 
 
 def profile(options: argparse.Namespace) -> Findings:
@@ -427,20 +484,13 @@ def main() -> int:
         # What earlier stages did not use is shared by the later ones.
         seconds = (end - time.monotonic()) * SHARES[stage] / whole
         whole -= SHARES[stage]
-        if seconds < 1:
+        if seconds < 5:
             record(options.out, stage, {"error": "no time was left"})
             continue
-        try:
-            done = subprocess.run(
-                [*command, "--only", stage, "--seconds", str(seconds)],
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=seconds,
-            )
-            if done.returncode:
-                record(options.out, stage, {"error": done.stderr[-2000:]})
-        except subprocess.TimeoutExpired:
-            record(options.out, stage, {"error": f"cut off after {seconds:.0f} s"})
+        stop = time.monotonic() + seconds
+        words = [*command, "--only", stage, "--seconds", str(seconds)]
+        if error := _run_until(stop, words, output=None):
+            record(options.out, stage, {"error": error})
         report(options.out)
     return 0
 

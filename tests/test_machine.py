@@ -162,7 +162,7 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 0)
     lm.generate("Once", max_new_tokens=1)  # a few MB are always tried
     monkeypatch.setattr(machine, "_ALWAYS_TRIED", 2**20)
-    with pytest.raises(DeviceError, match=r"the weights of .* in int8 need"):
+    with pytest.raises(DeviceError, match=r"the weights of .* in int8-plain need"):
         s3d_jax.load()
 
 

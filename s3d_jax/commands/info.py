@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.generation import add_model
 
+_CONTEXT = 2048  # tokens
+
 if TYPE_CHECKING:
     from s3d_jax.engine.ledger import Ledger
     from s3d_jax.settings.drafting import DraftConfig
@@ -20,13 +22,13 @@ def add_command(commands: Any) -> None:
         "info",
         help="what a checkpoint is: shape, size, draft",
         description="Prints what a native checkpoint holds, without loading its weights. With "
-        "--context, --batch, --method or --gamma, also the memory that a generation will need, in "
-        "each precision; this compiles its programs, which takes seconds.",
+        "one of the options below, also the memory that a generation will need, in each precision, "
+        "and which of Colab's cards have it; this compiles programs, which takes seconds.",
     )
     add_model(parser)
     memory = parser.add_argument_group("memory")
     for flag, metavar, words in (
-        ("--context", "N", "tokens of a row, prompt and output together (default: 2048, or fewer)"),
+        ("--context", "N", "tokens of a row, half of them its prompt (default: 2048 at most)"),
         ("--batch", "B", "rows at once (default: 1)"),
         ("--gamma", "G", "draft tokens per iteration (default: the draft's own)"),
     ):
@@ -71,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         "generation_config_ignored": header.generation_config_ignored,
         "source": header.source,
     }
-    asked = (arguments.context, arguments.batch, arguments.method, arguments.gamma)
-    ledgers = [] if asked == (None,) * 4 else _ledgers(arguments, header)
+    asked = [getattr(arguments, name) for name in ("context", "batch", "method", "gamma", "draft")]
+    ledgers = [] if asked == [None] * 5 else _ledgers(arguments, header)
     if ledgers:
         facts["memory"] = [
             dataclasses.asdict(x) | {"total": x.total, "fits": [c for c in CARDS if x.fits(c)]}
@@ -112,40 +114,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
-    """The ledgers of the checkpoint's own precision, and of those that it could be cast to."""
+    """The ledgers of the checkpoint's own precision, and of those that it could have."""
     from s3d_jax.drafters.stored import choose_draft, read_draft
-    from s3d_jax.engine.ledger import estimated, plan_of
+    from s3d_jax.engine.ledger import Drafting, ledger, plan_of, scratch_bytes
     from s3d_jax.errors import ConfigError
     from s3d_jax.lm import default_draft
+    from s3d_jax.settings.model import DTYPES
 
-    config = header.config
+    config, drafts = header.config, arguments.method != "ar"
     for name in ("context", "batch", "gamma"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, got {value}")
-    context = arguments.context or min(2048, config.max_position_embeddings)
+    if not drafts and (arguments.gamma or arguments.draft):
+        raise ConfigError("--gamma and --draft are of --method s3d")
+    context = arguments.context or min(_CONTEXT, config.max_position_embeddings)
     if context > config.max_position_embeddings:
         raise ConfigError(
             f"--context must be at most {config.max_position_embeddings}, which the model was made "
             f"for, got {context}"
         )
-    name = choose_draft(header.path, arguments.draft)
-    ledgers = []
-    kinds = [dict(dtype="float32"), dict(dtype="bfloat16"), dict(quantization="int8")]
+    drafting: Drafting | None = None
+    if drafts:
+        chosen = choose_draft(header.path, arguments.draft)
+        stored = None if chosen is None else read_draft(header.path, chosen, config)
+        drafting = (default_draft(config), None)
+        if stored is not None:
+            drafting = (stored.config, stored.params)
+        if arguments.gamma:
+            drafting = (drafting[0].replace(gamma=arguments.gamma), drafting[1])
+    gamma = 0 if drafting is None else drafting[0].gamma
+    plan = plan_of(context, arguments.batch or 1, gamma, config.max_position_embeddings)
+    precisions = [config]  # int8 is rounded already
     if config.quantization is None:
-        kinds = [dict(quantization=None) | kind for kind in kinds]
-    else:
-        kinds = [{}]  # it is rounded already
-    for kind in kinds:
-        changed = config.replace(**kind)
-        drafting = None
-        if arguments.method != "ar":
-            stored = None if name is None else read_draft(header.path, name, changed)
-            settings = default_draft(changed) if stored is None else stored.config
-            drafting = (settings, None if stored is None else stored.params)
-        gamma = 0 if drafting is None else arguments.gamma or drafting[0].gamma
-        plan = plan_of(context, arguments.batch or 1, gamma, config.max_position_embeddings)
-        ledgers.append(estimated(changed, plan, drafting))
-    return ledgers
+        precisions = [config.replace(dtype=dtype) for dtype in DTYPES]
+        precisions.append(config.replace(quantization="int8"))
+    scratch = scratch_bytes(config, plan, drafting)
+    return [ledger(one, plan, drafting, scratch) for one in precisions]
 
 
 def _memory_rows(ledgers: list["Ledger"]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from s3d_jax.decoding.state import DecodeSpec, init_state
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.drafters.stored import is_merged, merged_bytes
+from s3d_jax.engine.runner import BYTES_PER_SLOT
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import seeded_keys
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
@@ -36,7 +37,8 @@ class Ledger:
         weights: of the model.
         draft: what the draft adds to them.
         cache: keys and values of all rows, and their tokens.
-        scratch: of the program that needs most of it, prefill or decoding.
+        scratch: of the program that needs most of it, prefill or decoding, as compiled for this
+            machine's device in float32.
     """
 
     precision: str
@@ -67,20 +69,21 @@ def plan_of(context: int, batch: int, gamma: int, max_length: int) -> SlotPlan:
     return SlotPlan.for_batch([prompt] * batch, [context] * batch, gamma, max_length=max_length)
 
 
-def estimated(
-    config: ModelConfig, plan: SlotPlan, drafting: tuple[DraftConfig, DraftParams | None] | None
-) -> Ledger:
+Drafting = tuple[DraftConfig, DraftParams | None]  # S3D's settings; None: an untrained draft
+
+
+def ledger(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None, scratch: int) -> Ledger:
     """The ledger of one model, from shapes alone.
 
     Args:
         config: the model.
         plan: the sizes of the batch.
-        drafting: S3D's settings and arrays, None for an untrained draft's; None for plain decoding.
+        drafting: the draft; None for plain decoding.
+        scratch: from `scratch_bytes`.
     """
-    params, draft = abstract_params(config), None
-    more = 0
+    params, more = abstract_params(config), 0
     if drafting is not None:
-        draft = jax.eval_shape(lambda p: _loaded(config, p, drafting[1]), params)
+        draft = _abstract_draft(config, params, drafting)
         more = _nbytes(draft)
         if is_merged(params, draft):
             more += merged_bytes(params, draft) - _nbytes(draft.deltas)
@@ -89,26 +92,30 @@ def estimated(
         precision=config.precision,
         weights=weight_bytes(config),
         draft=more,
-        cache=plan.cache_bytes(config) + 8 * rows * plan.slots,
-        scratch=scratch_bytes(config, plan, None if drafting is None else drafting[0], draft),
+        cache=plan.cache_bytes(config) + rows * plan.slots * BYTES_PER_SLOT,
+        scratch=scratch,
     )
 
 
 @under_usual_jax_settings
-def scratch_bytes(
-    config: ModelConfig, plan: SlotPlan, drafting: DraftConfig | None, draft: DraftParams | None
-) -> int:
-    """Temporary memory of the programs of a batch, compiled for this machine's device."""
+def scratch_bytes(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None) -> int:
+    """Temporary memory of the programs of a batch, which are compiled for this.
+
+    In float32, whatever the model's precision: CPUs widen 16-bit weights in temporary memory, and
+    GPUs do not.
+    """
+    config = config.replace(dtype="float32", quantization=None)
     prompts = [np.ones(n, np.int32) for n in plan.lengths]
     rows = len(prompts)
     keys = seeded_keys(np.zeros(rows, np.uint32), np.zeros(rows, np.uint32))
     sampling, _ = batch_sampling([SamplingConfig()] * rows, keys, config.vocab_size)
     spec = DecodeSpec(
         config,
-        None if drafting is None else S3D(drafting.replace(gamma=plan.gamma)),
+        None if drafting is None else S3D(drafting[0].replace(gamma=plan.gamma)),
         SamplingFeatures(),
     )
     params = abstract_params(config)
+    draft = None if drafting is None else _abstract_draft(config, params, drafting)
     state = jax.eval_shape(lambda: init_state(spec, prompts, plan, sampling))
     one = jax.ShapeDtypeStruct((), jnp.int32)
     programs = [
@@ -126,13 +133,20 @@ def scratch_bytes(
         ),
     ]
     memory = [program.compile().memory_analysis() for program in programs]
-    for function in (decode_jit, prefill_jit):
-        function.clear_cache()  # jax would keep what was traced
     return max(m.temp_size_in_bytes for m in memory)
 
 
-def _loaded(config: ModelConfig, params: Any, draft: DraftParams | None) -> DraftParams:
-    return with_head(config, params, draft or untrained_draft(config, params))
+def _abstract_draft(config: ModelConfig, params: Any, drafting: Drafting) -> DraftParams:
+    """The shapes of a draft's arrays as they are loaded, before deltas are merged."""
+
+    def loaded(params: Any) -> DraftParams:
+        draft = drafting[1] or untrained_draft(config, params)
+        draft = jax.tree.map(
+            lambda x: x.astype(config.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, draft
+        )
+        return with_head(config, params, draft)
+
+    return jax.eval_shape(loaded, params)
 
 
 def _nbytes(tree: Any) -> int:

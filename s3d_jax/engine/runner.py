@@ -28,7 +28,7 @@ UNLIMITED = int(np.iinfo(np.int32).max)
 # Stop strings are checked on the host every 8 iterations; the overshoot costs less than a sync per
 # step.
 STEPS_PER_LOOK = 8
-_BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
+BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
 _BYTES_PER_WORD = 5  # of `DecodeState.prompt_tokens` and `output_counts`
 
 
@@ -235,7 +235,7 @@ class Runner:
     def _check_memory(self, plan: SlotPlan, fewer: str) -> None:
         """Refuses a plan whose caches cannot fit; the weights are in memory already."""
         rows = len(plan.lengths)
-        needed = plan.cache_bytes(self._target.config) + rows * plan.slots * _BYTES_PER_SLOT
+        needed = plan.cache_bytes(self._target.config) + rows * plan.slots * BYTES_PER_SLOT
         if self._drafter is not None:
             needed += self._drafter.state_bytes(plan)
         if self._spec.features.penalized:

@@ -153,7 +153,7 @@ def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """`rows @ weight.T`, int32 [B, out], of int8 matrices, in the order that is fastest on CPUs."""
     count, (outputs, inputs) = rows.shape[0], weight.shape
     weight_first = _multiplies_int8() and inputs >= max(_WIDE, _WIDE_PER_ROW * count)
-    folds = _COLUMNS // count
+    folds = _COLUMNS // max(count, 1)
     if weight_first and folds > 1 and outputs % folds == 0:
         return _folded_sums(rows, weight, folds)
     if weight_first and count > 2 and inputs < _SHORT and outputs >= _TALL * inputs:
@@ -203,7 +203,9 @@ def _multiplies_int8() -> bool:
 
 
 def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array, rotated: bool) -> jax.Array:
-    rows, scale = _rotated_evenly(rows, scale) if rotated else (rows, scale)
+    if rotated:
+        block = block_of(rows.shape[1])  # divided by it, no number grows, which float16 needs
+        rows, scale = (rotate(rows.astype(jnp.float32)) / block).astype(rows.dtype), scale * block
     return scale * jax.lax.dot_general(
         rows,
         weight.astype(rows.dtype),
@@ -211,12 +213,6 @@ def _w8a16(rows: jax.Array, weight: jax.Array, scale: jax.Array, rotated: bool) 
         precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def _rotated_evenly(rows: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows rotated without becoming longer, which float16 might not hold, and the scale for it."""
-    length = block_of(rows.shape[-1]) ** 0.5
-    return (rotate(rows.astype(jnp.float32)) / length).astype(rows.dtype), scale * length
 
 
 def _multiply_forward(

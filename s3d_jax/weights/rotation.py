@@ -19,7 +19,7 @@ from s3d_jax.weights.exact import exponent_of, power_of_two, row_max
 
 _LARGEST, _INNER = 512, 64  # of a block; of a matrix product
 _EXACT_BITS = 24  # whole numbers up to 2^24 are exact in float32
-_RANGE = 60  # exponents of the largest number of a row; below, the row is rounded more coarsely
+_RANGE = 100  # exponents of the largest number of a row; outside, the row is rounded otherwise
 
 
 def block_of(width: int) -> int:
