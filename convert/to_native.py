@@ -102,8 +102,9 @@ def convert(
             or a native checkpoint.
         out: the folder to write.
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps the stored type.
-        quantization: "int8" stores linear layers, embeddings and head in int8, with one scale per
-            output. The rest, and activations, are in the dtype.
+        quantization: "int8" stores linear layers, embeddings and head in int8, rotated, with one
+            scale per output; "int8-plain" does not rotate. The rest, and activations, are in the
+            dtype.
         text: a .txt or .jsonl file to measure the loss of quantization on; None takes stories and
             dialogues of the package.
         tokenizer: a folder to take the tokenizer from, if `source` has none.
