@@ -67,7 +67,7 @@ def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert main([*command, "--no-save", "--json", "--plot", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert plot.stat().st_size > 10_000 and not (copy / "tuning.json").exists()
-    assert found["draft"] == "default" and found["precision"] == "int8"
+    assert found["draft"] == "default" and found["precision"] == "int8-plain"
     assert len(found["candidates"]) == 10 and found["calibration_prompts"] == 2
     own = next(
         c for c in found["candidates"] if c["skip"] == list(s3d_jax.load().draft_config.skip)
