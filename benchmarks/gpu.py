@@ -6,9 +6,9 @@
 The stages run one after the other, what is wanted most first, each in a process of its own with a
 share of the time:
 
-exact      S3D's tokens against AR's in int8, float32, bfloat16 and float16, differences counted
-           with the gap between the two best logits there; whether the state is donated, and copies
-           of a cache in the compiled loop
+exact      S3D's tokens against AR's in both int8 formats, float32, bfloat16, float16; differences
+           counted with the gap between the two best logits there; whether the state is donated,
+           and copies of a cache in the compiled loop
 passes     AR step, verification of 4 to 33 rows, half-depth draft, by shape and precision; share of
            the bandwidth; peak memory; temporary memory, which shows whether weights are widened
 texts      `s3d bench` on the model of the package, and on --model
