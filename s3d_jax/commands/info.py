@@ -168,11 +168,16 @@ def _memory_rows(ledgers: list["Ledger"]) -> Iterator[str]:
 
 
 def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
+    import jax
+
     from s3d_jax.drafters.stored import KINDS, draft_kind, read_draft
+    from s3d_jax.nn.draft import recalled_layers
+    from s3d_jax.storage.trees import unflatten
 
     if (kind := draft_kind(header.path, name)) not in KINDS:
         return {"kind": kind}
     draft = read_draft(header.path, name, header.config, weights=False)
+    arrays = {path: jax.ShapeDtypeStruct(x, "float32") for path, x in draft.shapes.items()}
     reached = draft.training.get("reached", {})
     return {
         "kind": kind,
@@ -181,6 +186,7 @@ def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
         "parameters": draft.num_params,
         "vocabulary": draft.shapes.get("vocabulary", [None])[0],
         "chain_rank": draft.shapes.get("chain/down", [0, 0])[1],
+        "recall": recalled_layers(header.config, unflatten(arrays).get("bridges", {})),
         "mode": draft.training.get("mode"),
         "tokens_per_iteration": reached.get("tokens_per_iteration"),
     }
@@ -205,6 +211,8 @@ def _draft_rows(
         chosen = facts["vocabulary"]
         parts = f", drafts {chosen:,} tokens" if chosen else ""
         parts += f", chain of rank {facts['chain_rank']}" if facts["chain_rank"] else ""
+        if count := facts["recall"]:
+            parts += f", recalls {count} layer{'s' * (count > 1)}"
         reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
         rows.append(
             (

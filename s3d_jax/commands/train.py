@@ -33,7 +33,7 @@ examples:
   s3d train --model models/m --data own.jsonl --run runs/m --steps 2000 --resume
   s3d train --model models/m --data own.jsonl --run runs/m7 --gamma 7 --skip 2-5 --name g7"""
 
-_OWN = ("mode", "name", "start", "out", "dtype", "vocabulary", "next_token_weight")
+_OWN = ("mode", "name", "start", "out", "dtype", "vocabulary", "fit_rows", "next_token_weight")
 
 
 def add_command(commands: Any) -> None:
@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = read_header(arguments.model).config
     config = build(TrainDraftConfig, arguments)
     if config.mode != "adapter":
-        refuse(arguments, f"belong to --mode adapter, not {config.mode}", {AdapterConfig: None})
+        reason = f"belong to --mode adapter, not {config.mode}"
+        refuse(arguments, reason, {AdapterConfig: None, TrainDraftConfig: ["fit_rows"]})
     if config.mode != "full":
         reason = f"belongs to --mode full, not {config.mode}"
         refuse(arguments, reason, {TrainDraftConfig: ["next_token_weight"]})
@@ -70,11 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
         adapter = build(AdapterConfig, arguments)
     else:
         reason = "--start takes what that draft has"
-        refuse(arguments, reason, {DraftOptions: ["skip", "block_attention"]})
+        refuse(
+            arguments,
+            reason,
+            {DraftOptions: ["skip", "block_attention"], TrainDraftConfig: ["fit_rows"]},
+        )
         choose_draft(arguments.model, config.start)  # says which drafts there are
         start = read_draft(arguments.model, config.start, model, weights=False)
         draft = start.config.replace(**given(DraftOptions, arguments))
-        adapter = build(AdapterConfig, arguments, rank=0, bridge_rank=0, chain_rank=0)
+        adapter = build(AdapterConfig, arguments, rank=0, bridge_rank=0, chain_rank=0, recall=0)
     rate = 3e-4 if config.mode == "full" else 2e-3
     config = dataclasses.replace(
         config, draft=draft, adapter=adapter, **run_settings(arguments, learning_rate=rate)
@@ -90,8 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     before, after = report["before"], report["reached"]
+    beginning = "as fitted" if config.fit_rows else "before"
     print(
-        f"tokens per iteration: {before['tokens_per_iteration']:.2f} before, "
+        f"tokens per iteration: {before['tokens_per_iteration']:.2f} {beginning}, "
         f"{after['tokens_per_iteration']:.2f} now"
     )
     print("accepted by position:", *(f"{x:.2f}" for x in after["acceptance_per_position"]))

@@ -10,6 +10,7 @@ from s3d_jax.settings.training import (
     LoopConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    TrainDraftConfig,
     ValidationConfig,
 )
 
@@ -73,7 +74,8 @@ def run_settings(arguments: argparse.Namespace, learning_rate: float) -> dict[st
         refuse(arguments, reason, {ValidationConfig: ["held_out"]})
     if getattr(arguments, "skip", "some").strip() == "":
         reason = "no layer is skipped, so there is no gap to bridge"
-        refuse(arguments, reason, {AdapterConfig: ["bridge_rank"]})
+        fields = {AdapterConfig: ["bridge_rank", "recall"], TrainDraftConfig: ["fit_rows"]}
+        refuse(arguments, reason, fields)
     optimizer = build(OptimizerConfig, arguments, learning_rate=learning_rate)
     return {
         "loop": build(LoopConfig, arguments, optimizer=optimizer),

@@ -1,6 +1,6 @@
 """A draft that can be handed on: a folder without the model that it drafts for.
 
-    config.json        {"format": "s3d_jax portable draft", "version": 2, "kind": "s3d",
+    config.json        {"format": "s3d_jax portable draft", "version": 3, "kind": "s3d",
                         "draft": {...}, "target": {...}, "training": {...}, "arrays": {...}}
     draft.safetensors  mask_embeddings, deltas, bridges, chain, vocabulary
 
@@ -38,8 +38,8 @@ from s3d_jax.storage.native import read_header, weights_checksum
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import bullets, flatten, unflatten
 
-FORMAT, VERSION = "s3d_jax portable draft", 2
-_READABLE_VERSIONS = (1, 2)
+FORMAT, VERSION = "s3d_jax portable draft", 3
+_READABLE_VERSIONS = (1, 2, 3)
 FILES = ("config.json", "draft.safetensors")
 # Settings in which a model may differ from the one that a draft was trained for.
 _FREE = ("dtype", "quantization", "exact_sums", "max_position_embeddings")

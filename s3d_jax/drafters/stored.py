@@ -1,6 +1,6 @@
 """Trained drafts in a checkpoint: one target can carry several, each under its own name.
 
-    drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 3, "kind": "s3d",
+    drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 4, "kind": "s3d",
                                  "draft": {...}, "training": {...}, "arrays": {...}}
     drafts/<name>/weights/       one orbax checkpoint: mask_embeddings, deltas, bridges, chain,
                                  vocabulary
@@ -35,8 +35,8 @@ from s3d_jax.weights.base import WeightFormat
 from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params, store_tree, widen_tree
 
-FORMAT, VERSION = "s3d_jax draft", 3
-_READABLE_VERSIONS = (1, 2, 3)
+FORMAT, VERSION = "s3d_jax draft", 4
+_READABLE_VERSIONS = (1, 2, 3, 4)
 KINDS = ("s3d",)  # a draft of version 1 names no kind, and is of the first
 DEFAULT_NAME = "default"  # the draft that is used unless another is requested
 _AGAIN = "train it again, or restore it from a copy"

@@ -5,7 +5,7 @@ from each draft token to the next.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.nn.attention import Layout
+from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.largest import largest_few
 from s3d_jax.nn.layers import rms_norm
 from s3d_jax.settings.model import ModelConfig
@@ -34,7 +36,8 @@ class DraftParams(flax.struct.PyTreeNode):
             parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. May be
             empty.
         bridges: low-rank stand-ins for gaps of skipped layers, by the name of the module after the
-            gap (layers_j or final_norm): {down [D, r], up [r, D]}. May be empty.
+            gap (`bridge_name`): {down [D, r], up [r, D]}; down is [D+F, r] in all of them if they
+            also read what the cache holds of the token before x_n (`recall`). May be empty.
         chain: corrects a row by the token that is drafted before it (`chained`): {down [2·D, r],
             up [r, D]}. May be empty.
         vocabulary: int32 [V'], the tokens that can be drafted, ascending. None is all.
@@ -93,6 +96,48 @@ def with_head(config: ModelConfig, params: Params, draft: DraftParams) -> DraftP
         return draft
     rows = weight_format(config).take_rows(head_matrix(config, params), draft.vocabulary)
     return draft.replace(head=rows)
+
+
+def bridge_name(layer: int, num_layers: int) -> str:
+    """The name in `DraftParams.bridges` of the bridge to a layer; layer L is the head."""
+    return f"layers_{layer}" if layer < num_layers else "final_norm"
+
+
+def recalled_layers(config: ModelConfig, bridges: Mapping[str, Any]) -> int:
+    """The number of layers whose values the bridges recall, all the same; 0 if they do not."""
+    known = (factors["down"].shape[0] - config.hidden_size for factors in bridges.values())
+    return max(known, default=0) // (config.num_kv_heads * config.head_dim)
+
+
+def recall(
+    cache: KVCache, layouts: Sequence[Layout], count: int, width: int, eps: float
+) -> jax.Array:
+    """What the target's last layers hold of the token before each block.
+
+    The values in the cache are products of the target's residual stream before each layer, so those
+    of the last layers tell a draft what the target knew when it chose x_n, as the features of EAGLE
+    (arXiv 2401.15077) do. Nothing has to be kept for it.
+
+    Args:
+        cache: holds the token before.
+        layouts: of each layer.
+        count: N, the last layers that are read.
+        width: tokens in a block.
+        eps: of the norms.
+
+    Returns:
+        float32 [B, A, N·K·H], each layer normed on its own, the last layer first; 0 where no token
+        is before a block.
+    """
+    parts = []
+    for values, layout in list(zip(cache.values, layouts, strict=True))[: -count - 1 : -1]:
+        positions = layout.positions
+        before = positions.reshape(len(positions), -1, width)[:, :, 0] - 1
+        slots = before % values.shape[2] if layout.ring else jnp.maximum(before, 0)
+        found = jnp.take_along_axis(values, slots[:, None, :, None], axis=2).swapaxes(1, 2)
+        found = found.reshape(*before.shape, -1).astype(jnp.float32)
+        parts.append(jnp.where(before[:, :, None] >= 0, rms_norm(found, eps), 0.0))
+    return jnp.concatenate(parts, axis=-1)
 
 
 class Chain(NamedTuple):

@@ -81,18 +81,41 @@ def low_rank(
     return out.reshape(*x.shape[:-1], -1)
 
 
-def bridge(x: jax.Array, factors: Mapping[str, jax.Array], eps: float) -> jax.Array:
+def bridge(
+    x: jax.Array,
+    factors: Mapping[str, jax.Array],
+    eps: float,
+    recalled: jax.Array | None = None,
+) -> jax.Array:
     """Adds a low-rank stand-in for skipped layers to the residual stream.
 
     Like the skipped layers it is nonlinear and normalises its input.
 
     Args:
         x: [B, T, D].
-        factors: {"down": [D, r], "up": [r, D]}.
+        factors: {"down": [D, r], "up": [r, D]}; with `recalled`, down is [D+F, r].
         eps: of the norm.
+        recalled: see `bridge_inputs`.
+    """
+    return x + low_rank(bridge_inputs(x, eps, recalled), factors, jax.nn.silu)
+
+
+def bridge_inputs(x: jax.Array, eps: float, recalled: jax.Array | None = None) -> jax.Array:
+    """What a bridge multiplies: x, normed, and what is known of the token before its block.
+
+    Args:
+        x: [B, T, D].
+        eps: of the norm.
+        recalled: [B, A, F] of A blocks of T/A tokens each, or None.
+
+    Returns:
+        [B, T, D+F], of the type of `x`.
     """
     y = rms_norm(x.astype(jnp.float32), eps).astype(x.dtype)
-    return x + low_rank(y, factors, jax.nn.silu)
+    if recalled is None:
+        return y
+    known = jnp.repeat(recalled.astype(x.dtype), x.shape[1] // recalled.shape[1], axis=1)
+    return jnp.concatenate([y, known], axis=-1)
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:

@@ -13,15 +13,22 @@ import numpy as np
 
 from s3d_jax.nn.attention import layout_after_anchors
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.draft import DraftParams, begin_chain, chained, with_head
-from s3d_jax.nn.transformer import fill_cache, forward, hidden_states, logits_of
+from s3d_jax.nn.draft import DraftParams, begin_chain, chained, recall, with_head
+from s3d_jax.nn.layers import bridge_inputs
+from s3d_jax.nn.transformer import bound, fill_cache, hidden_states, logits_of
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params, float_dtype
 
 
 def target_stream(
-    config: ModelConfig, params: Params, tokens: jax.Array, slots: int, *, remat: bool = False
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    slots: int,
+    *,
+    head: DraftParams | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """One full-depth pass over whole texts.
 
@@ -29,15 +36,65 @@ def target_stream(
         config, params: the target.
         tokens: int [B, T].
         slots: of the cache, T or more.
+        head: a draft whose vocabulary is enough; None is the target's.
         remat: see `forward`.
 
     Returns:
-        (logits, cache): float32 [B, T, V]; and the cache with T committed tokens.
+        (logits, cache): float32 [B, T, V], or [B, T, V'] of the draft's vocabulary; and the cache
+        with T committed tokens.
     """
     cache = text_cache(config, params, tokens, slots)
     visible = tokens.shape[1]
-    logits, cache = forward(config, params, tokens, cache, visible=visible, remat=remat)
-    return logits, _committed(cache, tokens)
+    hidden, cache = hidden_states(config, params, tokens, cache, visible=visible, remat=remat)
+    return logits_of(config, params, hidden, head), _committed(cache, tokens)
+
+
+def gap_streams(
+    config: ModelConfig,
+    params: Params,
+    draft_config: DraftConfig,
+    draft: DraftParams,
+    tokens: jax.Array,
+    anchors: jax.Array,
+    after: int,
+    recalls: int,
+) -> tuple[jax.Array, jax.Array]:
+    """What a bridge reads, and what it would have to add to stand for the layers of its gap.
+
+    Args:
+        config, params, draft_config, draft, tokens, anchors: as in `draft_stream`.
+        after: static, the layer after the gap (L: the head). The draft has no bridge there.
+        recalls: static, layers that the bridge recalls (`recall`).
+
+    Returns:
+        (inputs, wanted): [B, A·γ, D+F], see `bridge_inputs`; and float32 [B, A·γ, D], what the
+        target's stream at the token has more than the draft's.
+    """
+    gamma, length = draft_config.gamma, tokens.shape[1]
+    cache = text_cache(config, params, tokens, length + anchors.shape[1] * gamma)
+    model = bound(config, params)
+    x, shared = model.begin(tokens, cache, visible=length)
+    full, cache = model.run_layers(x, cache, shared, layers=range(after))
+    rest = range(after, config.num_layers)
+    _, cache = model.run_layers(full, cache, shared, layers=rest)
+    cache = _committed(cache, tokens)
+    bidirectional = draft_config.block_attention == "bidirectional"
+    model = bound(config, params, draft)
+    x, shared = model.begin(
+        jnp.take_along_axis(tokens, anchors, axis=1),
+        cache,
+        draft=draft,
+        num_masks=gamma - 1,
+        layout=layout_after_anchors(anchors, gamma, length, bidirectional),
+    )
+    x, _ = model.run_layers(x, cache, shared, skip=draft_config.skip, layers=range(after))
+    known = None
+    if recalls:
+        known = recall(cache, shared.layouts, recalls, gamma, config.norm_eps)
+    rows = jnp.minimum(anchors[:, :, None] + jnp.arange(gamma), length - 1)
+    rows = rows.reshape(len(tokens), -1)[:, :, None]
+    wanted = jnp.take_along_axis(full, rows, axis=1).astype(jnp.float32) - x.astype(jnp.float32)
+    return bridge_inputs(x, config.norm_eps, known), wanted
 
 
 def target_cache(config: ModelConfig, params: Params, tokens: jax.Array, slots: int) -> KVCache:

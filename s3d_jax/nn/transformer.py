@@ -15,7 +15,7 @@ from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.draft import DraftParams, with_head
+from s3d_jax.nn.draft import DraftParams, bridge_name, recall, recalled_layers, with_head
 from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge
 from s3d_jax.nn.rope import Rotary, rotary_table
 from s3d_jax.settings.model import ModelConfig
@@ -65,11 +65,13 @@ class Pass(NamedTuple):
         layouts: one for each layer.
         rotary: each layer's cosines and sines; None if the layer has no rotation.
         draft: the draft's own parameters; None in a pass of the target.
+        recalled: what bridges read of the token before each block; None if they do not.
     """
 
     layouts: tuple[Layout, ...]
     rotary: tuple[Rotary | None, ...]
     draft: DraftParams | None
+    recalled: jax.Array | None = None
 
 
 class Transformer(nn.Module):
@@ -143,7 +145,11 @@ class Transformer(nn.Module):
             if rope is not None
         }
         by_layer = tuple(None if rope is None else rotary[rope] for rope in ropes)
-        return x, Pass(tuple(layouts[kind] for kind in kinds), by_layer, draft)
+        by_kind = tuple(layouts[kind] for kind in kinds)
+        recalled = None
+        if draft is not None and (count := recalled_layers(cfg, draft.bridges)):
+            recalled = recall(cache, by_kind, count, 1 + num_masks, cfg.norm_eps)
+        return x, Pass(by_kind, by_layer, draft, recalled)
 
     def run_layers(
         self,
@@ -153,11 +159,16 @@ class Transformer(nn.Module):
         *,
         skip: tuple[bool, ...] | None = None,
         keep: jax.Array | None = None,
+        layers: range | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Runs the layers that `skip` or `keep` leave: input of the final norm, and the cache."""
+        """Runs the layers that `skip` or `keep` leave: input of the final norm, and the cache.
+
+        With `layers` it runs some that follow each other: input of the one after them.
+        """
         assert skip is None or keep is None
+        layers = range(self.config.num_layers) if layers is None else layers
         gap: bool | jax.Array = False  # whether the layer before is skipped
-        for i in range(self.config.num_layers):
+        for i in layers:
             if skip is not None and skip[i]:
                 gap = True
                 continue
@@ -166,7 +177,7 @@ class Transformer(nn.Module):
                 x, gap = y, False
             else:
                 x, gap = jnp.where(keep[i], y, x), ~keep[i]
-        return self.cross(self.config.num_layers, x, gap, shared), cache
+        return self.cross(layers.stop, x, gap, shared), cache
 
     def cross(self, i: int, x: jax.Array, gap: bool | jax.Array, shared: Pass) -> jax.Array:
         """Takes x over the bridge to layer i (L: the head), if there is one, where `gap` is True.
@@ -177,11 +188,11 @@ class Transformer(nn.Module):
             gap: whether the layer before is skipped; an array is broadcast to [B, T, D].
             shared: of this pass.
         """
-        name = f"layers_{i}" if i < self.config.num_layers else "final_norm"
+        name = bridge_name(i, self.config.num_layers)
         factors = None if shared.draft is None else shared.draft.bridges.get(name)
         if factors is None or gap is False:
             return x
-        crossed = bridge(x, factors, self.config.norm_eps)
+        crossed = bridge(x, factors, self.config.norm_eps, shared.recalled)
         return crossed if gap is True else jnp.where(gap, crossed, x)
 
     def layer(

@@ -92,6 +92,12 @@ class AdapterConfig(Checked):
     chain_rank: int = option(
         0, "of the correction of each draft token by the one before it; 0: none", least=0
     )
+    recall: int = option(
+        0,
+        "last layers of the model whose values for the token before the block the bridges read; 0: "
+        "none",
+        least=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,7 @@ class TrainDraftConfig(RunConfig):
     start: str | None = option(
         None,
         "continue from this draft of the model, with its skip, block attention and vocabulary; a "
-        "higher --rank, --bridge-rank or --chain-rank adds to it, and --gamma may differ",
+        "higher --rank, --bridge-rank, --chain-rank or --recall adds to it, and --gamma may differ",
         metavar="NAME",
     )
     out: str | None = option(None, "mode full: folder of the new checkpoint", metavar="DIR")
@@ -151,6 +157,13 @@ class TrainDraftConfig(RunConfig):
         metavar="N",
         shown="all",
         least=2,
+    )
+    fit_rows: int = option(
+        0,
+        "rows of the data by which new bridges are fitted, by least squares, to the layers that "
+        "they stand for, before training, in half as many directions as --bridge-rank; 0: they "
+        "start without effect",
+        least=0,
     )
     next_token_weight: float = option(
         1.0, "mode full: of the target's own loss, added to the draft's", metavar="W", least=0

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import ConfigError
-from s3d_jax.nn.draft import DraftParams, mean_embedding, untrained_draft
+from s3d_jax.nn.draft import DraftParams, bridge_name, mean_embedding, untrained_draft
 from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import abstract_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
+from s3d_jax.train.bridges import gaps
 from s3d_jax.train.objective import (
     Mean,
     agreement,
@@ -26,6 +27,8 @@ from s3d_jax.train.objective import (
 )
 from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params, float_dtype
+
+NO_ADAPTER = AdapterConfig(rank=0, bridge_rank=0, chain_rank=0, recall=0)
 
 
 def init_draft(
@@ -74,17 +77,35 @@ def init_draft(
             }
     bridges: dict[str, Any] = {}
     if adapter.bridge_rank:
-        ends = [*draft_config.skip, False]
-        for i in range(1, len(ends)):
-            if ends[i - 1] and not ends[i]:
-                name = f"layers_{i}" if i < config.num_layers else "final_norm"
-                size = config.hidden_size
-                bridges[name] = factors((size, size), adapter.bridge_rank)
+        size = config.hidden_size
+        known = adapter.recall * config.num_kv_heads * config.head_dim
+        for layer in gaps(draft_config.skip):
+            name = bridge_name(layer, config.num_layers)
+            bridges[name] = factors((size + known, size), adapter.bridge_rank)
     chain = {}
     if adapter.chain_rank:
         size = config.hidden_size
         chain = factors((2 * size, size), adapter.chain_rank)
     return DraftParams(mask_embeddings=masks, deltas=deltas, bridges=bridges, chain=chain)
+
+
+def check_adapter(config: ModelConfig, draft_config: DraftConfig, adapter: AdapterConfig) -> None:
+    """Raises ConfigError unless the parts of a draft fit together and to the model."""
+    draft_config.validate_for(config)
+    if adapter.chain_rank and draft_config.gamma == 1:
+        raise ConfigError(
+            "a chain (chain_rank, --chain-rank) joins draft tokens, and with gamma 1 there is "
+            "only one"
+        )
+    if adapter.recall > config.num_layers:
+        raise ConfigError(
+            f"recall (--recall) is {adapter.recall}: the model has {config.num_layers} layers"
+        )
+    if adapter.recall and not (adapter.bridge_rank and any(draft_config.skip)):
+        raise ConfigError(
+            "bridges recall (recall, --recall), and there are none with bridge_rank 0 "
+            "(--bridge-rank) or without skipped layers (--skip)"
+        )
 
 
 def _copied_into(new: Any, old: Any) -> Any:
@@ -93,6 +114,16 @@ def _copied_into(new: Any, old: Any) -> Any:
         return {k: _copied_into(x, old[k]) if k in old else x for k, x in new.items()}
     common = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape, strict=True))
     return new.at[common].set(old[common])
+
+
+def _without_effect(bridges: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """The bridges, whose old features do not read what is newly recalled."""
+    found = dict(bridges)
+    for name, factors in old.items():
+        rows, features = factors["down"].shape
+        down = bridges[name]["down"].at[rows:, :features].set(0.0)
+        found[name] = {**bridges[name], "down": down}
+    return found
 
 
 def frequent_tokens(counts: np.ndarray, count: int) -> np.ndarray:
@@ -145,14 +176,9 @@ class DraftTask:
     ) -> None:
         if mode not in ("adapter", "mask", "full"):
             raise ConfigError(f"mode must be 'adapter', 'mask' or 'full', got {mode!r}")
-        draft_config.validate_for(config)
+        check_adapter(config, draft_config, adapter if mode == "adapter" else NO_ADAPTER)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
-        if adapter.chain_rank and draft_config.gamma == 1:
-            raise ConfigError(
-                "a chain (chain_rank, --chain-rank) joins draft tokens, and with gamma 1 there is "
-                "only one"
-            )
         if mode == "full" and not weight_format(config).trainable:
             raise ConfigError(
                 f"mode 'full' changes the target's weights, and these are {config.quantization}: "
@@ -163,7 +189,7 @@ class DraftTask:
         self.draft_config = draft_config
         self.mode = mode
         self.objective = objective
-        self.adapter = adapter if mode == "adapter" else AdapterConfig(0, 0, 0)
+        self.adapter = adapter if mode == "adapter" else NO_ADAPTER
         self.start = start
         self.vocabulary = None if vocabulary is None else jnp.asarray(vocabulary)
         self.loss_weights = {"draft_loss": 1.0}
@@ -179,7 +205,9 @@ class DraftTask:
             draft = DraftParams(
                 mask_embeddings=_copied_into(draft.mask_embeddings, self.start.mask_embeddings),
                 deltas=_copied_into(draft.deltas, self.start.deltas),
-                bridges=_copied_into(draft.bridges, self.start.bridges),
+                bridges=_without_effect(
+                    _copied_into(draft.bridges, self.start.bridges), self.start.bridges
+                ),
                 chain=_copied_into(draft.chain, self.start.chain),
             )
         tree: dict[str, Any] = {"draft": draft}
@@ -259,12 +287,14 @@ def draft_losses(
     tokens, learn = batch["tokens"], batch["learn"]
     gamma = draft_config.gamma
     anchors = random_anchors(key, learn, min(objective.anchors, tokens.shape[1] - 1))
-    compares = objective.objective != "ce"  # with the target's distributions
+    # KL compares what the target gives to the tokens that can be drafted, so it needs no others.
+    fewer = objective.objective == "kl" and not target_is_trained
     logits, cache = target_stream(
         config,
         params,
         tokens,
         slots=tokens.shape[1] + anchors.shape[1] * gamma,
+        head=draft if fewer else None,
         remat=remat,
     )
     if not target_is_trained:
@@ -280,13 +310,14 @@ def draft_losses(
     targets = draft.indices(targets, config.vocab_size)
     q = stream(params, draft_config, draft, tokens, anchors, cache)
     log_p, learnt = None, weights
-    if compares:
-        log_p = jax.nn.log_softmax(jnp.take_along_axis(logits, rows[:, :, None], axis=1))
-        if draft.vocabulary is not None:
+    if objective.objective != "ce":
+        log_p = jnp.take_along_axis(jax.lax.stop_gradient(logits), rows[:, :, None], axis=1)
+        if objective.objective == "tv":  # what cannot be drafted is lost
+            log_p = jax.nn.log_softmax(log_p)
+        if draft.vocabulary is not None and not fewer:
             log_p = log_p[:, :, draft.vocabulary]
-            if objective.objective == "kl":  # from what the target gives to these tokens
-                log_p = jax.nn.log_softmax(log_p)
-        log_p = jax.lax.stop_gradient(log_p)
+        if objective.objective == "kl":
+            log_p = jax.nn.log_softmax(log_p)
     else:
         # A block is worth nothing from a token on that the draft cannot propose.
         possible = jnp.cumprod((targets >= 0).reshape(-1, gamma), axis=1)

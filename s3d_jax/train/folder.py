@@ -166,6 +166,11 @@ def check_run(run: str | os.PathLike[str], resume: bool | int) -> None:
         raise TrainingError(f"{run} has no state of step {resume}; the states it has: {known}")
 
 
+def has_states(run: str | os.PathLike[str]) -> bool:
+    """Whether a run's folder holds a state to resume from."""
+    return bool(_states(Path(run)))
+
+
 def _states(run: Path) -> list[int]:
     """Steps whose states are whole: orbax renames a state to its number when it is complete."""
     names = [path.name for path in (run / "states").glob("*")]

@@ -12,7 +12,7 @@ from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
-from s3d_jax.train.draft import draft_losses, init_draft
+from s3d_jax.train.draft import check_adapter, draft_losses, init_draft
 from s3d_jax.train.objective import Mean, next_token_loss
 from s3d_jax.weights.trees import Params
 
@@ -58,6 +58,8 @@ class PretrainTask:
         if draft_config is not None:
             self.loss_weights["draft_loss"] = draft_weight
         self.objective = objective
+        if draft_config is not None:
+            check_adapter(config, draft_config, adapter)
         self.adapter = adapter
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat

@@ -26,15 +26,16 @@ from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, load
 from s3d_jax.machine import default_device
-from s3d_jax.nn.draft import DraftParams, untrained_draft
+from s3d_jax.nn.draft import DraftParams, recalled_layers, untrained_draft
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
-from s3d_jax.train.data import concatenate, pack, row_length_for
-from s3d_jax.train.draft import DraftTask, frequent_tokens
-from s3d_jax.train.folder import check_run
+from s3d_jax.train.bridges import fitted_draft
+from s3d_jax.train.data import Batches, concatenate, pack, row_length_for
+from s3d_jax.train.draft import NO_ADAPTER, DraftTask, frequent_tokens
+from s3d_jax.train.folder import check_run, has_states
 from s3d_jax.train.loop import fit
 from s3d_jax.train.pretrain import PretrainTask
 from s3d_jax.train.session import Corpus, Files, check_row_length, read_corpus
@@ -100,6 +101,7 @@ def train_draft(
         learns_text=config.mode == "full",
     )
     _show(corpus, progress)
+    vocabulary = _vocabulary(config, start, corpus, lm.config.vocab_size)
     task = DraftTask(
         lm.config,
         lm.params,
@@ -108,10 +110,22 @@ def train_draft(
         objective=config.objective,
         adapter=adapter,
         start=start,
-        vocabulary=_vocabulary(config, start, corpus, lm.config.vocab_size),
+        vocabulary=vocabulary,
         next_token_weight=config.next_token_weight,
         remat=config.remat,
     )
+    if config.fit_rows and not has_states(run):
+        size = config.loop.batch_size // config.loop.accumulate
+        task.start = fitted_draft(
+            lm.config,
+            lm.params,
+            draft,
+            adapter,
+            Batches(corpus.rows, size, config.loop.seed),
+            -(-min(config.fit_rows, len(corpus.rows)) // size),
+            seed=config.loop.seed,
+            progress=progress,
+        )
     make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=lm.eos_token_ids)
     decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
 
@@ -129,6 +143,7 @@ def train_draft(
         "adapter": dataclasses.asdict(task.adapter),
         "vocabulary": None if task.vocabulary is None else len(task.vocabulary),
         "start": config.start,
+        "fit_rows": config.fit_rows,
         "loss_weights": task.loss_weights,
         "dtype": lm.config.dtype,
         "target_crc32": checkpoint.weights_checksum(model),
@@ -148,7 +163,7 @@ def train_draft(
     # A smaller vocabulary accepts less, on purpose: all are compared with the new one's.
     same = {"vocabulary": task.vocabulary}
     untrained = before
-    if start is not None:
+    if start is not None or config.fit_rows:
         untrained = decoding.measure(
             lm.params, untrained_draft(lm.config, lm.params).replace(**same)
         )
@@ -345,7 +360,17 @@ def _beginning(
             f"vocabulary (--draft-vocab) is {wanted}: the model has {target.vocab_size} tokens"
         )
     if config.start is None:
-        return config.draft or default_draft(target), config.adapter or AdapterConfig(), None
+        adapter = config.adapter or AdapterConfig()
+        if config.fit_rows and (config.mode != "adapter" or adapter.bridge_rank < 2):
+            raise ConfigError(
+                "fit_rows (--fit-rows) fits bridges: it needs mode 'adapter' and a bridge_rank "
+                "(--bridge-rank) of 2 or more"
+            )
+        return config.draft or default_draft(target), adapter, None
+    if config.fit_rows:
+        raise ConfigError(
+            "start (--start) takes that draft's bridges: leave out fit_rows (--fit-rows)"
+        )
     if config.mode != "adapter":
         raise ConfigError(f"mode {config.mode!r} starts from scratch: leave out start (--start)")
     name = config.start
@@ -362,12 +387,12 @@ def _beginning(
     if draft.replace(gamma=start.config.gamma) != start.config:
         raise ConfigError(f"start {name!r} has another skip or block attention: only γ may differ")
     had = AdapterConfig(
-        *(
-            max((x.shape[-1] for x in jax.tree.leaves(tree)[::2]), default=0)  # [down, up] each
-            for tree in (start.params.deltas, start.params.bridges, start.params.chain)
-        )
+        rank=_rank(start.params.deltas),
+        bridge_rank=_rank(start.params.bridges),
+        chain_rank=_rank(start.params.chain),
+        recall=recalled_layers(target, start.params.bridges),
     )
-    ranks = config.adapter or AdapterConfig(0, 0, 0)
+    ranks = config.adapter or NO_ADAPTER
     names = [field.name for field in dataclasses.fields(AdapterConfig)]
     adapter = AdapterConfig(*(getattr(ranks, n) or getattr(had, n) for n in names))
     for n in names:
@@ -377,6 +402,15 @@ def _beginning(
                 f"but not shrink: got {getattr(adapter, n)} (--{n.replace('_', '-')})"
             )
     return draft, adapter, start.params
+
+
+def _rank(parts: Mapping[str, Any]) -> int:
+    """The largest rank of the low-rank parts in a tree."""
+    ranks = (
+        _rank(part) if isinstance(part, Mapping) else part.shape[-1] * (name == "down")
+        for name, part in parts.items()
+    )
+    return max(ranks, default=0)
 
 
 def _vocabulary(

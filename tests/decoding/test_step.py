@@ -37,6 +37,7 @@ from tests.tiny import (
     tiny_config,
     tiny_params,
 )
+from tests.train.test_objective import noisy_draft
 
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
@@ -319,8 +320,8 @@ def test_programs_copy_no_cache_inside(program, name):
                 CONFIG, PARAMS, state.tokens[:, :64], state.cache, jnp.int32(0), 64
             )
         else:
-            draft_params = untrained_draft(CONFIG, PARAMS)
-            lowered = decode_jit.lower(spec, PARAMS, draft_params, state, jnp.int32(5), 64)
+            recalls = noisy_draft(CONFIG, PARAMS, spec.drafter.settings, recall=CONFIG.num_layers)
+            lowered = decode_jit.lower(spec, PARAMS, recalls, state, jnp.int32(5), 64)
         memory = lowered.compile().memory_analysis()
         cache = sum(x.nbytes for x in (*state.cache.keys, *state.cache.values))
         assert memory.alias_size_in_bytes >= cache  # all of it is written in place

@@ -28,7 +28,7 @@ def save_model(folder, seed=0, **changes):
 
 def save_noisy_draft(model):
     loaded = checkpoint.load(model)
-    params = noisy_draft(loaded.config, loaded.params, DRAFT, chain_rank=5)
+    params = noisy_draft(loaded.config, loaded.params, DRAFT, chain_rank=5, recall=2)
     params = params.replace(vocabulary=np.arange(2, 30, dtype=np.int32))
     save_draft(model, "good", DRAFT, params, {"steps": 7})
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_added_is_named(model, tmp_path):
     config = json.loads((alone / "config.json").read_text())
     for field, value, message in (
         ("kind", "eagle", "kind 'eagle', which this s3d_jax does not know: update"),
-        ("version", 3, "version 3"),
+        ("version", 4, "version 4"),
         ("format", "s3d_jax draft", "holds no draft"),
         ("draft", {"skip": 3}, "config.json is damaged"),
         ("target", None, "config.json is damaged"),

@@ -19,7 +19,7 @@ DRAFT = DraftConfig((False, True, True, False), 4)
 def model(chain=True, vocabulary=True, **changes) -> LM:
     config = tiny_config(**changes)
     params = tiny_params(config)
-    draft = noisy_draft(config, params, DRAFT, 0.1, chain_rank=4 if chain else 0)
+    draft = noisy_draft(config, params, DRAFT, 0.1, chain_rank=4 if chain else 0, recall=2)
     if vocabulary:
         draft = draft.replace(vocabulary=jnp.arange(1, config.vocab_size, 3))
     if config.quantization:

@@ -115,7 +115,7 @@ def test_damage_is_noticed(model):
     with pytest.raises(CheckpointError, match=r"mask_embeddings in .* is damaged: train it again"):
         read_draft(model, "a", tiny_config())
     (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 9}')
-    with pytest.raises(CheckpointError, match="format version 3"):
+    with pytest.raises(CheckpointError, match="format version 4"):
         read_draft(model, "a", tiny_config())
     (folder / "config.json").write_text('{"format": "s3d_jax draft", "version": 1}')
     with pytest.raises(CheckpointError, match="damaged"):
@@ -162,7 +162,7 @@ def test_a_vocabulary_holds_ascending_ids_of_the_model(model, vocabulary, monkey
 
 def test_a_chain_and_a_vocabulary_come_back_and_are_shown(model, capsys):
     loaded = checkpoint.load(model)
-    params = noisy_draft(loaded.config, loaded.params, DRAFT, chain_rank=6)
+    params = noisy_draft(loaded.config, loaded.params, DRAFT, chain_rank=6, recall=2)
     params = params.replace(vocabulary=np.array([2, 3, 5, 30], np.int32))
     save_draft(model, "default", DRAFT, params, {})
     stored = read_draft(model, "default", tiny_config())
@@ -171,7 +171,8 @@ def test_a_chain_and_a_vocabulary_come_back_and_are_shown(model, capsys):
     floats = sum(x.size for x in jax.tree.leaves(params)) - 4
     assert stored.num_params == floats
     assert main(["info", "--model", str(model)]) == 0
-    assert f"{floats:,} parameters, drafts 4 tokens, chain of rank 6" in capsys.readouterr().out
+    described = f"{floats:,} parameters, drafts 4 tokens, chain of rank 6, recalls 2 layers"
+    assert described in capsys.readouterr().out
     lm = s3d_jax.load(model)
     assert lm.draft_params.head[0].shape == (4, 24)
     assert s3d_jax.load(model, dtype="bfloat16").draft_params.vocabulary.dtype == np.int32

@@ -34,9 +34,9 @@ from tests.sampled import combinations, sampled
 from tests.tiny import tiny_config, tiny_params
 
 
-def noisy_draft(config, params, draft_config, scale=0.3, chain_rank=0) -> DraftParams:
+def noisy_draft(config, params, draft_config, scale=0.3, chain_rank=0, recall=0) -> DraftParams:
     """A draft whose parts all have an effect."""
-    adapter = AdapterConfig(3, 5, chain_rank)
+    adapter = AdapterConfig(3, 5, chain_rank, recall)
     draft = init_draft(config, params, draft_config, adapter, jax.random.key(1))
     leaves, tree = jax.tree.flatten(draft)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -97,7 +97,7 @@ def test_training_computes_the_draft_pass_of_decoding(name, block_attention):
     config = tiny_config(**MODELS[name])
     params = tiny_params(config)
     draft_config = DraftConfig((False, True, True, False), 4, block_attention)
-    draft = noisy_draft(config, params, draft_config)
+    draft = noisy_draft(config, params, draft_config, recall=3)
     tokens = jax.random.randint(jax.random.key(3), (2, 21), 0, config.vocab_size)
     anchors = jnp.array([[0, 9, 3], [16, 1, 20]])
     _, cache = _target_stream(config, params, tokens, tokens.shape[1] + 3 * 4)
@@ -161,10 +161,10 @@ def test_a_draft_learns_only_what_it_can_propose():
     batch = {"tokens": tokens, "learn": jnp.ones_like(tokens, bool)}
     objective, key = ObjectiveConfig("ce", decay=1.0, anchors=4, hop=False), make_key(0)
 
-    def losses(draft, name="ce"):
+    def losses(draft, name="ce", trained=False):
         chosen = dataclasses.replace(objective, objective=name)
         arguments = (config, params, draft_config, draft, chosen, batch, key)
-        return draft_losses(*arguments, target_is_trained=False, remat=False)
+        return draft_losses(*arguments, target_is_trained=trained, remat=False)
 
     anchors = random_anchors(key, batch["learn"], 4)
     rows, targets, weights = block_targets(tokens, batch["learn"], anchors, 2, 1.0)
@@ -185,6 +185,12 @@ def test_a_draft_learns_only_what_it_can_propose():
     lost = 1 - np.minimum(p[:, :, few.vocabulary], np.exp(log_q)).sum(-1)
     expected = lost[weights > 0].mean()
     assert losses(few, "tv")["draft_loss"].value == pytest.approx(expected, abs=1e-5)
+    # KL is from what the target gives to these tokens, whether it computes the others or not.
+    expected = jax.nn.log_softmax(jnp.log(p[:, :, few.vocabulary]))
+    expected = np.asarray(expected, np.float64)
+    expected = np.sum(np.exp(expected) * (expected - log_q), axis=-1)[weights > 0].mean()
+    assert losses(few, "kl")["draft_loss"].value == pytest.approx(expected, abs=1e-5)
+    assert losses(few, "kl", trained=True)["draft_loss"].value == pytest.approx(expected, abs=1e-5)
     # A text's token that cannot be drafted counts as wrong.
     right = np.asarray(few.vocabulary)[log_q.argmax(-1)] == targets
     right = np.cumprod(right.reshape(2, 4, 2), axis=2) & (weights.reshape(2, 4, 2) > 0)[..., 1:]

@@ -88,7 +88,7 @@ def test_a_draft_starts_from_another(start, model, capsys):
     assert command("second") == 0
     second = read_draft(model / "model", "second", tiny_config(), weights=False)
     assert second.config == reached.config and second.num_params == reached.num_params
-    assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5, "chain_rank": 0}
+    assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5, "chain_rank": 0, "recall": 0}
     assert second.training["before"] == reached.training["reached"]  # its starting point
     for arguments, message in (
         (("--rank", "2"), "has rank 3, which can grow but not shrink: got 2 (--rank)"),
@@ -102,9 +102,9 @@ def test_a_draft_starts_from_another(start, model, capsys):
 @pytest.mark.exhaustive
 def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start, model):
     reached, command = start
-    assert command("third", "--rank", "7") == 0
+    assert command("third", "--rank", "7", "--recall", "2") == 0
     third = read_draft(model / "model", "third", tiny_config())
-    assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5, "chain_rank": 0}
+    assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5, "chain_rank": 0, "recall": 2}
     assert third.training["before"] == reached.training["reached"]  # added ranks start at 0
     added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
     assert added.shape == (4, 24)
@@ -114,6 +114,22 @@ def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start
     assert two.config == reached.config.replace(gamma=2)
     assert two.params.mask_embeddings.shape == (1, 24)
     assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it starts from a trained one
+
+
+def test_a_fit_is_where_training_begins(model, capsys):
+    size = ("--steps", "2", "--recall", "2", "--rank", "4", "--bridge-rank", "40")
+    parts = (*size, "--fit-rows", "40")
+    assert train(model, "fitted", *parts) == 0
+    report = read_draft(model / "model", "fitted", tiny_config()).training
+    assert (report["adapter"]["recall"], report["fit_rows"]) == (2, 40)
+    assert train(model, "unfitted", *size) in (0, 2)  # two steps teach nothing
+    without = (model / "run-unfitted/metrics.jsonl").read_text().splitlines()[0]
+    untrained = json.loads(without)["validation"]["tokens_per_iteration"]
+    # It begins from a draft that proposes something.
+    assert "as fitted, " in capsys.readouterr().out
+    assert report["before"]["tokens_per_iteration"] > untrained + 0.2
+    assert run("info", "--model", model / "model", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["drafts"]["fitted"]["recall"] == 2
 
 
 def test_a_draft_has_a_chain_and_the_frequent_tokens_of_its_data(model, capsys):
@@ -208,6 +224,17 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--skip", "2-"), "--skip takes layers"),
         (("--skip", "0-3"), "keeps no layer"),
         (("--skip", ""), "--bridge-rank: no layer is skipped"),
+        (("--skip", "", "--recall", "1"), "--bridge-rank, --recall: no layer is skipped"),
+        (("--recall", "5"), "recall (--recall) is 5: the model has 4 layers"),
+        (
+            ("--recall", "1", "--rank", "4", "--bridge-rank", "0"),
+            "there are none with bridge_rank 0 (--bridge-rank)",
+        ),
+        (
+            ("--fit-rows", "9", "--rank", "4", "--bridge-rank", "1"),
+            "fit_rows (--fit-rows) fits bridges",
+        ),
+        (("--fit-rows", "9", "--start", "x"), "--fit-rows: --start takes what that draft has"),
         (("--gamma", "0"), "gamma must be an integer >= 1"),
         (("--out", "x"), "takes no out"),
         (("--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
@@ -467,7 +494,8 @@ def test_every_option_of_training_reaches_its_setting(model, monkeypatch):
         --log-every 2 --save-every 3 --validate-every 4 --keep-states 5 --remat --row-length 64
         --valid-prompts 11 --prompt-tokens 12 --valid-tokens 13 --held-out 0.5 --gamma 3 --skip 2
         --block-attention bidirectional --rank 2 --bridge-rank 5 --objective kl --decay 0.75
-        --anchors 8 --random-anchors --name other --dtype bfloat16 --resume 5 --overwrite"""
+        --recall 1 --anchors 8 --random-anchors --name other --dtype bfloat16 --resume 5 --overwrite
+        --fit-rows 70"""
     with pytest.raises(ZeroDivisionError):
         files = ("--model", model / "model", "--data", "x", "--run", "z")
         run("train", *files, *options.split())
@@ -481,6 +509,7 @@ def test_every_option_of_training_reaches_its_setting(model, monkeypatch):
         name="other",
         dtype="bfloat16",
         draft=DraftConfig((False, False, True, False), 3, "bidirectional"),
-        adapter=AdapterConfig(2, 5),
+        fit_rows=70,
+        adapter=AdapterConfig(2, 5, recall=1),
     )
     assert (given["resume"], given["overwrite"]) == (5, True)

@@ -1,0 +1,132 @@
+"""Bridges that begin as the best linear stand-in for the layers of their gap.
+
+A least-squares fit over a few hundred rows takes a minute, and gives a draft that training by
+gradients would need many hundred steps for.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s3d_jax.keys import make_key
+from s3d_jax.machine import check_memory
+from s3d_jax.nn.draft import DraftParams, bridge_name, untrained_draft
+from s3d_jax.nn.streams import gap_streams
+from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.training import AdapterConfig
+from s3d_jax.train.objective import block_targets, random_anchors
+from s3d_jax.weights.trees import Params
+
+_ANCHORS = 64  # of a row
+_MASK_WEIGHT = 0.3  # of a block's next position, against the one before
+_RIDGE = 1e-3  # of the mean square of the inputs
+
+
+def gaps(skip: tuple[bool, ...]) -> list[int]:
+    """The layers after gaps of skipped layers; L is the head."""
+    ends = [*skip, False]
+    return [i for i in range(1, len(ends)) if ends[i - 1] and not ends[i]]
+
+
+def fitted_draft(
+    config: ModelConfig,
+    params: Params,
+    draft_config: DraftConfig,
+    adapter: AdapterConfig,
+    batches: Callable[[int], Mapping[str, np.ndarray]],
+    count: int,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> DraftParams:
+    """The untrained draft with bridges that are fitted to data, one gap after the other.
+
+    Args:
+        config, params, draft_config: the target and the draft.
+        adapter: bridge_rank and recall.
+        batches: number -> {"tokens": int32 [B, T], "learn": bool [B, T]}.
+        count: how many batches are used.
+        seed: of the anchors.
+        progress: show a bar.
+
+    Raises:
+        DeviceError: the matrices of the regression do not fit into memory.
+    """
+    from tqdm import tqdm
+
+    inputs = config.hidden_size + adapter.recall * config.num_kv_heads * config.head_dim
+    check_memory(
+        5 * 8 * inputs**2,  # the sum, a batch's part, and what the solver takes, in float64
+        f"fitting bridges with {inputs:,} inputs needs",
+        "recall fewer layers (--recall), or leave out --fit-rows",
+    )
+    draft = untrained_draft(config, params)
+    for after in gaps(draft_config.skip):
+        squares, products = np.zeros(()), np.zeros(())
+        for i in tqdm(range(count), "fitting", unit=" batches", disable=not progress):
+            key = jax.random.fold_in(make_key(seed), i)
+            static = config, draft_config, after, adapter.recall
+            sums = _sums(*static, params, draft, batches(i), key)
+            squares = squares + np.asarray(sums[0], np.float64)
+            products = products + np.asarray(sums[1], np.float64)
+        factors = linear_factors(squares, products, adapter.bridge_rank)
+        name = bridge_name(after, config.num_layers)
+        draft = draft.replace(bridges={**draft.bridges, name: factors})
+    return draft
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sums(
+    config: ModelConfig,
+    draft_config: DraftConfig,
+    after: int,
+    recalls: int,
+    params: Params,
+    draft: DraftParams,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Of one batch: Σ w·xᵀx [K, K] and Σ w·xᵀy [K, D] of a bridge's inputs x and wanted outputs y.
+
+    The draft's bridges before the gap are in place, the one over it is not.
+    """
+    tokens, learn = batch["tokens"], batch["learn"]
+    count = min(_ANCHORS, tokens.shape[1] - 1)
+    anchors = random_anchors(key, learn, count)
+    _, _, weights = block_targets(tokens, learn, anchors, draft_config.gamma, _MASK_WEIGHT)
+    x, y = gap_streams(config, params, draft_config, draft, tokens, anchors, after, recalls)
+    root = jnp.sqrt(weights)[..., None]
+    x, y = ((a.astype(jnp.float32) * root).reshape(-1, a.shape[-1]) for a in (x, y))
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return exact(x.T, x), exact(x.T, y)
+
+
+def linear_factors(squares: np.ndarray, products: np.ndarray, rank: int) -> dict[str, jax.Array]:
+    """A bridge that computes the best linear function of its inputs, as far as its rank allows.
+
+    Ridge regression of reduced rank (Izenman 1975): of the fitted outputs the directions of most
+    variance are kept. The bridge's activation is silu, and silu(z) - silu(-z) = z. So two of its
+    features make one linear one.
+
+    Args:
+        squares: Σ xᵀx, float64 [K, K].
+        products: Σ xᵀy, float64 [K, D].
+        rank: of the bridge.
+
+    Returns:
+        {"down": [K, r], "up": [r, D]}, float32, of r ≤ rank features: an even number, 2·D at most.
+    """
+    ridge = max(_RIDGE * np.trace(squares) / len(squares), 1e-30)
+    solution = np.linalg.solve(squares + ridge * np.eye(len(squares)), products)
+    variances, directions = np.linalg.eigh(solution.T @ squares @ solution)
+    kept = directions[:, ::-1][:, : rank // 2]
+    # Features of about one in size, which training changes at the pace of other drafts.
+    count = max(np.trace(squares) / len(squares), 1e-30)
+    sizes = np.sqrt(np.maximum(variances[::-1][: rank // 2], 0) / count) + 1e-6
+    down, up = solution @ kept / sizes, (kept * sizes).T
+    down, up = np.concatenate([down, -down], axis=1), np.concatenate([up, -up])
+    return {"down": jnp.asarray(down, jnp.float32), "up": jnp.asarray(up, jnp.float32)}
