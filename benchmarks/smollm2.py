@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def ready(out: Path | None = None, **options: str | None) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             convert.convert(fetch(Path(folder)), out, parity=False, **options)
     if DRAFT.exists() and not (out / "drafts" / "default").exists():
-        add_draft(DRAFT, out)
+        with warnings.catch_warnings():
+            # It was trained for the same weights in another precision, which is no news here.
+            warnings.filterwarnings("ignore", message=".* was trained for other weights")
+            add_draft(DRAFT, out)
     return out
 
 

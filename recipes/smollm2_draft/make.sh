@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, a first draft, more answers to
-# short prompts, and the draft that goes on from there with a chain and a vocabulary of its own.
+# Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, and a draft that is fitted to
+# them and then trained on them.
 #
 #   recipes/smollm2_draft/make.sh PROMPTS.jsonl WORK_DIR [ANSWERS [MORE_ANSWERS]]
 #
@@ -17,23 +17,17 @@ mkdir -p "$work"
 [ -f "$work/own.jsonl" ] || s3d distill --model "$work/model" --dtype float32 --prompts "$prompts" \
   --out "$work/own.jsonl" --limit "$answers" --max-new-tokens 192 --sampled-fraction 0.25 \
   --temperature 0.7 --batch-size 16
-
-resumed() { if [ -f "$work/$1/options.json" ]; then echo --resume; fi; }
-train() { s3d train --model "$work/model" --batch-size 8 --row-length 256 --save-every 50 \
-  --valid-prompts 16 --valid-tokens 96 "$@"; }
-
-[ -d "$work/model/drafts/first" ] || train $(resumed first) \
-  --data "$work/own.jsonl" --run "$work/first" --name first \
-  --skip 8-22 --gamma 4 --rank 32 --bridge-rank 64 \
-  --steps 1400 --learning-rate 0.002 --warmup-steps 50 --anchors 16 --validate-every 350
-
 [ -f "$work/short.jsonl" ] || s3d distill --model "$work/model" --dtype float32 --prompts "$prompts" \
   --out "$work/short.jsonl" --limit "$more" --longest-prompt 87 --seed 1 --max-new-tokens 160 \
   --sampled-fraction 0 --batch-size 32
 
-[ -d "$work/model/drafts/trained" ] || train $(resumed run) \
+resume=
+if [ -f "$work/run/options.json" ]; then resume=--resume; fi
+[ -d "$work/model/drafts/trained" ] || s3d train $resume --model "$work/model" \
   --data "$work/own.jsonl" --data "$work/short.jsonl" --run "$work/run" --name trained \
-  --start first --chain-rank 256 --draft-vocab 16384 \
-  --steps 300 --learning-rate 0.001 --warmup-steps 30 --anchors 48 --validate-every 0
+  --skip 2-20 --gamma 4 --rank 32 --bridge-rank 512 --recall 8 --fit-rows 480 --chain-rank 256 \
+  --draft-vocab 16384 --objective kl --steps 800 --learning-rate 0.001 --warmup-steps 30 --anchors 48 \
+  --batch-size 8 --row-length 256 --seed 1 --save-every 50 --validate-every 0 \
+  --valid-prompts 16 --valid-tokens 96
 
 [ -d "$work/draft" ] || s3d draft export trained "$work/draft" --model "$work/model"
