@@ -101,7 +101,6 @@ def train_draft(
         learns_text=config.mode == "full",
     )
     _show(corpus, progress)
-    vocabulary = _vocabulary(config, start, corpus, lm.config.vocab_size)
     task = DraftTask(
         lm.config,
         lm.params,
@@ -110,7 +109,7 @@ def train_draft(
         objective=config.objective,
         adapter=adapter,
         start=start,
-        vocabulary=vocabulary,
+        vocabulary=_vocabulary(config, start, corpus, lm.config.vocab_size),
         next_token_weight=config.next_token_weight,
         remat=config.remat,
     )
