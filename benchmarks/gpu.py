@@ -94,17 +94,17 @@ def _other_model(precision: str) -> Any:
     import jax.numpy as jnp
 
     import s3d_jax
-    from s3d_jax.weights.formats import FORMATS, weight_format
+    from s3d_jax.weights.formats import FORMATS
     from s3d_jax.weights.trees import store_tree, widen_tree
 
     lm = s3d_jax.load(dtype="float32")
     dtype = "float32" if precision in FORMATS else precision
     config = lm.config.replace(quantization=None, exact_sums=False, dtype=dtype)
-    params = widen_tree(weight_format(lm.config), lm.params, jnp.dtype(dtype))
+    params = widen_tree(lm.config, lm.params, jnp.dtype(dtype))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     if precision in FORMATS:
         config = config.replace(quantization=precision, exact_sums=None)
-        params = jax.device_put(store_tree(FORMATS[precision], jax.device_get(params)))
+        params = jax.device_put(store_tree(config, jax.device_get(params)))
     draft = jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, _unmerged(lm)
     )

@@ -143,10 +143,10 @@ def _convert(argv: list[str]) -> int:
             file=sys.stderr,
         )
     if (loss := report.loss) is not None and loss.kl > loss.acceptable_kl:
-        rotated = "--quantize int8 or " if report.config.quantization == "int8-plain" else ""
+        better = "--quantize int8 or " if report.config.quantization != "int8" else ""
         print(
             f"warning: the KL divergence from the float weights is {loss.kl:.2g} nats, above "
-            f"{loss.acceptable_kl}, so the text will often differ: convert with {rotated}--dtype "
+            f"{loss.acceptable_kl}, so the text will often differ: convert with {better}--dtype "
             "bfloat16",
             file=sys.stderr,
         )

@@ -92,7 +92,8 @@ def _measure(
     params = {name: jax.device_put(dict(tree)) for name, tree in groups}
     p = log_probabilities(unquantized, params)
     del params
-    q = log_probabilities(config, checkpoint.load(native).params)
+    stored = checkpoint.load(native)
+    q = log_probabilities(stored.config, stored.params)
     return _loss(p, q, ids, has_vocabulary(native)), ""
 
 

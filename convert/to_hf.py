@@ -23,7 +23,6 @@ from s3d_jax.storage.native import Header, read_group, read_header
 from s3d_jax.storage.staging import check_apart, staged_folder
 from s3d_jax.storage.tokenizer import copy_tokenizer
 from s3d_jax.storage.trees import flatten
-from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import widen_tree
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -129,7 +128,7 @@ def _tensors(header: Header, table: Table) -> Iterator[tuple[Part, np.ndarray]]:
             group = here
             arrays.clear()  # before the next one is read
             dtype = FLOATS[header.config.dtype]
-            tree = widen_tree(weight_format(header.config), read_group(header, group), dtype)
+            tree = widen_tree(header.config, read_group(header, group), dtype, group)
             arrays.update(flatten(tree, group))
         yield from pieces(parts, arrays[path])
 

@@ -23,7 +23,6 @@ from s3d_jax.nn.transformer import forward_logits, init_params
 from s3d_jax.settings.drafting import DrafterSettings, PassCosts
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
-from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import Params, widen_tree
 
 
@@ -54,7 +53,7 @@ def embedded_in_float() -> LM:
     config = lm.config.replace(quantization=None)
     return LM(
         config,
-        widen_tree(weight_format(lm.config), lm.params, config.dtype),
+        widen_tree(lm.config, lm.params, config.dtype),
         draft_config=lm.draft_config,
         draft_params=read_draft(EMBEDDED, "default", config).params,
         tokenizer=lm.tokenizer,

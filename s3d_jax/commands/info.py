@@ -120,6 +120,7 @@ def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
     from s3d_jax.errors import ConfigError
     from s3d_jax.lm import default_draft
     from s3d_jax.settings.model import DTYPES
+    from s3d_jax.weights.formats import in_memory
 
     config, drafts = header.config, arguments.method != "ar"
     for name in ("context", "batch", "gamma"):
@@ -144,10 +145,12 @@ def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
             drafting = (drafting[0].replace(gamma=arguments.gamma), drafting[1])
     gamma = 0 if drafting is None else drafting[0].gamma
     plan = plan_of(context, arguments.batch or 1, gamma, config.max_position_embeddings)
-    precisions = [config]  # int8 is rounded already
+    precisions = [config]  # what is rounded stays so; CPUs may hold it otherwise
+    if (held := in_memory(config, "cpu")) != config:
+        precisions.append(held)
     if config.quantization is None:
         precisions = [config.replace(dtype=dtype) for dtype in DTYPES]
-        precisions.append(config.replace(quantization="int8"))
+        precisions += [config.replace(quantization=name) for name in ("int8", "int4")]
     scratch = scratch_bytes(config, plan, drafting)
     return [ledger(one, plan, drafting, scratch) for one in precisions]
 

@@ -15,6 +15,7 @@ from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.largest import largest
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.trees import Params
 
 
@@ -119,14 +120,13 @@ class Drafter(Proposer):
     def nbytes(self, target: Target, plan: SlotPlan) -> int:
         """Bytes that it needs in addition to the target's weights and cache."""
         shared = {id(x) for x in jax.tree.leaves(target.params)}
-        own = {id(x): x.nbytes for x in jax.tree.leaves(self.params(target))}
+        own = {id(x): num_bytes(x) for x in jax.tree.leaves(self.params(target))}
         weights = sum(size for key, size in own.items() if key not in shared)
         return weights + self.state_bytes(plan)
 
     def state_bytes(self, plan: SlotPlan) -> int:
         """Bytes of its own state."""
-        state = jax.tree.leaves(jax.eval_shape(lambda: self.init(plan)))
-        return sum(x.size * x.dtype.itemsize for x in state)
+        return num_bytes(jax.eval_shape(lambda: self.init(plan)))
 
     @property
     def gamma(self) -> int:

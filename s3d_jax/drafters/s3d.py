@@ -14,7 +14,7 @@ from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.draft import begin_chain, chained, with_head
 from s3d_jax.nn.transformer import hidden_states, logits_of
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
-from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.formats import bound_by_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,7 @@ class S3D(Drafter):
         tuned, draft = target.tuning, drafter.settings
         if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
             return Choice(drafter, tuned.costs, tuned.improvement_factor)
-        weights, dtype = weight_format(target.config), target.config.dtype
-        memory_bound = weights.bound_by_memory(dtype, default_device().platform)
+        memory_bound = bound_by_memory(target.config, default_device().platform)
         return Choice(drafter, PassCosts.estimated(draft, memory_bound))
 
     def validate(self, target: Target) -> None:

@@ -31,8 +31,7 @@ from s3d_jax.storage.json_files import read_json_object, write_json
 from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import flatten, unflatten
-from s3d_jax.weights.base import WeightFormat
-from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.trees import Params, store_tree, widen_tree
 
 FORMAT, VERSION = "s3d_jax draft", 4
@@ -266,7 +265,7 @@ MOST_MERGED = 64 * 2**20
 def merged_bytes(params: Params, draft: DraftParams) -> int:
     """Bytes of the layer copies that `merge_deltas` makes; of arrays or their shapes."""
     leaves = [x for name in draft.deltas for x in jax.tree.leaves(params[name])]
-    return sum(x.size * x.dtype.itemsize for x in leaves)
+    return num_bytes(leaves)
 
 
 def is_merged(params: Params, draft: DraftParams) -> bool:
@@ -291,34 +290,34 @@ def merge_deltas(config: ModelConfig, params: Params, draft: DraftParams) -> Dra
     Raises:
         CheckpointError: the weight format cannot represent a layer with its delta.
     """
-    weights = weight_format(config)
     layers: dict[str, Any] = {}
     for name, deltas in draft.deltas.items():
         layer = {part: dict(linears) for part, linears in params[name].items()}
         for part, factors in deltas.items():
             for linear, delta in factors.items():
+                module = f"{name}/{part}/{linear}"
                 try:
-                    layer[part][linear] = _add_delta(weights, layer[part][linear], delta)
+                    layer[part][linear] = _add_delta(config, module, layer[part][linear], delta)
                 except ValueError as error:
                     raise CheckpointError(
-                        f"the draft cannot be used, train it again: {name}/{part}/{linear} with "
-                        f"its delta: {error}"
+                        f"the draft cannot be used, train it again: {module} with its delta: "
+                        f"{error}"
                     ) from error
         layers[name] = layer
     return draft.replace(deltas={}, layers=layers)
 
 
 def _add_delta(
-    weights: WeightFormat, arrays: Mapping[str, Any], delta: Mapping[str, jax.Array]
+    config: ModelConfig, module: str, arrays: Params, delta: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """A linear layer's arrays with a low-rank delta added to its matrix, in the same format.
 
     Raises:
         ValueError: the format cannot represent a number of the sum.
     """
-    whole = widen_tree(weights, arrays, jnp.float32)
+    whole = widen_tree(config, arrays, jnp.float32, module)
     whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
-    stored = store_tree(weights, jax.device_get(whole))
+    stored = store_tree(config, jax.device_get(whole), module)
     return {name: jnp.asarray(x, arrays[name].dtype) for name, x in stored.items()}
 
 

@@ -16,6 +16,7 @@ from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import peak_memory_bytes
 from s3d_jax.nn.cache import Kept
 from s3d_jax.text import TextRow
+from s3d_jax.weights.base import num_bytes
 
 
 class Batch(Runner):
@@ -157,7 +158,7 @@ class Batch(Runner):
     def nbytes(self) -> int:
         """Bytes of weights, caches and what the drafter needs; computed, without activations."""
         target, drafter = self._target, self._drafter
-        weights = {id(x): x.nbytes for x in jax.tree.leaves(target.params)}
+        weights = {id(x): num_bytes(x) for x in jax.tree.leaves(target.params)}
         more = 0 if drafter is None else drafter.nbytes(target, self._plan)
         return sum(weights.values()) + self._plan.cache_bytes(target.config) + more
 

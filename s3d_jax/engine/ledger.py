@@ -1,7 +1,6 @@
 """What a generation will need of a device's memory, computed before anything is loaded."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from s3d_jax.nn.transformer import abstract_params, weight_bytes
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.weights.base import num_bytes
 
 # GiB that nvidia-smi shows of cards that Colab lends, without what CUDA takes for itself.
 CARDS = {"T4": 15.0 - 0.5, "L4": 22.5 - 0.5, "A100": 40.0 - 0.5}
@@ -84,9 +84,9 @@ def ledger(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None, scrat
     params, more = abstract_params(config), 0
     if drafting is not None:
         draft = _abstract_draft(config, params, drafting)
-        more = _nbytes(draft)
+        more = num_bytes(draft)
         if is_merged(params, draft):
-            more += merged_bytes(params, draft) - _nbytes(draft.deltas)
+            more += merged_bytes(params, draft) - num_bytes(draft.deltas)
     rows = len(plan.lengths)
     return Ledger(
         precision=config.precision,
@@ -147,7 +147,3 @@ def _abstract_draft(config: ModelConfig, params: Any, drafting: Drafting) -> Dra
         return with_head(config, params, draft)
 
     return jax.eval_shape(loaded, params)
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -20,7 +20,7 @@ from s3d_jax.nn.largest import largest_few
 from s3d_jax.nn.layers import rms_norm
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
-from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.formats import EMBED, HEAD, head_format, weight_format
 from s3d_jax.weights.trees import Params, float_dtype
 
 CANDIDATES = 16  # of each row, which the token before can move
@@ -80,10 +80,10 @@ class DraftParams(flax.struct.PyTreeNode):
 
 def head_matrix(config: ModelConfig, params: Params) -> Arrays:
     """The matrix of the target's head [V, D], as the weight format stores it."""
-    parts = weight_format(config).parts
+    parts = head_format(config).parts
     if config.tie_embeddings:
-        return tuple(params["embed"][part] for part in parts("embedding"))
-    return tuple(params["lm_head"][part] for part in parts("weight"))
+        return tuple(params[EMBED][part] for part in parts("embedding"))
+    return tuple(params[HEAD][part] for part in parts("weight"))
 
 
 @under_usual_jax_settings
@@ -94,7 +94,7 @@ def with_head(config: ModelConfig, params: Params, draft: DraftParams) -> DraftP
     """
     if draft.vocabulary is None or draft.head:
         return draft
-    rows = weight_format(config).take_rows(head_matrix(config, params), draft.vocabulary)
+    rows = head_format(config).take_rows(head_matrix(config, params), draft.vocabulary)
     return draft.replace(head=rows)
 
 
@@ -171,7 +171,7 @@ def begin_chain(
     """
     head = head_matrix(config, params) if draft.vocabulary is None else draft.head
     best = largest_few(logits, min(CANDIDATES, logits.shape[-1]))
-    weights = weight_format(config).look_up(head, best, config.dtype).astype(jnp.float32)
+    weights = head_format(config).look_up(head, best, config.dtype).astype(jnp.float32)
     normed = rms_norm(hidden.astype(jnp.float32), config.norm_eps)
     down = draft.chain["down"][: hidden.shape[-1]].astype(jnp.float32)
     return Chain(best, weights, _product(normed, down))
@@ -201,8 +201,8 @@ def chained(
     Returns:
         float32 [B, T, V']; it differs at `chain.best`.
     """
-    weights = weight_format(config)
-    table = tuple(params["embed"][part] for part in weights.parts("embedding"))
+    weights = weight_format(config, EMBED)
+    table = tuple(params[EMBED][part] for part in weights.parts("embedding"))
     embedded = weights.look_up(table, before, config.dtype).astype(jnp.float32)
     normed = rms_norm(embedded, config.norm_eps)
     down = draft.chain["down"][embedded.shape[-1] :].astype(jnp.float32)
@@ -227,13 +227,13 @@ def untrained_draft(config: ModelConfig, params: Params) -> DraftParams:
 @under_usual_jax_settings
 def mean_embedding(config: ModelConfig, params: Params, power: int = 1) -> jax.Array:
     """The mean over all tokens of their embeddings, or of a power of each number: float32 [D]."""
-    return _mean_embedding(config, params["embed"], float_dtype(params), power)
+    return _mean_embedding(config, params[EMBED], float_dtype(params), power)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "power"))
 def _mean_embedding(config: ModelConfig, embed: Params, dtype: jnp.dtype, power: int) -> jax.Array:
     # Part by part: the table is never in memory as float32.
-    weights, size = weight_format(config), config.vocab_size
+    weights, size = weight_format(config, EMBED), config.vocab_size
     table, part = tuple(embed[name] for name in weights.parts("embedding")), min(_PART, size)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights import exact
 from s3d_jax.weights.base import INIT_DEVIATION
 from s3d_jax.weights.dense import product
-from s3d_jax.weights.formats import exact_sums, weight_format
+from s3d_jax.weights.formats import EMBED, exact_sums, weight_format
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -50,7 +50,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
         """[..., in] -> [..., out]."""
-        dtype, weights = self.config.dtype, weight_format(self.config)
+        dtype, weights = self.config.dtype, weight_format(self.config, "/".join(self.path))
         shape = self.features, x.shape[-1]
         matrix = weights.declare(self, "weight", shape, dtype, random_weight)
         y = weights.multiply(x, matrix, jnp.dtype(self.out_dtype or x.dtype))
@@ -162,7 +162,7 @@ class Embedding(nn.Module):
         cfg = self.config
         init = nn.initializers.normal(INIT_DEVIATION)
         shape = (cfg.vocab_size, cfg.hidden_size)
-        self.weights = weight_format(cfg)
+        self.weights = weight_format(cfg, EMBED)
         self.table = self.weights.declare(self, "embedding", shape, cfg.dtype, init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

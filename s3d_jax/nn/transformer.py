@@ -19,7 +19,8 @@ from s3d_jax.nn.draft import DraftParams, bridge_name, recall, recalled_layers, 
 from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge
 from s3d_jax.nn.rope import Rotary, rotary_table
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.base import num_bytes
+from s3d_jax.weights.formats import head_format
 from s3d_jax.weights.trees import Params
 
 
@@ -213,7 +214,7 @@ class Transformer(nn.Module):
         """
         cfg = self.config
         if draft is not None and draft.vocabulary is not None:
-            logits = weight_format(cfg).multiply(x, draft.head, jnp.float32)
+            logits = head_format(cfg).multiply(x, draft.head, jnp.float32)
         else:
             logits = self.embed.logits(x) if cfg.tie_embeddings else self.lm_head(x)
         if cfg.logit_divisor != 1.0:
@@ -378,4 +379,4 @@ def num_params(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of all arrays of the model."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_params(config)))
+    return num_bytes(abstract_params(config))

@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = {
     "int8": "linear layers, embeddings and head in int8, rotated, with one scale per output",
     "int8-plain": "the same without rotation, faster in models of a few million parameters",
+    "int4": "linear layers in 4.25 bits, rotated, in groups of 32; embeddings and head as in int8",
 }
 # Upper bounds, so that a corrupt config fails fast.
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
@@ -169,6 +170,11 @@ class ModelConfig(Record):
             self.quantization in (None, *QUANTIZATIONS),
             f"quantization must be None or one of {tuple(QUANTIZATIONS)}, "
             f"got {self.quantization!r:.80}",
+        )
+        inputs = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
+        check(
+            self.quantization != "int4" or not any(width % 2 for width in inputs),
+            f"int4 needs matrices of even widths, and the model's are {inputs}: use int8",
         )
         check(self.qk_norm or not self.qk_norm_joint, "qk_norm_joint is True, and qk_norm is False")
         check(

@@ -27,6 +27,7 @@ _BATCH_BYTES = 2**25
 # What tensorstore raises for files that it cannot read, by the kind of damage.
 _REFUSALS = (ValueError, IndexError, KeyError, NotImplementedError, OSError)
 _MANIFEST = "manifest.ocdbt"
+_INT4 = "int4"  # a type of jax and ml_dtypes; numpy gives each number a byte
 
 
 class ArrayRecord(NamedTuple):
@@ -91,6 +92,7 @@ class ArrayWriter:
             for path, array in self._batch.items():
                 # Values stay out of the tree's nodes: a damaged node would hide many arrays.
                 place = _in_store(self._folder, path) | {"config": {"max_inline_value_bytes": 0}}
+                array = _packed(array)
                 spec = {
                     "driver": "zarr3",
                     "kvstore": place,
@@ -137,6 +139,8 @@ def read_array(
         if cause is not None and not isinstance(cause, FileNotFoundError):
             raise CheckpointError(f"cannot read {path} in {folder}: {cause.strerror}") from error
         raise CheckpointError(f"cannot read {path} in {folder}: {advice} ({error})") from error
+    if dtype is not None and dtype.name == _INT4 and array.dtype == np.uint8:
+        array = _unpacked(array)
     fits = array.shape == record.shape and (dtype is None or array.dtype == dtype)
     if not fits or crc32(array) != record.crc32:
         raise CheckpointError(f"{path} in {folder} is damaged: {advice}")
@@ -230,6 +234,23 @@ def _layout(array: np.ndarray) -> dict[str, Any]:
         "chunk_grid": chunks,
         "codecs": [codec],
     }
+
+
+def _packed(array: np.ndarray) -> np.ndarray:
+    """An array as it is stored: int4 numbers lie two in a byte, the first of a pair lowest."""
+    if array.dtype.name != _INT4:
+        return array
+    pairs = array.view(np.uint8).reshape(*array.shape[:-1], -1, 2)
+    return pairs[..., 0] & 15 | pairs[..., 1] << 4
+
+
+def _unpacked(packed: np.ndarray) -> np.ndarray:
+    """int4 numbers of an array that `_packed` made."""
+    import ml_dtypes
+
+    signed = packed.view(np.int8)
+    pairs = np.stack([np.left_shift(signed, 4) >> 4, signed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1).astype(ml_dtypes.int4)
 
 
 def crc32(array: np.ndarray) -> int:

@@ -13,7 +13,6 @@ key: embed, layers_0, ..., final_norm, lm_head.
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -92,6 +91,15 @@ class Header:
     def groups(self) -> tuple[str, ...]:
         """Top-level keys of the parameter tree, in the order in which they were written."""
         return tuple(dict.fromkeys(top_level_key(path) for path in self.arrays))
+
+    @property
+    def modules(self) -> dict[str, list[str]]:
+        """Names of the arrays of each module: {"layers_0/mlp/down": ["weight"]}."""
+        modules: dict[str, list[str]] = {}
+        for path in self.arrays:
+            module, _, name = path.rpartition("/")
+            modules.setdefault(module, []).append(name)
+        return modules
 
     @property
     def has_tokenizer(self) -> bool:
@@ -282,13 +290,19 @@ def load(
     import jax
     from tqdm import tqdm
 
+    from s3d_jax.nn.transformer import weight_bytes
+    from s3d_jax.weights.base import num_bytes
+    from s3d_jax.weights.formats import in_memory
+    from s3d_jax.weights.trees import held_tree
+
     header = read_header(path)
-    default_device()  # a missing one should not look like damaged weights
-    config = header.config if dtype is None else header.config.replace(dtype=dtype)
-    dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
+    backend = default_device().platform  # a missing one should not look like damaged weights
+    stored = header.config if dtype is None else header.config.replace(dtype=dtype)
+    config = in_memory(stored, backend)
+    dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
-    needed = sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items())
+    needed = weight_bytes(config)
     check_memory(
         needed,
         f"the weights of {path} in {config.precision} need",
@@ -304,14 +318,18 @@ def load(
         leave=False,
         delay=1,
     ) as bar:
-        for name in header.arrays:
-            try:
-                array = cast(_read(header, name), dtypes[name], name)
-            except Overflow as error:  # go on, to name all of them
-                overflowing += error.names
-                continue
-            params[name] = jax.device_put(array)
-            bar.update(array.nbytes)
+        for module, names in header.modules.items():
+            arrays: dict[str, np.ndarray] = {}
+            for name in names:
+                path = f"{module}/{name}"
+                try:
+                    arrays[name] = cast(_read(header, path), dtypes[path], path)
+                except Overflow as error:  # go on, to name all of them
+                    overflowing += error.names
+            if not overflowing:
+                for name, array in held_tree(stored, arrays, backend, module).items():
+                    params[f"{module}/{name}"] = jax.device_put(array)
+                    bar.update(num_bytes(array))
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))
     return Checkpoint(header, config, unflatten(params))

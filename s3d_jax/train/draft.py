@@ -25,7 +25,7 @@ from s3d_jax.train.objective import (
     next_token_loss,
     random_anchors,
 )
-from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.formats import trainable
 from s3d_jax.weights.trees import Params, float_dtype
 
 NO_ADAPTER = AdapterConfig(rank=0, bridge_rank=0, chain_rank=0, recall=0)
@@ -179,7 +179,7 @@ class DraftTask:
         check_adapter(config, draft_config, adapter if mode == "adapter" else NO_ADAPTER)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
-        if mode == "full" and not weight_format(config).trainable:
+        if mode == "full" and not trainable(config):
             raise ConfigError(
                 f"mode 'full' changes the target's weights, and these are {config.quantization}: "
                 "train the checkpoint that they were made from, and quantize the result"

@@ -1,15 +1,29 @@
 """The protocol of weight formats: how the matrices of a model are stored and multiplied."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 INIT_DEVIATION = 0.02  # of random weights
 Arrays = tuple[jax.Array, ...]
 Init = Callable[..., jax.Array]  # (key, shape, dtype) -> array
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes, on a device: two int4 numbers share a byte there.
+
+    Their own `nbytes` counts a byte for each.
+    """
+    leaves = jax.tree.leaves(tree)
+    bits = sum(
+        math.prod(x.shape) * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) for x in leaves
+    )
+    return bits // 8
 
 
 class WeightFormat(Protocol):

@@ -7,21 +7,59 @@ To add a format, write it in a file of this folder, add it to `FORMATS`, and des
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import WeightFormat
 from s3d_jax.weights.dense import Dense
+from s3d_jax.weights.int4 import Int4
 from s3d_jax.weights.int8 import Int8
+
+EMBED, HEAD = "embed", "lm_head"  # the modules whose matrices have a row for each token
 
 FORMATS: dict[str | None, WeightFormat] = {
     None: Dense(),
     "int8": Int8(rotated=True),
     "int8-plain": Int8(rotated=False),
+    "int4": Int4(),
 }
+# The formats of the embeddings and the head, where they are not that of the layers. In 4 bits these
+# two cost as much quality as all layers together (docs/log).
+_TABLES: dict[str | None, WeightFormat] = {"int4": FORMATS["int8"]}
 
 
-def weight_format(config: ModelConfig) -> WeightFormat:
-    """The format of a model's matrices."""
-    return FORMATS[config.quantization]
+def weight_format(config: ModelConfig, module: str) -> WeightFormat:
+    """The format of a module's matrix.
+
+    Args:
+        config: of the model.
+        module: its path in the parameter tree, such as "embed" or "layers_0/mlp/down".
+    """
+    layers = FORMATS[config.quantization]
+    return _TABLES.get(config.quantization, layers) if module in (EMBED, HEAD) else layers
+
+
+def head_format(config: ModelConfig) -> WeightFormat:
+    """The format of the matrix that makes the logits; the table's, if it is tied."""
+    return weight_format(config, EMBED if config.tie_embeddings else HEAD)
+
+
+def in_memory(config: ModelConfig, backend: str) -> ModelConfig:
+    """The model as a backend holds it: CPUs hold int4 as int8, which they multiply.
+
+    The numbers are the same. XLA would widen int4 on a CPU once per pass, in temporary memory.
+    """
+    if backend == "cpu" and config.quantization == "int4":
+        return config.replace(quantization="int8")
+    return config
+
+
+def trainable(config: ModelConfig) -> bool:
+    """Whether the model's matrices have gradients."""
+    return FORMATS[config.quantization].trainable
 
 
 def exact_sums(config: ModelConfig) -> bool:
     """Whether the model's norms and attention sum independently of the order (`exact`)."""
     asked = config.exact_sums
-    return weight_format(config).exact_sums if asked is None else asked
+    return FORMATS[config.quantization].exact_sums if asked is None else asked
+
+
+def bound_by_memory(config: ModelConfig, backend: str) -> bool:
+    """Whether the backend multiplies a few rows in the time that it takes to read the weights."""
+    return FORMATS[config.quantization].bound_by_memory(config.dtype, backend)

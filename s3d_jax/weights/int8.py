@@ -21,7 +21,7 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
 _WIDE, _WIDE_PER_ROW = 512, 64  # with more inputs, transposing the result costs less than it saves
 _COLUMNS = 4  # what a sum is made for at the cost of one
 _SHORT, _TALL = 1024, 4  # a tall matrix of short rows is better packed than multiplied first
-_AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
+AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 
 
 class Int8:
@@ -94,11 +94,9 @@ def quantize(matrix: np.ndarray, rotated: bool = False) -> tuple[np.ndarray, np.
         ValueError: it holds infinities or NaN.
     """
     quantized, scale = np.empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
-    rows = max(1, _AT_ONCE // matrix.shape[1])
+    rows = max(1, AT_ONCE // matrix.shape[1])
     for start in range(0, len(matrix), rows):
-        part = matrix[start : start + rows].astype(np.float32)
-        if not np.isfinite(part).all():
-            raise ValueError("a matrix holds infinities or NaN, which int8 cannot represent")
+        part = finite_rows(matrix[start : start + rows], "int8")
         if rotated:
             part = rotate(part / np.float32(block_of(part.shape[1])))
         step = np.max(np.abs(part), axis=1) / np.float32(LARGEST)
@@ -106,6 +104,18 @@ def quantize(matrix: np.ndarray, rotated: bool = False) -> tuple[np.ndarray, np.
         quantized[start : start + rows] = np.rint(part / step[:, None])
         scale[start : start + rows] = step
     return quantized, scale
+
+
+def finite_rows(rows: np.ndarray, precision: str) -> np.ndarray:
+    """Rows of a matrix as float32.
+
+    Raises:
+        ValueError: they hold infinities or NaN, which the precision cannot represent.
+    """
+    rows = rows.astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise ValueError(f"a matrix holds infinities or NaN, which {precision} cannot represent")
+    return rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

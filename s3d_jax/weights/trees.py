@@ -1,56 +1,103 @@
-"""Parameter trees: float trees are stored in a weight format, stored trees are widened again."""
+"""Parameter trees: float trees are stored in weight formats, stored trees are widened again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from s3d_jax.weights.base import WeightFormat
+from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.base import Arrays
+from s3d_jax.weights.formats import FORMATS, in_memory, weight_format
+from s3d_jax.weights.int4 import Int4
 
 Params = Mapping[str, Any]
 
 MATRICES = ("weight", "embedding")  # the names of matrices in the tree; everything else is a vector
 
 
-def store_tree(weights: WeightFormat, tree: Params) -> dict[str, Any]:
-    """A float tree with its matrices in a format; vectors (norms, biases) stay as they are.
+def store_tree(config: ModelConfig, tree: Params, module: str = "") -> dict[str, Any]:
+    """A float tree with its matrices in the model's formats.
+
+    Vectors (norms, biases) stay as they are.
 
     Args:
-        weights: the format.
+        config: of the model; names the formats.
         tree: a parameter tree or a part of it, numpy arrays.
+        module: the path of that part, such as "layers_0"; "" is the whole.
 
     Raises:
-        ValueError: the format cannot represent a number of a matrix.
+        ValueError: a format cannot represent a number of a matrix.
     """
     out: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            out[name] = store_tree(weights, value)
+            out[name] = store_tree(config, value, _inside(module, name))
         elif name in MATRICES:
+            weights = weight_format(config, module)
             out.update(zip(weights.parts(name), weights.store(value), strict=True))
         else:
             out[name] = value
     return out
 
 
-def widen_tree(weights: WeightFormat, tree: Params, dtype: Any) -> dict[str, Any]:
+def widen_tree(config: ModelConfig, tree: Params, dtype: Any, module: str = "") -> dict[str, Any]:
     """The float tree of a stored one.
 
     Args:
-        weights: the format of the tree.
+        config: of the stored model; names the formats.
         tree: a parameter tree or a part of it, numpy or jax arrays.
         dtype: of the matrices; vectors keep theirs.
+        module: as in `store_tree`.
     """
-    parts = {part for name in MATRICES if name in tree for part in weights.parts(name)}
+    return _rewritten(
+        config,
+        tree,
+        module,
+        lambda module, name, arrays: {name: weight_format(config, module).widen(arrays, dtype)},
+    )
+
+
+def held_tree(config: ModelConfig, tree: Params, backend: str, module: str = "") -> dict[str, Any]:
+    """A stored tree in the formats that a backend holds it in, see `formats.in_memory`.
+
+    Args:
+        config, tree, module: as in `widen_tree`; numpy arrays.
+        backend: "cpu", "gpu" or "tpu".
+    """
+    held = in_memory(config, backend)
+
+    def rewritten(module: str, name: str, arrays: Arrays) -> dict[str, Any]:
+        weights, wanted = (weight_format(x, module) for x in (config, held))
+        if isinstance(weights, Int4) and wanted is FORMATS["int8"]:
+            arrays = weights.as_int8(arrays)
+        return dict(zip(wanted.parts(name), arrays, strict=True))
+
+    return _rewritten(config, tree, module, rewritten)
+
+
+def _rewritten(
+    config: ModelConfig,
+    tree: Params,
+    module: str,
+    rewrite: Callable[[str, str, Arrays], dict[str, Any]],
+) -> dict[str, Any]:
+    """A stored tree with other arrays for each matrix: `rewrite(module, name, arrays)`."""
+    parts = weight_format(config, module).parts
+    known = {name: parts(name) for name in MATRICES if name in tree}
+    of_matrices = {part for names in known.values() for part in names}
     out: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            out[name] = widen_tree(weights, value, dtype)
-        elif name in MATRICES:
-            out[name] = weights.widen(tuple(tree[part] for part in weights.parts(name)), dtype)
-        elif name not in parts:
+            out[name] = _rewritten(config, value, _inside(module, name), rewrite)
+        elif name in known:
+            out.update(rewrite(module, name, tuple(tree[part] for part in known[name])))
+        elif name not in of_matrices:
             out[name] = value
     return out
+
+
+def _inside(module: str, name: str) -> str:
+    return f"{module}/{name}" if module else name
 
 
 def float_dtype(params: Params) -> jnp.dtype:

@@ -23,7 +23,6 @@ from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.tokenizer import read_tokenizer
 from s3d_jax.storage.trees import flatten
 from s3d_jax.texts.suites import HELD_OUT
-from s3d_jax.weights.formats import FORMATS
 from s3d_jax.weights.trees import store_tree, widen_tree
 from tests.conftest import need
 from tests.convert.hf_folder import FIELDS, random_tensors, write_folder
@@ -74,9 +73,8 @@ def test_every_matrix_is_quantised_and_nothing_else(tmp_path):
         convert.convert(source, tmp_path / "float", **options)
         report = convert.convert(source, tmp_path / "int8", quantization="int8", **options)
         ours = checkpoint.load(tmp_path / "int8")
-        expected = store_tree(
-            FORMATS["int8"], jax.device_get(checkpoint.load(tmp_path / "float").params)
-        )
+        plain = jax.device_get(checkpoint.load(tmp_path / "float").params)
+        expected = store_tree(ours.config, plain)
         assert (ours.config.quantization, ours.config.dtype) == ("int8", dtype)
         ours, expected = flatten(ours.params), flatten(expected)
         assert ours.keys() == expected.keys()
@@ -141,7 +139,7 @@ def test_exports_hold_float_weights(tmp_path, stories):
     back = checkpoint.load(tmp_path / "back")
     whole = checkpoint.load(folder / "int8")
     assert back.config == whole.config.replace(quantization=None)
-    expected = flatten(widen_tree(FORMATS["int8"], whole.params, "float32"))
+    expected = flatten(widen_tree(whole.config, whole.params, "float32"))
     for path, x in flatten(back.params).items():
         np.testing.assert_array_equal(x, expected[path])
 
@@ -155,7 +153,7 @@ def test_what_is_refused(tmp_path, stories):
         (folder / "int8", dict(quantization="int8"), ConversionError, "s3d-convert export"),
         (folder / "float", revision, ConversionError, "no revision 'main'"),
         (folder / "float", {}, ConversionError, "native checkpoint already"),
-        (folder / "float", dict(quantization="int4"), ConfigError, "--quantize. must be one of"),
+        (folder / "float", dict(quantization="int3"), ConfigError, "--quantize. must be one of"),
         (folder / "float", dict(dtype="int8"), ConfigError, "dtype must be one of"),
         (folder / "float", dict(dtype="float16", text="a.txt"), ConfigError, "none is asked for"),
         (folder / "float", lost_text, InputError, "cannot read"),

@@ -7,7 +7,6 @@ import pytest
 from s3d_jax.lm import LM
 from s3d_jax.nn.draft import with_head
 from s3d_jax.settings.drafting import DraftConfig
-from s3d_jax.weights.formats import weight_format
 from s3d_jax.weights.trees import store_tree
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
@@ -23,7 +22,7 @@ def model(chain=True, vocabulary=True, **changes) -> LM:
     if vocabulary:
         draft = draft.replace(vocabulary=jnp.arange(1, config.vocab_size, 3))
     if config.quantization:
-        params = store_tree(weight_format(config), params)
+        params = store_tree(config, params)
     return LM(config, params, draft_config=DRAFT, draft_params=with_head(config, params, draft))
 
 

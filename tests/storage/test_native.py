@@ -20,7 +20,6 @@ from s3d_jax.storage import arrays
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_replaceable
 from s3d_jax.storage.trees import flatten
-from s3d_jax.weights.formats import FORMATS
 from s3d_jax.weights.trees import store_tree
 from tests.tiny import tiny_config, tiny_params
 
@@ -228,7 +227,7 @@ def test_the_format_with_files_per_array_is_read(saved):
 def test_int8_of_older_formats_is_the_plain_one(tmp_path):
     """Format version 4 gave the name to the rotated one."""
     config = CONFIG.replace(quantization="int8-plain")
-    params = store_tree(FORMATS["int8-plain"], PARAMS)
+    params = store_tree(config, PARAMS)
     checkpoint.save(tmp_path / "model", config, params)
     fields = json.loads((tmp_path / "model" / "config.json").read_text())
     assert fields["version"] == 4

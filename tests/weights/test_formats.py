@@ -13,7 +13,7 @@ from s3d_jax.nn.transformer import abstract_params, forward, forward_logits, ini
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import QUANTIZATIONS, ModelConfig
 from s3d_jax.weights import dense
-from s3d_jax.weights.formats import FORMATS, exact_sums, weight_format
+from s3d_jax.weights.formats import FORMATS, exact_sums
 from s3d_jax.weights.trees import store_tree, widen_tree
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
@@ -81,7 +81,7 @@ def shapes(tree):
 def test_a_format_from_outside_serves_the_model(nibbles, tied):
     config = nibbles.replace(tie_embeddings=tied)
     plain = config.replace(quantization=None)
-    stored = store_tree(weight_format(config), jax.device_get(tiny_params(plain)))
+    stored = store_tree(config, jax.device_get(tiny_params(plain)))
     assert (
         shapes(stored)
         == shapes(abstract_params(config))
@@ -89,7 +89,7 @@ def test_a_format_from_outside_serves_the_model(nibbles, tied):
     )
     assert stored["embed"]["embedding"].shape == (31, 12)
     stored = jax.device_put(stored)
-    whole = widen_tree(weight_format(config), stored, config.dtype)
+    whole = widen_tree(config, stored, config.dtype)
     assert shapes(whole) == shapes(abstract_params(plain))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 20)), jnp.int32)
     logits = [forward_logits(c, p, tokens) for c, p in ((config, stored), (plain, whole))]
@@ -98,13 +98,12 @@ def test_a_format_from_outside_serves_the_model(nibbles, tied):
 
 def test_a_format_from_outside_drafts(nibbles):
     plain = nibbles.replace(quantization=None)
-    weights = weight_format(nibbles)
-    params = jax.device_put(store_tree(weights, jax.device_get(tiny_params(plain))))
+    params = jax.device_put(store_tree(nibbles, jax.device_get(tiny_params(plain))))
     draft = DraftConfig((False, True, True, False), 3)
     arrays = merge_deltas(nibbles, params, noisy_draft(nibbles, params, draft))
     assert arrays.layers["layers_0"]["mlp"]["down"]["weight"].dtype == jnp.uint8
     lm = LM(nibbles, params, draft_config=draft, draft_params=arrays)
-    whole = LM(plain, widen_tree(weights, params, plain.dtype))
+    whole = LM(plain, widen_tree(nibbles, params, plain.dtype))
     for method in ("ar", "s3d"):
         (ours,) = lm.generate([[1, 2, 3]], method=method, max_new_tokens=12)
         (expected,) = whole.generate([[1, 2, 3]], method="ar", max_new_tokens=12)

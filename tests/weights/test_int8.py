@@ -26,7 +26,6 @@ from s3d_jax.settings.model import RopeConfig
 from s3d_jax.storage.trees import flatten
 from s3d_jax.train.draft import DraftTask
 from s3d_jax.weights import int8
-from s3d_jax.weights.formats import FORMATS
 from s3d_jax.weights.trees import store_tree, widen_tree
 from tests.sampled import sampled
 from tests.tiny import tiny_config, tiny_params
@@ -54,8 +53,8 @@ def quantized(changes, name="int8"):
     """A tiny model in float and in int8."""
     config = tiny_config(**changes)
     params = tiny_params(config, scale=6.0)
-    whole = jax.device_put(store_tree(FORMATS[name], jax.device_get(params)))
-    return config, params, config.replace(quantization=name), whole
+    stored = config.replace(quantization=name)
+    return config, params, stored, jax.device_put(store_tree(stored, jax.device_get(params)))
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -87,7 +86,7 @@ def test_what_is_not_finite_is_not_quantised(value, dtype, name):
     matrix = np.ones((40, 300), dtype)
     matrix[30, 7] = value
     with pytest.raises(ValueError, match="infinities or NaN"):
-        store_tree(FORMATS[name], {"mlp": {"down": {"weight": matrix}}})
+        store_tree(tiny_config(quantization=name), {"mlp": {"down": {"weight": matrix}}})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +99,7 @@ def test_the_tree_is_that_of_the_model_and_comes_back(changes, name):
     )
     assert num_params(quantized_config) == num_params(config)
     assert weight_bytes(quantized_config) == sum(x.nbytes for x in jax.tree.leaves(whole))
-    back = flatten(widen_tree(FORMATS[name], whole, config.dtype))
+    back = flatten(widen_tree(quantized_config, whole, config.dtype))
     for path, x in flatten(params).items():
         assert back[path].shape == x.shape and back[path].dtype == x.dtype
         x, y = (np.asarray(a, np.float32) for a in (x, back[path]))
