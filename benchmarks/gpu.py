@@ -99,7 +99,7 @@ def _other_model(precision: str) -> Any:
 
     lm = s3d_jax.load(dtype="float32")
     dtype = "float32" if precision in FORMATS else precision
-    config = lm.config.replace(quantization=None, exact_sums=False, dtype=dtype)
+    config = lm.config.unquantized().replace(exact_sums=False, dtype=dtype)
     params = widen_tree(lm.config, lm.params, jnp.dtype(dtype))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     if precision in FORMATS:

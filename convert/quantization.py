@@ -80,7 +80,7 @@ def _measure(
     ids = _tokens(native, config.vocab_size, calibration_text)
     if ids.shape[1] < 2:
         return None, "the text is too short"
-    unquantized = config.replace(quantization=None)
+    unquantized = config.unquantized()
     weights = FLOATS[config.dtype].itemsize * num_params(unquantized)
     if reason := lacking_memory(weights + logits_bytes(ids.size, config.vocab_size)):
         return None, reason

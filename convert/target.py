@@ -1,9 +1,10 @@
 """What a source is converted to: the model, its native arrays, and the checks before any write."""
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from convert.families import Table, native_shape, pieces
 from convert.options import ConversionOptions
 from convert.sources import base
 from convert.sources.base import FLOATS, UNKNOWN, Source
+from convert.sources.gguf.tensors import GgufSource
 from convert.sources.open import NATIVE, Origin, open_origin
 from convert.sources.wrappers import is_from_peft
 from s3d_jax.errors import ConversionError
@@ -19,9 +21,13 @@ from s3d_jax.nn.transformer import weight_bytes
 from s3d_jax.settings.model import DTYPES, ModelConfig
 from s3d_jax.storage.arrays import Overflow
 from s3d_jax.storage.staging import check_apart
-from s3d_jax.storage.trees import bullets, top_level_key, unflatten
+from s3d_jax.storage.trees import bullets, flatten, top_level_key, unflatten
+from s3d_jax.weights.blocks import Blocks
+from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights.trees import MATRICES, store_tree
 
 _MAX_LINES = 1000  # of a list of faulty tensors
+_ReadGroup = Callable[[str, Table], dict[str, Any]]
 _CACHED = 1 << 18  # elements checked at a time, few enough to stay in the processor's cache
 
 
@@ -41,9 +47,16 @@ class ConversionTarget:
     def of(
         cls, origin: Origin, dtype: str | None = None, quantization: str | None = None
     ) -> "ConversionTarget":
-        """The model in `dtype`, or in the type that it is stored in; quantised if asked for."""
+        """The model in `dtype`, or in the type that it is stored in; quantised if asked for.
+
+        Raises:
+            ConfigError: the model cannot be quantised so.
+            ConversionError: blocks are asked for, and the origin has none that can be kept.
+        """
         config = origin.config
-        return cls(origin, config.replace(dtype=dtype or config.dtype, quantization=quantization))
+        blocks = _block_kinds(origin) if quantization == "blocks" else None
+        changes = dict(dtype=dtype or config.dtype, quantization=quantization, blocks=blocks)
+        return cls(origin, config.replace(**changes))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -162,11 +175,41 @@ class ConversionTarget:
             ConversionError: a tensor cannot be read, or holds infinities or NaN.
             Overflow: values of some tensors overflow in the float type; after the last group.
         """
+        return self._read(bar, lambda group, table, read: read(group, table))
+
+    def stored_groups(self, bar: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """As `read_groups`, with matrices in the model's weight formats, as they are written.
+
+        Raises:
+            ConversionError, Overflow: as `read_groups`.
+            ValueError: a format cannot represent a number of a matrix.
+        """
+        return self._read(bar, self._stored_group)
+
+    def _read(
+        self, bar: Any, make: Callable[[str, Table, _ReadGroup], dict[str, Any]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         overflowing: list[str] = []
+        read = functools.partial(self._read_group, bar=bar, overflowing=overflowing)
         for group, table in self.groups.items():
-            yield group, self._read_group(group, table, bar, overflowing)
+            yield group, make(group, table, read)
         if overflowing:
             raise Overflow(overflowing, FLOATS[self.config.dtype])
+
+    def _stored_group(self, group: str, table: Table, read: _ReadGroup) -> dict[str, Any]:
+        if self.config.blocks is None:
+            return store_tree(self.config, read(group, table), group)
+        source, arrays = self.origin.source, dict[str, np.ndarray]()
+        assert isinstance(source, GgufSource)  # _block_kinds found blocks
+        floats = dict(table)
+        for path in table:
+            module, _, name = path.rpartition("/")
+            if isinstance(kind := weight_format(self.config, module), Blocks) and name in MATRICES:
+                parts = [kind.hold(*source.read_groups(x.name)) for x in floats.pop(path)]
+                for part, pieces in zip(kind.parts(name), zip(*parts, strict=True), strict=True):
+                    arrays[f"{module}/{part}"] = np.concatenate(pieces)
+        tree = flatten(read(group, floats), group) if floats else {}
+        return unflatten(tree | arrays)[group]
 
     def _read_group(
         self, group: str, table: Table, bar: Any, overflowing: list[str]
@@ -188,6 +231,33 @@ class ConversionTarget:
                 bar.update(piece.nbytes)
             arrays[path] = array
         return unflatten(arrays)[group]
+
+
+def _block_kinds(origin: Origin) -> tuple[str, ...]:
+    """`ModelConfig.blocks` of the model in a GGUF file: the least kind that holds each matrix."""
+    source, kinds = origin.source, list[str]()
+    if not isinstance(source, GgufSource):
+        raise ConversionError(
+            f"{origin.name} is no GGUF file, and only these hold blocks that can be kept: use "
+            "--quantize int4 or int8"
+        )
+    for path, parts in origin.table.items():
+        module, _, name = path.rpartition("/")
+        if name not in MATRICES:
+            continue
+        names = [part.name for part in parts if part.name in source.tensors]  # else `check` tells
+        found = [source.block_kind(name) for name in names]
+        blocks = [kind for kind in found if kind is not None]
+        if blocks and len(blocks) < len(found):
+            raise ConversionError(
+                f"{', '.join(names)} are one matrix here, and some of them are floats and some are "
+                "blocks: convert to int8 or a float type instead"
+            )
+        if blocks:
+            kinds.append(f"{module} {functools.reduce(Blocks.joined, blocks)}")
+    if not kinds:
+        raise ConversionError(f"{origin.name} holds floats and no blocks: leave --quantize out")
+    return tuple(kinds)
 
 
 def open_target(
@@ -226,8 +296,8 @@ def open_target(
 
 def is_rounded(stored: tuple[str, ...], config: ModelConfig) -> bool:
     """Whether casting to the model's type, or quantising, loses bits."""
-    dtype = config.dtype
-    return config.quantization is not None or (dtype != "float32" and set(stored) != {dtype})
+    dtype, quantized = config.dtype, config.quantization not in (None, "blocks")
+    return quantized or (dtype != "float32" and set(stored) != {dtype})
 
 
 def _equal(source: Source, a: str, b: str) -> bool:

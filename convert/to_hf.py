@@ -61,7 +61,7 @@ def export(
     limit = parse_size(max_shard_size)
     check_apart(out, native)
     header = read_header(native)
-    config = header.config.replace(quantization=None)  # HF's folder holds float weights
+    config = header.config.unquantized()  # HF's folder holds float weights
     family, fields = _hf_config(header, config)
     table = family.table(config)
     tensors = {part.name: part.shape for parts in table.values() for part in parts}

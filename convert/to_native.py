@@ -16,7 +16,6 @@ from s3d_jax.drafters.stored import read_draft, write_draft
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.native import CheckpointWriter, checkpoint_writer
-from s3d_jax.weights.trees import store_tree
 
 _NOT_ASKED = "not asked for"
 
@@ -162,7 +161,7 @@ def write_native(
         ) as writer,
         progress_bar("converting", target.num_float_bytes, options.progress) as bar,
     ):
-        _write_groups(writer, target.read_groups(bar))
+        _write_groups(writer, target.stored_groups(bar))
         problem = origin.tokenizer.write(writer) if origin.tokenizer else ""
         for draft in drafts:
             assert draft.params is not None  # read_draft read the weights
@@ -201,11 +200,10 @@ def write_native(
 
 
 def _write_groups(writer: CheckpointWriter, groups: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Writes the groups of a float model in the weight format of the writer's model."""
+    """Writes the groups of a model, as they are stored."""
     with ThreadPoolExecutor(1) as background:  # writes a group while the next one is read
         written = background.submit(lambda: None)
         for name, tree in groups:
-            tree = store_tree(writer.config, tree, name)
             written.result()
             written = background.submit(writer.write_group, name, tree)
         written.result()

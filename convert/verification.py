@@ -16,7 +16,6 @@ from s3d_jax.errors import ConversionError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.storage.native import Header, read_group, read_header
 from s3d_jax.storage.trees import flatten
-from s3d_jax.weights.trees import store_tree
 
 # KL divergences in nats. With the same weights, float32 leaves about 1e-9 and 16 bits leave more; a
 # wrong model exceeds either limit.
@@ -163,8 +162,8 @@ def _stored_differences(header: Header, target: ConversionTarget) -> StoredDiffe
     ]
     num_arrays, different = 0, dict[str, float | None]()
     with progress_bar("comparing", target.num_float_bytes, False) as bar:
-        for name, tree in target.read_groups(bar):
-            expected = flatten(store_tree(wanted, tree, name))
+        for name, tree in target.stored_groups(bar):
+            expected = flatten(tree)
             found = flatten(read_group(header, name)) if name in header.groups else {}
             num_arrays += len(expected)
             different |= {f"{name}/{path}": None for path in found.keys() - expected.keys()}

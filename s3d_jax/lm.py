@@ -91,7 +91,7 @@ def load(
     _warn_if_slow(loaded.config.dtype)
     trained = None if name is None else read_draft(path, name, loaded.config)
     draft_params = trained.params if trained else None
-    if draft_params and is_merged(loaded.params, draft_params):
+    if draft_params and is_merged(loaded.config, loaded.params, draft_params):
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)

@@ -42,7 +42,7 @@ FORMAT, VERSION = "s3d_jax portable draft", 3
 _READABLE_VERSIONS = (1, 2, 3)
 FILES = ("config.json", "draft.safetensors")
 # Settings in which a model may differ from the one that a draft was trained for.
-_FREE = ("dtype", "quantization", "exact_sums", "max_position_embeddings")
+_FREE = ("dtype", "quantization", "blocks", "exact_sums", "max_position_embeddings")
 _AGAIN = "get a good copy of the draft's folder"
 
 

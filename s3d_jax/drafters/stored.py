@@ -32,6 +32,7 @@ from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import flatten, unflatten
 from s3d_jax.weights.base import num_bytes
+from s3d_jax.weights.formats import takes_deltas
 from s3d_jax.weights.trees import Params, store_tree, widen_tree
 
 FORMAT, VERSION = "s3d_jax draft", 4
@@ -268,9 +269,9 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
     return num_bytes(leaves)
 
 
-def is_merged(params: Params, draft: DraftParams) -> bool:
+def is_merged(config: ModelConfig, params: Params, draft: DraftParams) -> bool:
     """Whether loading a model merges the draft's deltas."""
-    return merged_bytes(params, draft) <= MOST_MERGED
+    return takes_deltas(config) and merged_bytes(params, draft) <= MOST_MERGED
 
 
 @under_usual_jax_settings

@@ -85,7 +85,7 @@ def ledger(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None, scrat
     if drafting is not None:
         draft = _abstract_draft(config, params, drafting)
         more = num_bytes(draft)
-        if is_merged(params, draft):
+        if is_merged(config, params, draft):
             more += merged_bytes(params, draft) - num_bytes(draft.deltas)
     rows = len(plan.lengths)
     return Ledger(
@@ -104,7 +104,7 @@ def scratch_bytes(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None
     In float32, whatever the model's precision: CPUs widen 16-bit weights in temporary memory, and
     GPUs do not.
     """
-    config = config.replace(dtype="float32", quantization=None)
+    config = config.unquantized().replace(dtype="float32")
     prompts = [np.ones(n, np.int32) for n in plan.lengths]
     rows = len(prompts)
     keys = seeded_keys(np.zeros(rows, np.uint32), np.zeros(rows, np.uint32))

@@ -373,8 +373,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def num_params(config: ModelConfig) -> int:
     """Number of parameters. Tied embeddings count once; arrays of a weight format do not count."""
-    unquantized = config.replace(quantization=None)
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(unquantized)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config.unquantized())))
 
 
 def weight_bytes(config: ModelConfig) -> int:

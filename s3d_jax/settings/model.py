@@ -17,6 +17,7 @@ QUANTIZATIONS = {
     "int8": "linear layers, embeddings and head in int8, rotated, with one scale per output",
     "int8-plain": "the same without rotation, faster in models of a few million parameters",
     "int4": "linear layers in 4.25 bits, rotated, in groups of 32; embeddings and head as in int8",
+    "blocks": "the blocks of a GGUF file as they are: no weight is rounded a second time",
 }
 # Upper bounds, so that a corrupt config fails fast.
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
@@ -122,6 +123,9 @@ class ModelConfig(Record):
             float32.
         quantization: a name of QUANTIZATIONS, the weight format of linear layers, embeddings and
             head. None means that their type is `dtype`.
+        blocks: the kind of blocks of each matrix of quantization "blocks", such as
+            "layers_0/mlp/down 4x32:float16+offset" (`weights.blocks`); matrices that are not named
+            are floats.
         exact_sums: norms and attention give a token the same bits alone and in a block. None means
             that the weight format decides; int8 needs it.
     """
@@ -157,6 +161,7 @@ class ModelConfig(Record):
     local_rope: RopeConfig | None = None
     dtype: str = option("float32", choices=DTYPES)
     quantization: str | None = None
+    blocks: tuple[str, ...] | None = None
     exact_sums: bool | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +175,11 @@ class ModelConfig(Record):
             self.quantization in (None, *QUANTIZATIONS),
             f"quantization must be None or one of {tuple(QUANTIZATIONS)}, "
             f"got {self.quantization!r:.80}",
+        )
+        check(
+            (self.quantization == "blocks") == (self.blocks is not None),
+            "blocks belong to quantization 'blocks', which names the kind of each matrix: convert "
+            "a GGUF file to it (s3d-convert model.gguf OUT --quantize blocks)",
         )
         inputs = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
         check(
@@ -228,6 +238,10 @@ class ModelConfig(Record):
     def precision(self) -> str:
         """Name of the weights' type: the quantisation if there is one, else the dtype."""
         return self.quantization or self.dtype
+
+    def unquantized(self) -> Self:
+        """The model with float weights, of its dtype."""
+        return self.replace(quantization=None, blocks=None)
 
     @property
     def qkv_features(self) -> int:

@@ -65,7 +65,7 @@ def init_draft(
     deltas: dict[str, Any] = {}
     kept = [i for i, skipped in enumerate(draft_config.skip) if not skipped]
     if adapter.rank:
-        unquantized = abstract_params(config.replace(quantization=None))
+        unquantized = abstract_params(config.unquantized())
         for i in kept:
             layer = unquantized[f"layers_{i}"]
             deltas[f"layers_{i}"] = {

@@ -36,10 +36,12 @@ class WeightFormat(Protocol):
         exact_sums: models in this format need sums that do not depend on the order (`exact`),
             unless their settings say otherwise.
         trainable: the matrices have gradients.
+        takes_deltas: a small change of a matrix is not lost when the sum is stored.
     """
 
     exact_sums: bool
     trainable: bool
+    takes_deltas: bool
 
     def parts(self, name: str) -> tuple[str, ...]:
         """Names of the arrays of the matrix `name` in the parameter tree; `name` is the first."""

@@ -20,6 +20,7 @@ class Dense:
 
     exact_sums = False
     trainable = True
+    takes_deltas = True
 
     def parts(self, name: str) -> tuple[str, ...]:
         return (name,)

@@ -4,8 +4,12 @@ To add a format, write it in a file of this folder, add it to `FORMATS`, and des
 `settings.model.QUANTIZATIONS`. No other file knows which formats there are.
 """
 
+import functools
+
+from s3d_jax.errors import ConfigError
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import WeightFormat
+from s3d_jax.weights.blocks import Blocks
 from s3d_jax.weights.dense import Dense
 from s3d_jax.weights.int4 import Int4
 from s3d_jax.weights.int8 import Int8
@@ -17,6 +21,7 @@ FORMATS: dict[str | None, WeightFormat] = {
     "int8": Int8(rotated=True),
     "int8-plain": Int8(rotated=False),
     "int4": Int4(),
+    "blocks": Blocks(),  # each matrix has its own kind
 }
 # The formats of the embeddings and the head, where they are not that of the layers. In 4 bits these
 # two cost as much quality as all layers together (docs/log).
@@ -30,8 +35,21 @@ def weight_format(config: ModelConfig, module: str) -> WeightFormat:
         config: of the model.
         module: its path in the parameter tree, such as "embed" or "layers_0/mlp/down".
     """
+    if config.blocks is not None:
+        return _kinds(config.blocks).get(module, FORMATS[None])
     layers = FORMATS[config.quantization]
     return _TABLES.get(config.quantization, layers) if module in (EMBED, HEAD) else layers
+
+
+@functools.lru_cache(8)
+def _kinds(blocks: tuple[str, ...]) -> dict[str, Blocks]:
+    """The kind of each module's matrix that `ModelConfig.blocks` names."""
+    try:
+        return {
+            module: Blocks.parse(kind) for module, _, kind in (x.partition(" ") for x in blocks)
+        }
+    except ValueError as error:
+        raise ConfigError(f"the model's blocks: {error}") from error
 
 
 def head_format(config: ModelConfig) -> WeightFormat:
@@ -40,18 +58,26 @@ def head_format(config: ModelConfig) -> WeightFormat:
 
 
 def in_memory(config: ModelConfig, backend: str) -> ModelConfig:
-    """The model as a backend holds it: CPUs hold int4 as int8, which they multiply.
+    """The model as a backend holds it: CPUs hold int4 as int8, and blocks as floats.
 
-    The numbers are the same. XLA would widen int4 on a CPU once per pass, in temporary memory.
+    The numbers are the same. On a CPU, XLA would widen all weights at once in temporary memory:
+    for each pass, or before a decoding loop.
     """
     if backend == "cpu" and config.quantization == "int4":
         return config.replace(quantization="int8")
+    if backend == "cpu" and config.quantization == "blocks":
+        return config.unquantized()
     return config
 
 
 def trainable(config: ModelConfig) -> bool:
     """Whether the model's matrices have gradients."""
     return FORMATS[config.quantization].trainable
+
+
+def takes_deltas(config: ModelConfig) -> bool:
+    """Whether small changes of the layers' matrices are not lost when they are stored."""
+    return FORMATS[config.quantization].takes_deltas
 
 
 def exact_sums(config: ModelConfig) -> bool:

@@ -29,6 +29,7 @@ class Int4:
 
     exact_sums = True
     trainable = False
+    takes_deltas = False
     _int8 = Int8(rotated=True)
 
     def parts(self, name: str) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class Int8:
 
     exact_sums = True
     trainable = False
+    takes_deltas = True
 
     def __init__(self, rotated: bool) -> None:
         """`rotated`: both operands of a product are rotated before they are rounded."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
+from s3d_jax.weights.blocks import Blocks
 from s3d_jax.weights.formats import FORMATS, in_memory, weight_format
 from s3d_jax.weights.int4 import Int4
 
@@ -70,6 +71,8 @@ def held_tree(config: ModelConfig, tree: Params, backend: str, module: str = "")
         weights, wanted = (weight_format(x, module) for x in (config, held))
         if isinstance(weights, Int4) and wanted is FORMATS["int8"]:
             arrays = weights.as_int8(arrays)
+        elif isinstance(weights, Blocks) and wanted is FORMATS[None]:
+            arrays = (weights.widen(arrays, jnp.dtype(config.dtype)),)
         return dict(zip(wanted.parts(name), arrays, strict=True))
 
     return _rewritten(config, tree, module, rewritten)

@@ -24,7 +24,7 @@ GROUP = 4
 class Nibbles:
     """Two numbers from -8 to 7 in a byte, and a scale for every group of inputs."""
 
-    exact_sums, trainable = False, False
+    exact_sums, trainable, takes_deltas = False, False, True
 
     def parts(self, name):
         return name, "group_scale"

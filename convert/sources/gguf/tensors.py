@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.base import CHUNK, FLOATS, STORED_AS, StoredTensor, cast_into
+from convert.sources.base import AGAIN, CHUNK, FLOATS, STORED_AS, StoredTensor, cast_into
+from convert.sources.gguf.blocks import KINDS, Groups, groups_of
 from convert.sources.gguf.config import Architecture
 from convert.sources.gguf.metadata import damage_named
+from s3d_jax.errors import ConversionError
+from s3d_jax.weights.blocks import Blocks
 
 # llama.cpp's names of the types that are read; float types under ours.
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -62,6 +65,38 @@ class GgufSource:
             if self._norm_offset and name.endswith("norm.weight"):
                 values = values.astype(np.float32) - np.float32(self._norm_offset)
             cast_into(out[start:end], values, name)
+
+    def block_kind(self, name: str) -> Blocks | None:
+        """The kind of group that holds a tensor's blocks exactly; None for floats.
+
+        Raises:
+            ConversionError: no kind does.
+        """
+        if (dtype := self.tensors[name].dtype) in FLOATS:
+            return None
+        if dtype not in KINDS:
+            raise ConversionError(
+                f"{name} is {STORED_AS} {dtype}, and the blocks that can be kept are those of "
+                f"{', '.join(KINDS)}: convert to int8 or a float type instead"
+            )
+        return KINDS[dtype]
+
+    def read_groups(self, name: str) -> Groups:
+        """All rows of a tensor of blocks, without widening them.
+
+        Raises:
+            ConversionError: scales are no numbers.
+        """
+        with damage_named(self._path):
+            groups = groups_of(
+                self._raw[name].data[self._row_order(name)], self.tensors[name].dtype
+            )
+        for part in (groups.scale, groups.offset):
+            if part is not None and not np.isfinite(part).all():
+                raise ConversionError(
+                    f"{name} in {self._path} holds infinities or NaN: it is damaged; {AGAIN}"
+                )
+        return groups
 
     def _row_order(self, name: str) -> np.ndarray:
         """The file's row for each row of the HF tensor."""
