@@ -6,7 +6,7 @@
 The stages run one after the other, what is wanted most first, each in a process of its own with a
 share of the time:
 
-exact      S3D's tokens against AR's in both int8 formats, float32, bfloat16, float16; differences
+exact      S3D's tokens against AR's in int8, int4, float32, bfloat16, float16; differences
            counted with the gap between the two best logits there; whether the state is donated,
            and copies of a cache in the compiled loop
 passes     AR step, verification of 4 to 33 rows, half-depth draft, by shape and precision; share of
@@ -56,7 +56,7 @@ def exact(options: argparse.Namespace) -> Findings:
     from s3d_jax.nn.transformer import forward_logits
     from s3d_jax.texts.suites import read_suites
 
-    for dtype in ("int8-plain", "int8", "float32", "bfloat16", "float16"):
+    for dtype in ("int8-plain", "int8", "int4", "float32", "bfloat16", "float16"):
         lm = s3d_jax.load() if dtype == "int8-plain" else _other_model(dtype)
         prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 300)]
         prompts = prompts[: 8 if options.small else 64]
@@ -158,7 +158,7 @@ def passes(options: argparse.Namespace) -> Findings:
     """What passes cost, by shape and precision; each pair in a process of its own."""
     shapes = ["llama-130m"] if options.small else ["phi-3-mini", "llama-2-7b", "llama-1.1b"]
     for shape in shapes:
-        for precision in ("bfloat16", "int8", "int8-plain"):
+        for precision in ("bfloat16", "int8", "int4", "int8-plain"):
             command = [sys.executable, __file__, "--only", "one-shape", "--shape", shape]
             command += ["--precision", precision, "--out", str(options.out)]
             done = subprocess.run(command, capture_output=True, text=True)

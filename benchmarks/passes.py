@@ -39,6 +39,7 @@ from s3d_jax.settings.arguments import prepare_streams
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 from s3d_jax.settings.model import DTYPES, QUANTIZATIONS, ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.weights.formats import in_memory
 
 TURN_SECONDS = 0.5
 _LLAMA = dict(max_position_embeddings=8448)
@@ -94,25 +95,31 @@ def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) ->
 
 def random_model(shape: dict[str, Any], precision: str) -> LM:
     """A Llama of that shape whose weights repeat one random block."""
-    int8 = precision in QUANTIZATIONS
+    rounded, backend = precision in QUANTIZATIONS, jax.default_backend()
     config = ModelConfig(
         **shape,
-        # What is not int8 is of the type that the device computes in.
-        dtype=("float32" if jax.default_backend() == "cpu" else "bfloat16") if int8 else precision,
-        quantization=precision if int8 else None,
+        # What is not rounded is of the type that the device computes in.
+        dtype=("float32" if backend == "cpu" else "bfloat16") if rounded else precision,
+        quantization=precision if rounded else None,
     )
+    config = in_memory(config, backend)
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
 
-    def array(leaf: Any) -> jax.Array:
+    def array(path: Any, leaf: Any) -> jax.Array:
+        if leaf.dtype == jnp.int4:
+            numbers = np.clip(np.rint(block * 150), -8, 7).astype(jnp.int4)
+            return jax.device_put(np.resize(numbers, leaf.shape))
+        if path[-1].key == "factors":  # of groups of int4 weights
+            return jnp.full(leaf.shape, 12, leaf.dtype)
         if leaf.dtype == jnp.int8:
             return jax.device_put(np.resize(np.rint(block * 1500).astype(np.int8), leaf.shape))
-        if leaf.ndim == 1:  # norms; scales of int8 weights
+        if leaf.ndim == 1:  # norms; scales of int8 and int4 weights
             return jnp.full(
                 leaf.shape, 1.0 if leaf.dtype == config.dtype else 0.02 / 30, leaf.dtype
             )
         return jax.device_put(np.resize(block.astype(leaf.dtype), leaf.shape))
 
-    return LM(config, jax.tree.map(array, abstract_params(config)))
+    return LM(config, jax.tree_util.tree_map_with_path(array, abstract_params(config)))
 
 
 def pass_runs(

@@ -88,7 +88,7 @@ def convert(
     Nothing is written before all names, shapes and settings have been checked. `out` appears when
     it is complete, or not at all.
 
-    A native checkpoint can be converted too, to another dtype or to int8. Its trained drafts come
+    A native checkpoint can be converted too, to another dtype, to int8 or to int4. Its trained drafts come
     along.
 
     A tokenizer that is a SentencePiece model alone (tokenizer.model) becomes a tokenizer.json, if
@@ -101,8 +101,9 @@ def convert(
         out: the folder to write.
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps the stored type.
         quantization: "int8" stores linear layers, embeddings and head in int8, rotated, with one
-            scale per output; "int8-plain" does not rotate. The rest, and activations, are in the
-            dtype.
+            scale per output; "int8-plain" does not rotate; "int4" stores linear layers in 4.25 bits
+            and the others in int8; "blocks" keeps the blocks of a GGUF file. The rest, and
+            activations, are in the dtype.
         text: a .txt or .jsonl file to measure the loss of quantization on; None takes stories and
             dialogues of the package.
         tokenizer: a folder to take the tokenizer from, if `source` has none.
