@@ -88,8 +88,8 @@ def convert(
     Nothing is written before all names, shapes and settings have been checked. `out` appears when
     it is complete, or not at all.
 
-    A native checkpoint can be converted too, to another dtype, to int8 or to int4. Its trained drafts come
-    along.
+    A native checkpoint can be converted too, to another dtype, to int8 or to int4. Its trained
+    drafts come along.
 
     A tokenizer that is a SentencePiece model alone (tokenizer.model) becomes a tokenizer.json, if
     sentencepiece is installed. A tokenizer that cannot be read is no error: the report's

@@ -1,7 +1,6 @@
 """LM: a model with its tokenizer and draft, ready to generate, stream and chat."""
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from s3d_jax.engine.results import Result
 from s3d_jax.engine.runner import UNLIMITED, Engine
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.machine import default_device
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
@@ -77,18 +75,18 @@ def load(
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it. Or its tuning.json is damaged.
         ConfigError: `draft_model` has another vocabulary.
-        DeviceError: there is no device to load it onto.
+        DeviceError: there is no device to load it onto, or it has too little memory.
 
     Warns:
-        UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
-            tokenizer cannot be read, and the model goes without.
+        UserWarning: the device has no fast bfloat16, and the weights are of that type; jax computes
+            on the CPU next to a GPU, or shares a GPU with torch; or the tokenizer cannot be read,
+            and the model goes without.
     """
     if path is None:
         path = EMBEDDED
     # First, since a wrong name should not cost the time of loading.
     name = choose_draft(path, draft) if use_draft else None
     loaded = checkpoint.load(path, dtype, progress=progress)
-    _warn_if_slow(loaded.config.dtype)
     trained = None if name is None else read_draft(path, name, loaded.config)
     draft_params = trained.params if trained else None
     if draft_params and is_merged(loaded.config, loaded.params, draft_params):
@@ -106,18 +104,6 @@ def load(
         draft_model=draft_model,
         tuning=read_tuning(path, loaded.config, name),
     )
-
-
-def _warn_if_slow(dtype: str) -> None:
-    """NVIDIA GPUs before Ampere (T4, V100: compute capability below 8) only emulate bfloat16."""
-    device = default_device()
-    capability = str(getattr(device, "compute_capability", ""))
-    if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
-        warnings.warn(
-            f"{device.device_kind} has no fast bfloat16: load the model with dtype='float16' "
-            "(--dtype float16)",
-            stacklevel=3,
-        )
 
 
 def _tokenizer_or_none(folder: Path) -> Any:

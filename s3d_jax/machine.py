@@ -2,9 +2,16 @@
 
 import contextlib
 import ctypes
+import functools
+import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +23,128 @@ def default_device() -> Any:
 
     Raises:
         DeviceError: there is none, as where JAX_PLATFORMS names a kind that this machine lacks.
+
+    Warns:
+        UserWarning: it is the CPU, though the machine has an NVIDIA GPU; once in a process.
     """
     import jax
 
     try:
-        return jax.devices()[0]
+        device = jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # the second has no text: jax 0.10 and CUDA
         wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         named = f" of the kind that JAX_PLATFORMS={wanted} names" if wanted else ""
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise DeviceError(
             f"jax finds no device{named}{reason}: unset JAX_PLATFORMS or set it to cpu, or install "
-            "jax for the device (for NVIDIA's: pip install 's3d-jax[cuda]')"
+            f"jax for the device (for NVIDIA's: {_plugin_advice()})"
         ) from error
+    if device.platform == "cpu":
+        _warn_of_an_idle_gpu()
+    return device
+
+
+@functools.cache
+def _warn_of_an_idle_gpu() -> None:
+    import jax
+
+    wanted = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if wanted.startswith("cpu") or hidden or not _has_nvidia_gpu():  # or the user chose the CPU
+        return
+    warnings.warn(
+        f"jax {jax.__version__} computes on the CPU, though this machine has an NVIDIA GPU: "
+        f"{_plugin_advice()}. JAX_PLATFORMS=cpu says that the CPU is meant",
+        stacklevel=3,
+    )
+
+
+def _has_nvidia_gpu() -> bool:
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    if (command := shutil.which("nvidia-smi")) is None:  # Windows and WSL have no such files
+        return False
+    try:
+        listed = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "GPU 0" in listed.stdout
+
+
+_DRIVERS = {"cuda12": 525, "cuda13": 580}  # the oldest that jax's wheels work with
+
+
+def _plugin_advice() -> str:
+    """What is wrong with jax's CUDA plugin, and what to do about it."""
+    jax_version, jaxlib = _installed("jax"), _installed("jaxlib")
+    found = {cuda: _installed(f"jax-{cuda}-plugin") for cuda in _DRIVERS}
+    found = {cuda: version for cuda, version in found.items() if version}
+    again = f"pip install 'jax[{{}}]=={jax_version}', and start Python again"
+    if not found:
+        return f"jax's CUDA plugin is not installed: {again.format('cuda12')}"
+    for cuda, version in found.items():
+        if _release(version) == _release(jaxlib):
+            return (
+                f"jax-{cuda}-plugin {version} is installed and fits: nvidia-smi shows whether the "
+                f"driver runs and is new enough ({_DRIVERS[cuda]} or newer), and "
+                "JAX_PLATFORMS=cuda makes jax say what it lacks"
+            )
+    cuda, version = next(iter(found.items()))
+    return f"jax-{cuda}-plugin {version} does not fit jaxlib {jaxlib}: {again.format(cuda)}"
+
+
+def _installed(package: str) -> str:
+    """Its version; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _release(version: str) -> str:
+    """The numbers of a version, which jax compares: "0.7.2" of "0.7.2.dev1"."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return match[0] if match else version
+
+
+def warn_of_the_device(dtype: str) -> None:
+    """Warns of what makes computing in a type slow, or takes memory, on the device.
+
+    Args:
+        dtype: of the weights, or of what is not int8.
+
+    Warns:
+        UserWarning: the GPU has no fast bfloat16 (before Ampere, such as T4 and V100: compute
+            capability below 8); or torch, which uses it in this process, has what jax leaves.
+    """
+    device = default_device()  # the stack levels below are those of who calls s3d_jax.load
+    capability = str(getattr(device, "compute_capability", ""))
+    if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
+        warnings.warn(
+            f"{device.device_kind} has no fast bfloat16: load the model with dtype='float16' "
+            "(--dtype float16)",
+            stacklevel=6,
+        )
+    torch = sys.modules.get("torch")
+    if device.platform == "gpu" and torch and torch.cuda.is_initialized() and _preallocates():
+        warnings.warn(f"torch uses the GPU in this process too, and {_TORCH_ADVICE}", stacklevel=6)
+
+
+_TORCH_ADVICE = (
+    "jax reserves 75 % of the GPU's memory for itself: set XLA_PYTHON_CLIENT_PREALLOCATE=false "
+    "before Python starts, and jax takes what it needs"
+)
+
+
+def _preallocates() -> bool:
+    asked = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower()
+    default = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower() == "default"
+    return default and asked not in ("false", "0") and not _has_fraction()
+
+
+def _has_fraction() -> bool:
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    return any(os.environ.get(name) for name in names)
 
 
 def machine_name() -> str:
@@ -70,10 +186,57 @@ def check_memory(needed: int, what: str, advice: str) -> None:
     if free is not None and needed > free:
         raise DeviceError(
             f"{what} {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free: {advice}"
+            f"{_share_advice()}"
         )
 
 
+@contextlib.contextmanager
+def out_of_memory_explained(words: Callable[[], str]) -> Iterator[None]:
+    """Runs its body; says what to do where that runs out of the device's memory.
+
+    Args:
+        words: what did not fit, and what the user can do; called after the failure.
+
+    Raises:
+        DeviceError: jax, or torch, got no memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        advice = f"; {_TORCH_ADVICE}" if type(error).__name__ == _TORCH else _share_advice()
+        raise DeviceError(f"out of memory: {words()}{advice}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether jax or torch says by this error that a device has no memory left."""
+    # By name, since neither may be imported here; the first is jax's before 0.8.
+    name = type(error).__name__
+    of_jax = name in ("XlaRuntimeError", "JaxRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    return of_jax or name == _TORCH
+
+
+_TORCH = "OutOfMemoryError"
+
+
+def _share_advice() -> str:
+    """How jax gets more of a GPU's memory, if it can."""
+    if default_device().platform != "gpu" or _has_fraction():
+        return ""
+    return (
+        "; or let jax use more than 75 % of the GPU, with XLA_CLIENT_MEM_FRACTION=0.95 set before "
+        "Python starts"
+    )
+
+
 _ALWAYS_TRIED = 64 * 2**20  # bytes; looking takes longer than it takes to allocate fewer
+
+
+def memory_limit_bytes() -> int | None:
+    """Bytes that jax may use of the device's memory; None if unknown, as on CPUs."""
+    limit = (default_device().memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit)
 
 
 def free_memory_bytes() -> int | None:

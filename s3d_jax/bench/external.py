@@ -12,7 +12,7 @@ import numpy as np
 
 from s3d_jax.bench.contestants import Contestant, Run
 from s3d_jax.errors import InputError
-from s3d_jax.machine import core_count
+from s3d_jax.machine import core_count, out_of_memory_explained
 from s3d_jax.storage.tokenizer import NO_CODE
 from s3d_jax.texts.suites import Prompt
 
@@ -114,6 +114,9 @@ class _FirstTokens:
         pass
 
 
+_NO_ROOM = f"torch has no room for the model on the GPU: leave {HF} out of --methods"
+
+
 def hf_models(folder: Path, dtypes: Iterable[str]) -> dict[str, Any]:
     """The checkpoint as models of HF transformers, on the device that jax uses.
 
@@ -123,6 +126,7 @@ def hf_models(folder: Path, dtypes: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         InputError: torch is not installed.
+        DeviceError: the GPU has no memory left for torch.
     """
     try:
         import torch
@@ -145,7 +149,8 @@ def hf_models(folder: Path, dtypes: Iterable[str]) -> dict[str, Any]:
                 exported, dtype=getattr(torch, dtype), local_files_only=True, **NO_CODE
             ).eval()
             if jax.default_backend() == "gpu" and torch.cuda.is_available():
-                model = model.cuda()
+                with out_of_memory_explained(lambda: _NO_ROOM):
+                    model = model.cuda()
             # Else the model's own generation_config.json would change the settings.
             model.generation_config = type(model.generation_config)()
             models[dtype] = model

@@ -165,9 +165,13 @@ def _memory_rows(ledgers: list["Ledger"]) -> Iterator[str]:
     yield f"{'memory, MiB':12}" + "".join(f"{name:>11}" for name in names) + "  fits"
     for ledger in ledgers:
         sizes = "".join(f"{getattr(ledger, name) / 2**20:11,.1f}" for name in names)
-        fitting = ", ".join(card for card in CARDS if ledger.fits(card))
+        fitting = ", ".join(
+            card + "*" * (not ledger.fits_share(card)) for card in CARDS if ledger.fits(card)
+        )
         fitting = fitting or "none of " + ", ".join(CARDS)
         yield f"{ledger.precision:12}{sizes}  {fitting}"
+    if any(x.fits(card) and not x.fits_share(card) for x in ledgers for card in CARDS):
+        yield "* with XLA_CLIENT_MEM_FRACTION=0.95: jax takes 75 % of a card unless that is set"
 
 
 def _draft_facts(header: "Header", name: str) -> dict[str, Any]:

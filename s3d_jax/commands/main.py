@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from s3d_jax import __version__
 from s3d_jax.commands import bench, chat, distill, draft, generate, info, pretrain, train, tune
 from s3d_jax.errors import S3DError
+from s3d_jax.machine import out_of_memory_explained
 from s3d_jax.settings.arguments import RAW, json_stdout, prepare_streams
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
 skipped, then verifies them in one full pass. It generates the same text as plain decoding, in
 fewer passes."""
+
+
+_ELSEWHERE = (  # than in what knows better what it needs
+    "ask for fewer or shorter rows, or take the model in 16 bits or int8; s3d info --context N "
+    "--batch B says what fits"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without source lines
     try:
-        with json_stdout(getattr(arguments, "json", False)) as arguments.stdout:
+        with (
+            json_stdout(getattr(arguments, "json", False)) as arguments.stdout,
+            out_of_memory_explained(lambda: _ELSEWHERE),
+        ):
             return arguments.run(arguments)
     except S3DError as error:
         print(f"error: {error}", file=sys.stderr)

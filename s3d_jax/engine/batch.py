@@ -27,6 +27,8 @@ class Batch(Runner):
         has_ended: whether `run` has come to its end, and was not left or interrupted before.
     """
 
+    _fewer = "generate fewer at once"
+
     @under_usual_jax_settings
     def __init__(
         self,
@@ -71,15 +73,16 @@ class Batch(Runner):
             grows=to_keep,
         )
         if kept is None or kept.cache.slots < self._plan.slots:
-            self._check_memory(self._plan, "generate fewer at once")
+            self._check_memory(self._plan)
         cache, self._written = None, 0
         if kept is not None:
             cache = kept.cache.replace(length=jax.device_put(np.full(1, known, np.int32)))
             self._written = kept.written if known else 0
         self._known = known
-        self._state = init_state(
-            self._spec, prompts, self._plan, self._sampling, cache, sorted(self._stop_ids)
-        )
+        with self._explained():
+            self._state = init_state(
+                self._spec, prompts, self._plan, self._sampling, cache, sorted(self._stop_ids)
+            )
 
     @property
     def texts(self) -> list[TextRow] | None:

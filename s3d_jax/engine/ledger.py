@@ -14,7 +14,6 @@ from s3d_jax.decoding.state import DecodeSpec, init_state
 from s3d_jax.decoding.step import decode_jit
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.drafters.stored import is_merged, merged_bytes
-from s3d_jax.engine.runner import BYTES_PER_SLOT
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import seeded_keys
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
@@ -26,6 +25,7 @@ from s3d_jax.weights.base import num_bytes
 
 # GiB that nvidia-smi shows of cards that Colab lends, without what CUDA takes for itself.
 CARDS = {"T4": 15.0 - 0.5, "L4": 22.5 - 0.5, "A100": 40.0 - 0.5}
+_SHARE = 0.75  # of a card, which jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Ledger:
         """Whether one of CARDS has room for it."""
         return self.total <= CARDS[card] * 2**30
 
+    def fits_share(self, card: str) -> bool:
+        """Whether the part of one of CARDS that jax takes by default has room for it."""
+        return self.total <= _SHARE * CARDS[card] * 2**30
+
 
 def plan_of(context: int, batch: int, gamma: int, max_length: int) -> SlotPlan:
     """The sizes of rows whose prompts fill half of the context.
@@ -68,6 +72,8 @@ def plan_of(context: int, batch: int, gamma: int, max_length: int) -> SlotPlan:
     prompt = max(1, context // 2)
     return SlotPlan.for_batch([prompt] * batch, [context] * batch, gamma, max_length=max_length)
 
+
+BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
 
 Drafting = tuple[DraftConfig, DraftParams | None]  # S3D's settings; None: an untrained draft
 
@@ -95,6 +101,44 @@ def ledger(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None, scrat
         cache=plan.cache_bytes(config) + rows * plan.slots * BYTES_PER_SLOT,
         scratch=scratch,
     )
+
+
+def what_fits(ledger: Ledger, config: ModelConfig, rows: int, slots: int, limit: int | None) -> str:
+    """What a batch that got no memory needs, and what would fit instead, in words.
+
+    Args:
+        ledger: of the batch.
+        config: the model.
+        rows, slots: of the batch's caches.
+        limit: bytes that jax may use; None if unknown.
+    """
+    parts = {name: getattr(ledger, name) for name in ("weights", "draft", "cache", "scratch")}
+    needs = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+    words = f"{_rows(rows)} of {slots:,} tokens in {ledger.precision} need, in GB: {needs}"
+    if limit is None:
+        return words
+    words += f"; jax may use {limit / 1e9:.2f}"
+    per_token = ledger.cache / (rows * slots)
+    # Scratch grows with the rows, but not with the tokens of a row: this is on the safe side.
+    tokens = int((limit - ledger.total + ledger.cache) / per_token)
+    if tokens // rows >= slots:
+        return f"{words}, some of which others hold, or which is in pieces (start Python again)"
+    fitting = [_rows(tokens // slots) + " of that length"] if tokens >= slots else []
+    if tokens // rows >= 1:
+        fitting.append(f"{_rows(rows)} of {tokens // rows:,} tokens")
+    if fitting:
+        return f"{words}. It has room for {' or '.join(fitting)}"
+    words += ", which has no room for caches next to the rest"
+    if config.quantization is None:
+        int8 = weight_bytes(config.replace(quantization="int8"))
+        words += (
+            f"; converted to int8 (s3d-convert --quantize int8), the weights are {int8 / 1e9:.2f}"
+        )
+    return words
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 @under_usual_jax_settings

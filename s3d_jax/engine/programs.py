@@ -58,6 +58,12 @@ class Program:
         function.clear_cache()  # jax would keep it as long as the function exists
         self.last_call = next(_calls)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Temporary memory of a call; 0 if the device does not say."""
+        memory = self._compiled.memory_analysis()
+        return 0 if memory is None else int(memory.temp_size_in_bytes)
+
     def __call__(self, **arrays: Any) -> Any:
         self.last_call = next(_calls)
         return self._compiled(**arrays)

@@ -31,6 +31,8 @@ class Queue(Runner):
     other one, and one program per length bucket prefills them all.
     """
 
+    _fewer = "run fewer rows at once (rows, --batch-size)"
+
     @under_usual_jax_settings
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Queue(Runner):
         # Rows of one token that may have no more are done before they begin.
         self._plan = SlotPlan((1,) * rows, (1,) * rows, gamma, whole.slots)
         with_next = SlotPlan((1,) * (rows + 1), (1,) * (rows + 1), gamma, whole.slots)
-        self._check_memory(with_next, "run fewer rows at once (rows, --batch-size)")
+        self._check_memory(with_next)
         keys = self._sampling.keys
         self._key_type = jax.random.key_impl(keys)
         settings = self._sampling.replace(keys=jax.random.key_data(keys))
@@ -153,13 +155,17 @@ class Queue(Runner):
         keys = jax.random.wrap_key_data(settings.keys, impl=self._key_type)
         sampling = settings.replace(keys=keys)
         stop_ids = sorted(self._stop_ids)
-        return init_state(self._spec, sequences, plan, sampling, stop_ids=stop_ids, budget=budget)
+        with self._explained():
+            return init_state(
+                self._spec, sequences, plan, sampling, stop_ids=stop_ids, budget=budget
+            )
 
     def _row(self, row: int, plan: SlotPlan) -> DecodeState:
         """A row as it is, to be prefilled again."""
         arrays = dict(state=self._state.replace(drafter_state=None), row=np.int32(row))
-        state = self._program(take_row_jit, {}, arrays, {})(**arrays)
-        return restart(self._spec, state, plan, [True])
+        program = self._program(take_row_jit, {}, arrays, {})
+        with self._explained(program):
+            return restart(self._spec, program(**arrays), plan, [True])
 
     def _put(self, row: int, new: DecodeState, sequence: np.ndarray, plan: SlotPlan) -> None:
         """Prefills the only row of `new`, and puts it into a row of the state."""
@@ -176,6 +182,8 @@ class Queue(Runner):
             self._state = new
         else:
             arrays = dict(state=self._state, row=np.int32(row), new=new)
-            self._state = self._program(put_row_jit, {}, arrays, {})(**arrays)
+            program = self._program(put_row_jit, {}, arrays, {})
+            with self._explained(program):
+                self._state = program(**arrays)
         self._padding[row] = plan.padded[0] - len(sequence)
         self._used[row] = plan.padded[0] - 1

@@ -4,6 +4,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn, Unpack
 
 import jax
@@ -15,12 +16,13 @@ from s3d_jax.decoding.state import DecodeState
 from s3d_jax.decoding.step import Counts, decode_jit, statistics
 from s3d_jax.drafters.base import Target
 from s3d_jax.engine.costs import MOST_PER_CALL, Experiences, Pace
+from s3d_jax.engine.ledger import BYTES_PER_SLOT, Ledger, what_fits
 from s3d_jax.engine.options import GenerateOptions, check_options
 from s3d_jax.engine.programs import Program, Programs, signature
 from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
-from s3d_jax.machine import check_memory
+from s3d_jax.machine import check_memory, memory_limit_bytes, out_of_memory_explained
 from s3d_jax.storage.tokenizer import special_tokens
 from s3d_jax.text import TextRow
 
@@ -28,7 +30,6 @@ UNLIMITED = int(np.iinfo(np.int32).max)
 # Stop strings are checked on the host every 8 iterations; the overshoot costs less than a sync per
 # step.
 STEPS_PER_LOOK = 8
-BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
 _BYTES_PER_WORD = 5  # of `DecodeState.prompt_tokens` and `output_counts`
 
 
@@ -64,6 +65,7 @@ class Runner:
 
     _plan: SlotPlan
     _state: DecodeState
+    _fewer: str  # how fewer rows run at once, in words
 
     def __init__(
         self, engine: Engine, prompts: list[np.ndarray], **options: Unpack[GenerateOptions]
@@ -232,20 +234,57 @@ class Runner:
             )
         return f"{what}: the weights are damaged or hold NaN; convert or train the model again"
 
-    def _check_memory(self, plan: SlotPlan, fewer: str) -> None:
+    def _check_memory(self, plan: SlotPlan) -> None:
         """Refuses a plan whose caches cannot fit; the weights are in memory already."""
+        rows = len(plan.lengths)
+        check_memory(
+            self._cache_bytes(plan),
+            f"{rows} row{'s' * (rows > 1)} of {plan.slots:,} tokens need{'s' * (rows == 1)}",
+            self._less,
+        )
+
+    def _cache_bytes(self, plan: SlotPlan) -> int:
+        """Bytes that the rows of a plan take."""
         rows = len(plan.lengths)
         needed = plan.cache_bytes(self._target.config) + rows * plan.slots * BYTES_PER_SLOT
         if self._drafter is not None:
             needed += self._drafter.state_bytes(plan)
         if self._spec.features.penalized:
             needed += rows * self._target.config.vocab_size * _BYTES_PER_WORD
-        check_memory(
-            needed,
-            f"{rows} row{'s' * (rows > 1)} of {plan.slots:,} tokens need{'s' * (rows == 1)}",
+        return needed
+
+    @property
+    def _less(self) -> str:
+        """How a request takes less memory, in words."""
+        return (
             "lower max_new_tokens (--max-new-tokens) or max_length (--max-length), shorten the "
-            f"prompts, or {fewer}",
+            f"prompts, or {self._fewer}"
         )
+
+    def _explained(self, program: Program | None = None) -> AbstractContextManager[None]:
+        """A context in which the device's lack of memory is told with what would fit.
+
+        Args:
+            program: the one that is run in it.
+        """
+
+        def words() -> str:
+            target, plan = self._target, self._plan
+            weights = {id(x): x.nbytes for x in jax.tree.leaves(target.params)}
+            draft = 0
+            if self._drafter is not None:
+                draft = self._drafter.nbytes(target, plan) - self._drafter.state_bytes(plan)
+            ledger = Ledger(
+                target.config.precision,
+                sum(weights.values()),
+                draft,
+                self._cache_bytes(plan),
+                0 if program is None else program.scratch_bytes,
+            )
+            rows, limit = len(plan.lengths), memory_limit_bytes()
+            return f"{what_fits(ledger, target.config, rows, plan.slots, limit)}: {self._less}"
+
+        return out_of_memory_explained(words)
 
     def _prefill_call(
         self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]
@@ -255,7 +294,8 @@ class Runner:
         known = {"params": self._signatures["params" if of_target else "drafter_params"]}
         program = self._program(function, static, arrays, known)
         start = time.perf_counter()
-        result = jax.block_until_ready(program(**arrays))
+        with self._explained(program):
+            result = jax.block_until_ready(program(**arrays))
         self._prefill_seconds += time.perf_counter() - start
         return result
 
@@ -284,8 +324,9 @@ class Runner:
             loop = self._program(decode_jit, static, arrays, self._signatures)
             self._loops[visible] = loop
         start = time.perf_counter()
-        state = self._state = loop(**arrays)
-        rows = jax.device_get((state.tokens, state.cache.length, state.done, state.broken))
+        with self._explained(loop):
+            state = self._state = loop(**arrays)
+            rows = jax.device_get((state.tokens, state.cache.length, state.done, state.broken))
         self._decode_seconds += time.perf_counter() - start
         return rows
 
@@ -317,6 +358,7 @@ class Runner:
         arrays: Mapping[str, Any],
         known: Mapping[str, Any],
     ) -> Program:
-        program, seconds = self._programs.get(function, static, arrays, known)
+        with self._explained():  # XLA refuses some programs when they are compiled
+            program, seconds = self._programs.get(function, static, arrays, known)
         self._compile_seconds += seconds
         return program

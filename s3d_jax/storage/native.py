@@ -23,7 +23,12 @@ import numpy as np
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.machine import check_memory, default_device
+from s3d_jax.machine import (
+    check_memory,
+    default_device,
+    out_of_memory_explained,
+    warn_of_the_device,
+)
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.adapters import adapter_problem
 from s3d_jax.storage.arrays import (
@@ -286,6 +291,9 @@ def load(
             or values overflow in the dtype (names every such array).
         ConfigError: the dtype is unknown.
         DeviceError: there is no device, or less memory free than the weights need.
+
+    Warns:
+        UserWarning: see `warn_of_the_device`.
     """
     import jax
     from tqdm import tqdm
@@ -303,27 +311,28 @@ def load(
     params: dict[str, Any] = {}
     overflowing: list[str] = []
     needed = weight_bytes(config)
-    check_memory(
-        needed,
-        f"the weights of {path} in {config.precision} need",
-        "load them in 16 bits (dtype='bfloat16', --dtype bfloat16), convert the model to int8 "
-        "(s3d-convert --quantize int8), or free memory",
-    )
-    with tqdm(
-        total=needed,
-        desc="loading",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,  # None: only on a terminal
-        leave=False,
-        delay=1,
-    ) as bar:
+    what, advice = f"the weights of {path} in {config.precision} need", _smaller(config)
+    check_memory(needed, what, advice)
+    explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
+    warn_of_the_device(config.dtype)
+    with (
+        explained,
+        tqdm(
+            total=needed,
+            desc="loading",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,  # None: only on a terminal
+            leave=False,
+            delay=1,
+        ) as bar,
+    ):
         for module, names in header.modules.items():
             arrays: dict[str, np.ndarray] = {}
             for name in names:
-                path = f"{module}/{name}"
+                where = f"{module}/{name}"
                 try:
-                    arrays[name] = cast(_read(header, path), dtypes[path], path)
+                    arrays[name] = cast(_read(header, where), dtypes[where], where)
                 except Overflow as error:  # go on, to name all of them
                     overflowing += error.names
             if not overflowing:
@@ -333,6 +342,16 @@ def load(
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))
     return Checkpoint(header, config, unflatten(params))
+
+
+def _smaller(config: ModelConfig) -> str:
+    """How weights take less memory than in the precision of `config`, in words."""
+    ways = ["free memory"]
+    if config.quantization is None:
+        ways.insert(0, "convert the model to int8 or int4 (s3d-convert --quantize int8)")
+    if config.dtype == "float32":
+        ways.insert(0, "load them in 16 bits (dtype='bfloat16' or 'float16', --dtype)")
+    return ", or ".join(ways)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -15,6 +15,7 @@ import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
+from s3d_jax.machine import out_of_memory_explained
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
 from s3d_jax.train.health import DOUBTFUL, check_healthy, lost_gain, next_running
@@ -153,6 +154,7 @@ def fit(
     Raises:
         TrainingError: the folder holds another run, or not that state; or the loss became NaN or
             diverged. The states from before that are kept.
+        DeviceError: the device has too little memory for a step.
     """
     from tqdm import tqdm
 
@@ -189,8 +191,9 @@ def fit(
                 validated()
             for number in range(first + 1, last + 1):
                 batch = batches(number - 1)
-                state, metrics = step_program(state, task.frozen, batch)
-                settle()  # the step before; the device computes this one meanwhile
+                with out_of_memory_explained(lambda: _less_memory(config)):
+                    state, metrics = step_program(state, task.frozen, batch)
+                    settle()  # the step before; the device computes this one meanwhile
                 pending = number, metrics
                 bar.update()
                 if _due(number, config.validate_every) or number == last:
@@ -207,6 +210,16 @@ def fit(
         return state.result, [line["validation"] for line in lines if "validation" in line]
     finally:
         folder.close()
+
+
+def _less_memory(config: LoopConfig) -> str:
+    """What a step takes, and how it takes less memory, in words."""
+    parts = f"{config.accumulate} part{'s' * (config.accumulate > 1)}"
+    return (
+        f"a step of {config.batch_size} rows in {parts}: process a batch in more parts "
+        "(accumulate, --accumulate), lower batch_size (--batch-size) or row_length "
+        "(--row-length), or compute activations again (remat, --remat)"
+    )
 
 
 def _due(step: int, every: int) -> bool:

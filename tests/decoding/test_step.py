@@ -300,7 +300,8 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
     after = sorted(x.unsafe_buffer_pointer() for x in (*state.cache.keys, *state.cache.values))
     assert after == before
     live = [x for x in jax.live_arrays() if x.shape == shape and not x.is_deleted()]
-    assert len(live) == 2 * CONFIG.num_layers
+    # Buffers, not arrays: jax 0.7 lists some arrays twice, once more without an owner.
+    assert sorted({x.unsafe_buffer_pointer() for x in live}) == after
 
 
 @pytest.mark.usefixtures("compiled_here")

@@ -1,5 +1,6 @@
 """What is computed of a generation's memory is what its arrays and programs take."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 
 import s3d_jax
+from s3d_jax.commands.info import _memory_rows
 from s3d_jax.commands.main import main
 from s3d_jax.drafters.stored import read_draft
 from s3d_jax.engine.batch import Batch
-from s3d_jax.engine.ledger import CARDS, Ledger, ledger, plan_of, scratch_bytes
+from s3d_jax.engine.ledger import CARDS, Ledger, ledger, plan_of, scratch_bytes, what_fits
 from s3d_jax.lm import EMBEDDED
+from tests.tiny import tiny_config
 
 
 def arrays_bytes() -> int:
@@ -79,3 +82,32 @@ def test_info_prints_it(capsys):
 def test_wrong_sizes_are_refused(words, message, capsys):
     assert main(["info", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "limit, words",
+    [
+        (None, "cache 8.00, scratch 0.50"),
+        (11, "jax may use 11.00. It has room for 1 row of that length or 4 rows of 1,536 tokens"),
+        (9, "jax may use 9.00. It has room for 4 rows of 512 tokens"),
+        (8, "no room for caches next to the rest; converted to int8 (s3d-convert --quantize int8), "
+         "the weights are 0.00"),
+        (99, "some of which others hold, or which is in pieces (start Python again)"),
+    ],
+)  # fmt: skip
+def test_what_fits_is_told(limit, words):
+    sizes = dict(weights=7 * 10**9, draft=5 * 10**8, cache=8 * 10**9, scratch=5 * 10**8)
+    bytes_ = None if limit is None else limit * 10**9
+    text = what_fits(Ledger("float16", **sizes), tiny_config(), 4, 4096, bytes_)
+    assert text.startswith("4 rows of 4,096 tokens in float16 need, in GB: weights 7.00, draft 0.5")
+    assert text.endswith(words)
+    assert "rows" not in what_fits(Ledger("int8", **sizes), tiny_config(), 1, 4096, None)
+
+
+def test_cards_that_need_more_than_jax_takes_by_default_are_marked():
+    whole = Ledger("float16", weights=12 * 2**30, draft=0, cache=0, scratch=0)
+    small = dataclasses.replace(whole, precision="int8", weights=6 * 2**30)
+    _, _, line, other, note = _memory_rows([whole, small])
+    assert line.endswith("  T4*, L4, A100") and other.endswith("  T4, L4, A100")
+    assert note.startswith("* with XLA_CLIENT_MEM_FRACTION=0.95")
+    assert not list(_memory_rows([small]))[-1].startswith("*")
