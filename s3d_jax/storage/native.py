@@ -298,7 +298,6 @@ def load(
     import jax
     from tqdm import tqdm
 
-    from s3d_jax.nn.transformer import weight_bytes
     from s3d_jax.weights.base import num_bytes
     from s3d_jax.weights.formats import in_memory
     from s3d_jax.weights.trees import held_tree
@@ -310,7 +309,7 @@ def load(
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
-    needed = weight_bytes(config)
+    needed = num_bytes(_expected_arrays(config))
     what, advice = f"the weights of {path} in {config.precision} need", _smaller(config)
     check_memory(needed, what, advice)
     explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
