@@ -107,6 +107,21 @@ def _release(version: str) -> str:
     return match[0] if match else version
 
 
+def compute_capability() -> float | None:
+    """NVIDIA's number for what a GPU can do: 7.5 is a T4, 8.0 an A100, 8.9 an L4.
+
+    None of another device.
+    """
+    text = str(getattr(default_device(), "compute_capability", ""))
+    return float(text) if re.fullmatch(r"\d+\.\d", text) else None
+
+
+def is_before_ampere() -> bool:
+    """Whether the GPU multiplies float16 and int8 fast, and bfloat16 not (T4, V100)."""
+    capability = compute_capability()
+    return capability is not None and capability < 8.0
+
+
 def warn_of_the_device(dtype: str) -> None:
     """Warns of what makes computing in a type slow, or takes memory, on the device.
 
@@ -114,12 +129,11 @@ def warn_of_the_device(dtype: str) -> None:
         dtype: of the weights, or of what is not int8.
 
     Warns:
-        UserWarning: the GPU has no fast bfloat16 (before Ampere, such as T4 and V100: compute
-            capability below 8); or torch, which uses it in this process, has what jax leaves.
+        UserWarning: the GPU has no fast bfloat16 (`is_before_ampere`); or torch, which uses it in
+            this process, has what jax leaves.
     """
     device = default_device()  # the stack levels below are those of who calls s3d_jax.load
-    capability = str(getattr(device, "compute_capability", ""))
-    if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
+    if dtype == "bfloat16" and is_before_ampere():
         warnings.warn(
             f"{device.device_kind} has no fast bfloat16: load the model with dtype='float16' "
             "(--dtype float16)",

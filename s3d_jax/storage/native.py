@@ -26,6 +26,7 @@ from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import (
     check_memory,
     default_device,
+    is_before_ampere,
     out_of_memory_explained,
     warn_of_the_device,
 )
@@ -283,7 +284,7 @@ def load(
     Args:
         path: a native checkpoint folder.
         dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
-            dtype.
+            dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16.
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
@@ -304,6 +305,8 @@ def load(
 
     header = read_header(path)
     backend = default_device().platform  # a missing one should not look like damaged weights
+    if dtype is None and header.config.dtype == "bfloat16" and is_before_ampere():
+        dtype = "float16"
     stored = header.config if dtype is None else header.config.replace(dtype=dtype)
     config = in_memory(stored, backend)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}

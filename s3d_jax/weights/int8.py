@@ -5,6 +5,7 @@ measurements for the choices made here.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.machine import is_before_ampere
 from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
 from s3d_jax.weights.exact import row_max
 from s3d_jax.weights.rotation import block_of, rotate, rotate_rounded
@@ -127,8 +129,8 @@ def multiply(
 
     CPUs multiply int8 faster than anything else, so each row of x is rounded to int8 as well
     (W8A8). A row's result does not depend on the other rows, and int32 sums are exact: a token has
-    the same products in a block and alone. Other backends convert the weight to the type of x
-    within the product (W8A16): there the gain is to read fewer bytes.
+    the same products in a block and alone. GPUs before Ampere do the same. Other backends convert
+    the weight to the type of x within the product (W8A16): there the gain is to read fewer bytes.
 
     The gradient ignores rounding. It exists for x alone.
 
@@ -143,12 +145,21 @@ def multiply(
         [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    cpu, default = (functools.partial(f, rotated=rotated) for f in (_w8a8, _w8a16))
+    cpu = functools.partial(_w8a8, rotated=rotated, sums=_int8_sums)
+    default = functools.partial(_w8a16, rotated=rotated)
+    if is_before_ampere():
+        default = functools.partial(_w8a8, rotated=rotated, sums=_product)
     y = jax.lax.platform_dependent(rows, weight, scale, cpu=cpu, default=default)
     return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
-def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array, rotated: bool) -> jax.Array:
+def _w8a8(
+    rows: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    rotated: bool,
+    sums: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     rows, unit = rows.astype(jnp.float32), None
     if rotated:
         rows, unit = rotate_rounded(rows)
@@ -156,8 +167,8 @@ def _w8a8(rows: jax.Array, weight: jax.Array, scale: jax.Array, rotated: bool) -
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
     step = step if unit is None else step * unit
     # A barrier as in `exact.norm`: XLA might multiply step and scale first, for some shapes only.
-    sums = _int8_sums(rounded, weight).astype(jnp.float32)
-    return jax.lax.optimization_barrier(sums * step) * scale
+    found = sums(rounded, weight).astype(jnp.float32)
+    return jax.lax.optimization_barrier(found * step) * scale
 
 
 def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:

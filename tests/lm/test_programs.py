@@ -151,16 +151,20 @@ def test_other_parameters_of_the_draft_get_programs_of_their_own():
     assert lm.generate([1, 2], max_new_tokens=20)[0].tokens == first.tokens
 
 
-@pytest.mark.parametrize("capability, warns", [("7.5", True), ("8.0", False), ("gfx90a", False)])
-def test_gpus_without_fast_bfloat16_are_warned_of(tmp_path, monkeypatch, capability, warns):
+@pytest.mark.parametrize("capability, before", [("7.5", True), ("8.0", False), ("gfx90a", False)])
+def test_gpus_without_fast_bfloat16_take_float16(tmp_path, monkeypatch, capability, before):
+    """Where nothing is asked for. bfloat16 is warned of there, and taken if it is asked for."""
     config = tiny_config(dtype="bfloat16")
     s3d_jax.storage.native.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
     device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4", platform="gpu")
     monkeypatch.setattr("jax.devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        s3d_jax.load(tmp_path / "model")
-        s3d_jax.load(tmp_path / "model", dtype="float16")
+        found = [
+            s3d_jax.load(tmp_path / "model", dtype=dtype).config.dtype
+            for dtype in (None, "float32", "bfloat16")
+        ]
+    assert found == ["float16" if before else "bfloat16", "float32", "bfloat16"]
     said = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
-    assert len(said) == (1 if warns else 0)
+    assert len(said) == (1 if before else 0)
     assert all("Tesla T4" in text and "float16" in text for text in said)

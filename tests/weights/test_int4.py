@@ -1,5 +1,7 @@
 """int4 weights: groups that are int8 numbers, four bits on disk, the same model on each backend."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +10,7 @@ import pytest
 from scipy.linalg import hadamard
 
 from convert.__main__ import main
+from s3d_jax import machine
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.lm import LM
 from s3d_jax.nn.transformer import abstract_params, forward_logits, weight_bytes
@@ -182,10 +185,9 @@ def test_a_checkpoint_is_held_as_the_backend_needs_it(tmp_path, monkeypatch):
     assert on_cpu.header.config == config and on_cpu.config == in_memory(config, "cpu")
     jax.tree.map(np.testing.assert_array_equal, on_cpu.params, held_tree(config, tree, "cpu"))
 
-    class Gpu:
-        platform = "gpu"
-
-    monkeypatch.setattr(checkpoint, "default_device", Gpu)
+    gpu = SimpleNamespace(platform="gpu", compute_capability="8.0", memory_stats=lambda: None)
+    for module in (machine, checkpoint):
+        monkeypatch.setattr(module, "default_device", lambda: gpu)
     elsewhere = checkpoint.load(tmp_path / "model", "bfloat16")
     assert elsewhere.config == config.replace(dtype="bfloat16")
     found = elsewhere.params["layers_0"]["mlp"]["down"]

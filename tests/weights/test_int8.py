@@ -1,5 +1,8 @@
 """int8 weights: rounded right, multiplied exactly, and the same bits for a token in every block."""
 
+import re
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from scipy.linalg import hadamard
 
 import s3d_jax
+from s3d_jax import machine
 from s3d_jax.drafters import stored
 from s3d_jax.drafters.stored import merge_deltas, merged_bytes
 from s3d_jax.errors import CheckpointError, ConfigError
@@ -172,17 +176,18 @@ def test_products_are_those_of_integers(rows, rotated):
         assert np.abs(numbers).max() <= 2**24
     step = np.abs(numbers).max(axis=1, keepdims=True) / 127
     sums = np.rint(numbers / step).astype(np.int64) @ np.asarray(whole, np.int64).T
-    product = jax.jit(int8._w8a8, static_argnames="rotated")
-    y = product(x, whole, scale, rotated=rotated)
-    np.testing.assert_allclose(y, sums * step * unit * np.asarray(scale), rtol=1e-6)
-    assert not int8._w8a8(jnp.zeros_like(x), whole, scale, rotated).any()
+    for summed in (int8._int8_sums, int8._product):  # of CPUs, and of GPUs before Ampere
+        product = jax.jit(int8._w8a8, static_argnames=("rotated", "sums"))
+        y = product(x, whole, scale, rotated=rotated, sums=summed)
+        np.testing.assert_allclose(y, sums * step * unit * np.asarray(scale), rtol=1e-6)
+        assert not int8._w8a8(jnp.zeros_like(x), whole, scale, rotated, summed).any()
 
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_a_row_that_is_no_number_stays_so_alone(rotated):
     x, whole, scale = operands(4, rotated)
     for value in (np.nan, np.inf):
-        y = np.asarray(int8._w8a8(x.at[1, 5].set(value), whole, scale, rotated))
+        y = np.asarray(int8._w8a8(x.at[1, 5].set(value), whole, scale, rotated, int8._product))
         assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2, 3]]).all()
 
 
@@ -196,7 +201,7 @@ def test_rotation_keeps_the_rest_of_a_row_with_one_large_number():
     errors = []
     for rotated in (False, True):
         whole, scale = map(jnp.asarray, int8.quantize(matrix, rotated))
-        y = np.asarray(int8._w8a8(jnp.asarray(x), whole, scale, rotated))
+        y = np.asarray(int8._w8a8(jnp.asarray(x), whole, scale, rotated, int8._int8_sums))
         errors.append(np.linalg.norm(y - x @ matrix.T) / np.linalg.norm(x @ matrix.T))
     assert errors[0] > 0.5 and errors[1] < 0.12  # what remains is the rounding of the weight
 
@@ -209,6 +214,18 @@ def test_elsewhere_the_weight_alone_is_rounded(dtype, tolerance, rotated):
     terms = np.abs(np.asarray(x, np.float64)) @ np.abs(weight).T
     error = np.asarray(int8._w8a16(x, whole, scale, rotated)) - np.asarray(x, np.float64) @ weight.T
     assert (np.abs(error) / terms).max() <= tolerance
+
+
+@pytest.mark.parametrize("capability,integers", [("7.5", True), ("8.0", False), ("12.0", False)])
+def test_gpus_before_ampere_multiply_int8(monkeypatch, capability, integers):
+    """By a stand-in of the device: what a GPU would get is lowered here, and not compiled."""
+    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(machine, "default_device", lambda: device)
+    x, whole, scale = operands(2, True, "float16")
+    product = jax.jit(lambda x: int8.multiply(x, whole, scale, jnp.float16, True))
+    text = product.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    sums = re.findall(r"stablehlo.dot_general .*: \(tensor<2x96x(\w+)>, tensor<70x96x\w+>\)", text)
+    assert sums == ["i8" if integers else "f16"]
 
 
 @pytest.mark.parametrize("rotated", [False, True])
