@@ -23,7 +23,9 @@ from s3d_jax.engine.runner import UNLIMITED, Engine
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import default_device
+from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
+from s3d_jax.nn.sharding import build_mesh, place_draft
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.records import is_integer, plain
@@ -50,6 +52,7 @@ def load(
     use_draft: bool = True,
     draft_model: "str | os.PathLike[str] | LM | None" = None,
     max_length: int | None = None,
+    mesh: Any = None,
     progress: bool = False,
 ) -> "LM":
     """Loads a native checkpoint onto the default device; without a path the embedded model.
@@ -71,13 +74,17 @@ def load(
             checkpoint folder, loaded with `dtype`, or an LM.
         max_length: tokens (prompt and output) that a row may have; None takes the length the model
             was made for. Each batch allocates only what it needs of it.
+        mesh: several devices: "model=4" or "data=2,model=2", a mapping of these axes to numbers, or
+            a jax Mesh of them. Matrices, heads and the cache are divided over `model`, the rows of
+            batches over `data`. See docs/sharding.md.
         progress: show a bar on a terminal where it takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it. Or its tuning.json is damaged.
-        ConfigError: `draft_model` has another vocabulary.
-        DeviceError: there is no device to load it onto.
+        ConfigError: `draft_model` has another vocabulary; or the mesh is none, or does not divide
+            the model.
+        DeviceError: there is no device to load it onto, or the mesh needs more than there are.
 
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type; or the
@@ -87,14 +94,17 @@ def load(
         path = EMBEDDED
     # First, since a wrong name should not cost the time of loading.
     name = choose_draft(path, draft) if use_draft else None
-    loaded = checkpoint.load(path, dtype, progress=progress)
+    devices = None if mesh is None else build_mesh(mesh)
+    loaded = checkpoint.load(path, dtype, mesh=devices, progress=progress)
     _warn_if_slow(loaded.config.dtype)
-    trained = None if name is None else read_draft(path, name, loaded.config)
+    trained = None if name is None else read_draft(path, name, loaded.config, mesh=devices)
     draft_params = trained.params if trained else None
     if draft_params and is_merged(loaded.params, draft_params):
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
-        draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
+        draft_model = load(
+            draft_model, dtype=dtype, use_draft=False, mesh=devices, progress=progress
+        )
     return LM(
         loaded.config,
         loaded.params,
@@ -194,7 +204,8 @@ class LM:
     @draft_params.setter
     @under_usual_jax_settings
     def draft_params(self, draft: DraftParams) -> None:
-        self._draft_params = with_head(self.config, self.params, draft.replace(head=()))
+        draft = with_head(self.config, self.params, draft.replace(head=()))
+        self._draft_params = place_draft(mesh_of(self.params), self.config, draft)
 
     @property
     def draft_model(self) -> "LM | None":

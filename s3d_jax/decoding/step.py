@@ -23,6 +23,7 @@ from s3d_jax.decoding.state import (
 )
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.nn.transformer import forward
 from s3d_jax.weights.trees import Params
 
@@ -166,7 +167,7 @@ def _verify_and_commit(
     state = commit(spec, state, proposed_tokens, accepted, bonus, drafting_rows, usable)
     if spec.drafter is not None:
         state = state.replace(drafter_state=spec.drafter.update(state, accepted))
-    return state.replace(budget=budget)
+    return state_constrained(state.replace(budget=budget))
 
 
 @under_usual_jax_settings
@@ -205,7 +206,8 @@ def decode(
         return i + 1, step(spec, params, drafter_params, state, visible)
 
     if state.budget is None:
-        return jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+        state = jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+        return state_constrained(state)
 
     def drafting(carry: Carry) -> jax.Array:
         _, state = carry
@@ -222,7 +224,8 @@ def decode(
         carry = jax.lax.while_loop(lambda c: unfinished(c) & drafting(c), speculate, carry)
         return jax.lax.while_loop(lambda c: unfinished(c) & ~drafting(c), decode_plainly, carry)
 
-    return jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
+    state = jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
+    return state_constrained(state)
 
 
 decode_jit: Any = jax.jit(decode, static_argnames=("spec", "visible"), donate_argnames="state")

@@ -44,6 +44,7 @@ from s3d_jax.storage.trees import bullets, flatten, shape_problems, top_level_ke
 
 if TYPE_CHECKING:
     import jax
+    from jax.sharding import Mesh
 
     from s3d_jax.weights.trees import Params
 
@@ -139,7 +140,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
         self.config = config
-        self._expected = _expected_arrays(config)
+        self._expected = _expected_arrays(config.replace(shards=1))
         self._arrays = ArrayWriter(folder / "weights")
 
     @under_usual_jax_settings
@@ -153,7 +154,12 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the arrays do not fit the model, or were written before.
         """
-        arrays = {path: np.asarray(x) for path, x in flatten(tree, name).items()}
+        from s3d_jax.nn.sharding import as_in_files
+
+        arrays = {
+            path: as_in_files(self.config, path, np.asarray(x))
+            for path, x in flatten(tree, name).items()
+        }
         expected = {k: v for k, v in self._expected.items() if top_level_key(k) == name}
         problems = shape_problems(_shapes(arrays), _shapes(expected))
         for path, array in arrays.items():
@@ -263,24 +269,33 @@ def save(
 
 @under_usual_jax_settings
 def load(
-    path: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
+    path: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    mesh: "Mesh | None" = None,
+    progress: bool = False,
 ) -> Checkpoint:
-    """Reads a checkpoint onto the default device.
+    """Reads a checkpoint onto the default device, or onto those of a mesh.
+
+    On a mesh each device gets its own share of each array, and nothing else at any time. The host
+    reads array by array.
 
     Args:
         path: a native checkpoint folder.
         dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
             dtype.
+        mesh: from `build_mesh`; the config of the result has its `shards`.
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, of another format or version, incomplete or damaged;
             or values overflow in the dtype (names every such array).
-        ConfigError: the dtype is unknown.
+        ConfigError: the dtype is unknown, or the mesh does not divide the model.
         DeviceError: there is no device, or less memory free than the weights need.
     """
-    import jax
     from tqdm import tqdm
+
+    from s3d_jax.nn.sharding import put, shape_of, share_bytes, taken_here
 
     header = read_header(path)
     default_device()  # a missing one should not look like damaged weights
@@ -288,7 +303,12 @@ def load(
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
-    needed = sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items())
+    total = needed = sum(math.prod(x.shape) * dtypes[k].itemsize for k, x in header.arrays.items())
+    if mesh is not None:
+        shape = shape_of(mesh)
+        shape.check_divides(config)
+        config = config.replace(shards=shape.model)
+        needed = taken_here(mesh, share_bytes(mesh, config, _expected_arrays(config)))
     check_memory(
         needed,
         f"the weights of {path} in {config.precision} need",
@@ -296,7 +316,7 @@ def load(
         "(s3d-convert --quantize int8), or free memory",
     )
     with tqdm(
-        total=needed,
+        total=total,
         desc="loading",
         unit="B",
         unit_scale=True,
@@ -310,7 +330,7 @@ def load(
             except Overflow as error:  # go on, to name all of them
                 overflowing += error.names
                 continue
-            params[name] = jax.device_put(array)
+            params[name] = put(mesh, config, name, array)
             bar.update(array.nbytes)
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))
