@@ -139,7 +139,8 @@ def step(
     if proposal.drafter_state is not None:
         state = state.replace(drafter_state=proposal.drafter_state)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
-    return _verify_and_commit(inputs._replace(state=state), proposal.tokens, drafting_rows)
+    tokens = state_constrained(proposal.tokens)
+    return _verify_and_commit(inputs._replace(state=state), tokens, drafting_rows)
 
 
 def _plain_step(
@@ -158,12 +159,12 @@ def _verify_and_commit(
     spec, state = inputs.spec, inputs.state
     logits, cache = verify_pass(spec, inputs.params, state, proposed_tokens, inputs.visible)
     state = state.replace(cache=cache)
-    target = choose(logits, state.sampling, spec.features, inputs.noise)
+    target = state_constrained(choose(logits, state.sampling, spec.features, inputs.noise))
     accepted, bonus = accept(proposed_tokens, target, drafting_rows)
     budget = state.budget
     if drafting_rows is not None and budget is not None:
         budget = settle(budget, drafting_rows, accepted, state.done)
-    usable = leading_numbers(logits)
+    usable = state_constrained(leading_numbers(logits))
     state = commit(spec, state, proposed_tokens, accepted, bonus, drafting_rows, usable)
     if spec.drafter is not None:
         state = state.replace(drafter_state=spec.drafter.update(state, accepted))

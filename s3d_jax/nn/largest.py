@@ -7,7 +7,7 @@ top_k may sort the whole row within a larger program (docs/log).
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.mesh import MODEL, axis_size, constrained
+from s3d_jax.mesh import DATA, MODEL, axis_size, constrained
 
 _GROUP = 128  # numbers
 
@@ -23,7 +23,8 @@ def largest(x: jax.Array) -> jax.Array:
     """
     if (shares := axis_size(MODEL)) > 1 and x.shape[-1] % shares == 0:
         # Of each device's share first, so that few numbers are sent.
-        parts = constrained(x.reshape(*x.shape[:-1], shares, -1), *[None] * (x.ndim - 1), MODEL)
+        axes = (DATA, *[None] * x.ndim)[: x.ndim - 1]
+        parts = constrained(x.reshape(*x.shape[:-1], shares, -1), *axes, MODEL)
         here = _largest(parts)
         best = jnp.take_along_axis(parts, here[..., None], axis=-1)[..., 0]
         share = jnp.argmax(best, axis=-1, keepdims=True)
