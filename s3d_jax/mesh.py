@@ -59,10 +59,18 @@ def constrained(x: jax.Array, *axes: str | None) -> jax.Array:
 def dividing(shape: tuple[int, ...], axes: tuple[str | None, ...], size: Any) -> PartitionSpec:
     """The axes as a PartitionSpec, without those that do not divide the shape.
 
+    In the form that compiled programs report, so that equal layouts compare as equal: without axes
+    of one device, and without None at the end.
+
     Args:
         shape: of the array.
         axes: see `constrained`.
         size: the number of devices along an axis of the mesh.
     """
-    pairs = zip(shape, axes, strict=False)
-    return PartitionSpec(*(a if a is not None and n % size(a) == 0 else None for n, a in pairs))
+    kept = [
+        a if a is not None and size(a) > 1 and n % size(a) == 0 else None
+        for n, a in zip(shape, axes, strict=False)
+    ]
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)

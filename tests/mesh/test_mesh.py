@@ -15,7 +15,11 @@ def run(*arguments: str) -> None:
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(
-        [*command, *arguments], env=environment, cwd=CASES.parents[2], capture_output=True, text=True
+        [*command, *arguments],
+        env=environment,
+        cwd=CASES.parents[2],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
