@@ -59,7 +59,7 @@ def load(
 
     Only the end-of-text ids are taken from HF's generation_config.json: the caller chooses the
     sampling, and the default is greedy. `s3d info` lists what was not used. γ and skip are what
-    `s3d tune` chose for this device, if it was run, and else the draft's own.
+    `s3d tune` chose for this device, if it was run, and else, or on a mesh, the draft's own.
 
     Args:
         path: the checkpoint folder, as `s3d-convert` writes it. None is the small model that comes
@@ -114,7 +114,8 @@ def load(
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
-        tuning=read_tuning(path, loaded.config, name),
+        # What one device gains says little of several.
+        tuning=read_tuning(path, loaded.config, name) if devices is None else None,
     )
 
 

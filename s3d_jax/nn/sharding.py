@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from s3d_jax.errors import ConfigError, DeviceError
 from s3d_jax.machine import default_device
@@ -50,12 +50,12 @@ def rule_of(path: str) -> tuple[str | None, ...]:
 
 
 def sharding_of(
-    mesh: Mesh, config: ModelConfig, path: str, shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh, config: ModelConfig, path: str, shape: tuple[int, ...]
 ) -> NamedSharding:
     """Where the array at a path of the parameter tree, or of a draft's, lies.
 
     Args:
-        mesh: the devices.
+        mesh: the devices, or their numbers alone.
         config: the model; attention is divided by whole heads only.
         path, shape: of the array.
     """
@@ -102,6 +102,11 @@ def build_mesh(mesh: Any) -> Mesh:
     auto = (AxisType.Auto, AxisType.Auto)  # newer versions of jax make other ones by default
     devices = jax.devices()[: shape.size]
     return jax.make_mesh((shape.data, shape.model), AXES, axis_types=auto, devices=devices)
+
+
+def without_devices(shape: MeshShape) -> AbstractMesh:
+    """A mesh that only says how things would be divided."""
+    return AbstractMesh((shape.data, shape.model), AXES)
 
 
 def shape_of(mesh: Mesh) -> MeshShape:
@@ -200,7 +205,7 @@ def place_draft(mesh: Mesh | None, config: ModelConfig, draft: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, draft)
 
 
-def share_bytes(mesh: Mesh, config: ModelConfig, arrays: Mapping[str, Any]) -> int:
+def share_bytes(mesh: Mesh | AbstractMesh, config: ModelConfig, arrays: Mapping[str, Any]) -> int:
     """Bytes that each device needs for arrays, or their shapes, in memory, by path."""
     shares = (
         math.prod(sharding_of(mesh, config, path, x.shape).shard_shape(x.shape)) * x.dtype.itemsize
@@ -209,7 +214,7 @@ def share_bytes(mesh: Mesh, config: ModelConfig, arrays: Mapping[str, Any]) -> i
     return sum(shares)
 
 
-def cache_share(mesh: Mesh, config: ModelConfig, rows: int, nbytes: int) -> int:
+def cache_share(mesh: Mesh | AbstractMesh, config: ModelConfig, rows: int, nbytes: int) -> int:
     """What one device holds of a cache of so many rows and bytes."""
     shape = (rows, config.cached_heads, 1, 1)
     share = state_sharding(mesh, shape).shard_shape(shape)
@@ -225,7 +230,7 @@ def taken_here(mesh: Mesh, nbytes: int) -> int:
     return nbytes * len(mesh.local_devices) if on_host else nbytes
 
 
-def state_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def state_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Where an array of a decoding state lies; see `state_constrained`."""
     return NamedSharding(mesh, dividing(shape, _state_axes(shape), mesh.shape.__getitem__))
 

@@ -3,6 +3,7 @@
 Not collected by itself, since the number of devices is fixed before jax begins.
 """
 
+import json
 import re
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import s3d_jax
+from s3d_jax.commands.main import main
 from s3d_jax.drafters import stored
 from s3d_jax.drafters.stored import save_draft
 from s3d_jax.engine import programs
@@ -325,3 +327,21 @@ def test_a_mesh_of_jax():
     mesh = build_mesh(explicit)
     assert dict(mesh.shape) == {"data": 1, "model": 2}
     assert sharding_of(mesh, config_of("llama"), "embed/embedding", (4, 4)).spec[0] == "model"
+
+
+def test_commands(tmp_path, capsys):
+    path = write(tmp_path, config_of("llama"))
+    said = []
+    for more in ([], ["--mesh", "data=2,model=4"]):
+        command = ["generate", "1 2 3", "3 4", "--ids", "--model", path, "--max-new-tokens", "8"]
+        assert main([*command, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["info", "--model", path, "--mesh", "data=16,model=4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["mesh"]
+    assert facts["replicated"][0].startswith("key heads, 2 times")
+    arrays = flatten(native.load(path, mesh=build_mesh("model=4")).params).values()
+    there = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+    assert facts["weight_bytes_per_device"] == there
+    assert main(["info", "--model", path, "--mesh", "data=2,model=5"]) == 2
+    assert "do not divide the model's feed-forward width of 48" in capsys.readouterr().err
