@@ -280,8 +280,11 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
 
 
 def is_merged(params: Params, draft: DraftParams) -> bool:
-    """Whether loading a model merges the draft's deltas."""
-    return merged_bytes(params, draft) <= MOST_MERGED
+    """Whether loading a model merges the draft's deltas.
+
+    Not where several hosts hold the layers: deltas are merged on the host, which has no whole one.
+    """
+    return jax.process_count() == 1 and merged_bytes(params, draft) <= MOST_MERGED
 
 
 @under_usual_jax_settings

@@ -212,8 +212,10 @@ class Runner:
                 id(self._target.params),
                 id(self._drafter_params),
             )
-            known = self._experiences.of(settings)
-            self._pace = Pace(costs.iteration(spec.gamma), self._request.gain, known)
+            known, gain = self._experiences.of(settings), self._request.gain
+            if jax.process_count() > 1:  # hosts measure other times, and must decide alike
+                gain = 1.0
+            self._pace = Pace(costs.iteration(spec.gamma), gain, known)
 
     def _remember(self, counts: Counts) -> None:
         """Takes what drafting has gained for a prompt."""

@@ -200,7 +200,7 @@ def place_draft(mesh: Mesh | None, config: ModelConfig, draft: Any) -> Any:
         name = "/".join(
             str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path
         )
-        return jax.device_put(x, sharding_of(mesh, config, name, x.shape))
+        return _from_every_host(x, sharding_of(mesh, config, name, x.shape))
 
     return jax.tree_util.tree_map_with_path(place, draft)
 
@@ -248,7 +248,21 @@ def place_state(mesh: Mesh | None, state: Any) -> Any:
     """Puts a decoding state, or a part of it, where its programs leave it."""
     if mesh is None:
         return state
-    return jax.device_put(state, jax.tree.map(lambda x: state_sharding(mesh, x.shape), state))
+    shardings = jax.tree.map(lambda x: state_sharding(mesh, x.shape), state)
+    if jax.process_count() == 1:
+        return jax.device_put(state, shardings)  # all at once, which is faster
+    return jax.tree.map(_from_every_host, state, shardings)
+
+
+def _from_every_host(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Moves an array that lies on the mesh already, or that every host has as a whole."""
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, sharding)
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _from_every_host(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda share: whole[share])
 
 
 def _state_axes(shape: tuple[int, ...]) -> tuple[str | None, ...]:
