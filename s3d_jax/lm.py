@@ -210,13 +210,18 @@ class LM:
 
     @property
     def draft_model(self) -> "LM | None":
-        """The second model; setting one of another vocabulary raises ConfigError."""
+        """The second model; one of another vocabulary or mesh raises ConfigError."""
         return self._draft_model
 
     @draft_model.setter
     def draft_model(self, model: "LM | None") -> None:
         if model is not None:
             _check_same_vocabulary(self, model)
+            if mesh_of(model.params) != mesh_of(self.params):
+                raise ConfigError(
+                    "the draft model lies on other devices than the model: load both with the "
+                    "same mesh"
+                )
         self._draft_model = model
 
     @property

@@ -171,6 +171,13 @@ def test_many_prompts_in_few_rows(tmp_path):
     assert len(found) == len(PROMPTS) and len(lm.programs) == len(one.programs)
 
 
+def test_a_second_model_on_other_devices_is_refused(tmp_path):
+    path = write(tmp_path, config_of("llama"))
+    one = s3d_jax.load(path)
+    with pytest.raises(s3d_jax.ConfigError, match="load both with the same mesh"):
+        s3d_jax.load(path, mesh="model=2", draft_model=one)
+
+
 @pytest.mark.parametrize("method", ["two-model", "prompt-lookup"])
 def test_other_methods(method, tmp_path):
     path = write(tmp_path, config_of("qwen3"))
