@@ -21,7 +21,9 @@ from s3d_jax.engine.results import Result
 from s3d_jax.engine.runner import UNLIMITED, Engine
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
+from s3d_jax.nn.sharding import build_mesh, place_draft
 from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.records import is_integer, plain
@@ -48,13 +50,14 @@ def load(
     use_draft: bool = True,
     draft_model: "str | os.PathLike[str] | LM | None" = None,
     max_length: int | None = None,
+    mesh: Any = None,
     progress: bool = False,
 ) -> "LM":
     """Loads a native checkpoint onto the default device; without a path the embedded model.
 
     Only the end-of-text ids are taken from HF's generation_config.json: the caller chooses the
     sampling, and the default is greedy. `s3d info` lists what was not used. γ and skip are what
-    `s3d tune` chose for this device, if it was run, and else the draft's own.
+    `s3d tune` chose for this device, if it was run, and else, or on a mesh, the draft's own.
 
     Args:
         path: the checkpoint folder, as `s3d-convert` writes it. None is the small model that comes
@@ -69,13 +72,18 @@ def load(
             checkpoint folder, loaded with `dtype`, or an LM.
         max_length: tokens (prompt and output) that a row may have; None takes the length the model
             was made for. Each batch allocates only what it needs of it.
+        mesh: several devices: "model=4" or "data=2,model=2", a mapping of these axes to numbers, or
+            a jax Mesh of them. Matrices, heads and the cache are divided over `model`, the rows of
+            batches over `data`. See docs/sharding.md.
         progress: show a bar on a terminal where it takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another format. For a HF
             folder the message says how to convert it. Or its tuning.json is damaged.
-        ConfigError: `draft_model` has another vocabulary.
-        DeviceError: there is no device to load it onto, or it has too little memory.
+        ConfigError: `draft_model` has another vocabulary; or the mesh is none, or does not divide
+            the model.
+        DeviceError: there is no device to load it onto, it has too little memory, or the mesh needs
+            more than there are.
 
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type; jax computes
@@ -86,13 +94,16 @@ def load(
         path = EMBEDDED
     # First, since a wrong name should not cost the time of loading.
     name = choose_draft(path, draft) if use_draft else None
-    loaded = checkpoint.load(path, dtype, progress=progress)
-    trained = None if name is None else read_draft(path, name, loaded.config)
+    devices = None if mesh is None else build_mesh(mesh)
+    loaded = checkpoint.load(path, dtype, mesh=devices, progress=progress)
+    trained = None if name is None else read_draft(path, name, loaded.config, mesh=devices)
     draft_params = trained.params if trained else None
     if draft_params and is_merged(loaded.config, loaded.params, draft_params):
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
-        draft_model = load(draft_model, dtype=dtype, use_draft=False, progress=progress)
+        draft_model = load(
+            draft_model, dtype=dtype, use_draft=False, mesh=devices, progress=progress
+        )
     return LM(
         loaded.config,
         loaded.params,
@@ -102,7 +113,8 @@ def load(
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
-        tuning=read_tuning(path, loaded.config, name),
+        # What one device gains says little of several.
+        tuning=read_tuning(path, loaded.config, name) if devices is None else None,
     )
 
 
@@ -180,17 +192,23 @@ class LM:
     @draft_params.setter
     @under_usual_jax_settings
     def draft_params(self, draft: DraftParams) -> None:
-        self._draft_params = with_head(self.config, self.params, draft.replace(head=()))
+        draft = with_head(self.config, self.params, draft.replace(head=()))
+        self._draft_params = place_draft(mesh_of(self.params), self.config, draft)
 
     @property
     def draft_model(self) -> "LM | None":
-        """The second model; setting one of another vocabulary raises ConfigError."""
+        """The second model; one of another vocabulary or mesh raises ConfigError."""
         return self._draft_model
 
     @draft_model.setter
     def draft_model(self, model: "LM | None") -> None:
         if model is not None:
             _check_same_vocabulary(self, model)
+            if mesh_of(model.params) != mesh_of(self.params):
+                raise ConfigError(
+                    "the draft model lies on other devices than the model: load both with the "
+                    "same mesh"
+                )
         self._draft_model = model
 
     @property

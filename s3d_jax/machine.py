@@ -19,7 +19,7 @@ from s3d_jax.errors import DeviceError
 
 
 def default_device() -> Any:
-    """The `jax.Device` that jax computes on.
+    """The `jax.Device` that jax computes on; of several hosts, this host's first.
 
     Raises:
         DeviceError: there is none, as where JAX_PLATFORMS names a kind that this machine lacks.
@@ -30,7 +30,7 @@ def default_device() -> Any:
     import jax
 
     try:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
     except (RuntimeError, AssertionError) as error:  # the second has no text: jax 0.10 and CUDA
         wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         named = f" of the kind that JAX_PLATFORMS={wanted} names" if wanted else ""

@@ -75,7 +75,7 @@ def add_command(commands: Any) -> None:
         formatter_class=RAW,
     )
     add_model(parser)
-    add_options(parser, ModelOptions, ["draft_model", "draft", "dtype"])
+    add_options(parser, ModelOptions, ["draft_model", "draft", "dtype", "mesh"])
     add_options(parser, _Options)
     parser.set_defaults(run=run)
 

@@ -34,6 +34,13 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "cast the weights while loading"
     )
+    mesh: str | None = option(
+        None,
+        'several devices: "model=4" divides matrices and cache over 4, "data=2,model=2" also the '
+        "rows of a batch over 2; s3d info says what a mesh divides",
+        metavar="AXES",
+        shown="one device",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

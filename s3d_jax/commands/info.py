@@ -13,6 +13,7 @@ _CONTEXT = 2048  # tokens
 if TYPE_CHECKING:
     from s3d_jax.engine.ledger import Ledger
     from s3d_jax.settings.drafting import DraftConfig
+    from s3d_jax.settings.model import ModelConfig
     from s3d_jax.storage.native import Header
 
 
@@ -35,6 +36,9 @@ def add_command(commands: Any) -> None:
         memory.add_argument(flag, type=int, metavar=metavar, help=words)
     memory.add_argument("--method", choices=("s3d", "ar"), help="(default: s3d)")
     memory.add_argument("--draft", metavar="NAME", help="which of the trained drafts")
+    parser.add_argument(
+        "--mesh", metavar="AXES", help='what each device of a mesh holds: "model=4", as of generate'
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -80,6 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
             dataclasses.asdict(x) | {"total": x.total, "fits": [c for c in CARDS if x.fits(c)]}
             for x in ledgers
         ]
+    mesh = _mesh_facts(config, arguments.mesh) if arguments.mesh is not None else None
+    if mesh is not None:
+        facts["mesh"] = mesh
     if arguments.json:
         print(json.dumps(facts), file=arguments.stdout)
         return 0
@@ -98,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{cache / 1024:,.1f} KiB per token and row; {full_cache / 2**20:,.1f} MiB for a row "
             f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
         ),
+        *_mesh_rows(mesh),
         *_draft_rows(drafts, default_draft(config)),
         *map(_tuning_row, tuned),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
@@ -111,6 +119,39 @@ def run(arguments: argparse.Namespace) -> int:
     for row in _memory_rows(ledgers):
         print(row)
     return 0
+
+
+def _mesh_facts(config: "ModelConfig", mesh: str) -> dict[str, Any]:
+    """What each device of a mesh holds of a model; the devices need not be there."""
+    from s3d_jax.nn.cache import cache_bytes
+    from s3d_jax.nn.sharding import cache_share, share_bytes, without_devices
+    from s3d_jax.nn.transformer import abstract_params
+    from s3d_jax.settings.mesh import MeshShape
+    from s3d_jax.storage.trees import flatten
+
+    shape = MeshShape.of(mesh)
+    shape.check_divides(config)
+    config = config.replace(shards=shape.model)
+    devices = without_devices(shape)
+    cache = cache_share(devices, config, shape.data, shape.data * cache_bytes(config, 1, None))
+    return {
+        **shape.to_dict(),
+        "weight_bytes_per_device": share_bytes(devices, config, flatten(abstract_params(config))),
+        "cache_bytes_per_token_and_device": cache,
+        "replicated": shape.replicated(config),
+    }
+
+
+def _mesh_rows(mesh: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if mesh is None:
+        return
+    yield (
+        "mesh",
+        f"data={mesh['data']},model={mesh['model']}: on each device "
+        f"{mesh['weight_bytes_per_device'] / 2**20:,.1f} MiB of weights, and "
+        f"{mesh['cache_bytes_per_token_and_device'] / 1024:,.1f} KiB of cache per token and row",
+    )
+    yield "not divided", "; ".join(mesh["replicated"]) or "nothing but norms and biases"
 
 
 def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:

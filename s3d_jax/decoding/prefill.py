@@ -12,6 +12,7 @@ from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposer
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.nn.transformer import fill_cache
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params
@@ -45,7 +46,8 @@ def prefill_chunk(
     """
     here = cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
     here = fill_cache(config, params, tokens, here, visible=visible)
-    return here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
+    here = here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
+    return state_constrained(here)
 
 
 prefill_jit: Any = jax.jit(
@@ -62,7 +64,7 @@ def _prefill_drafter(
     offset: jax.Array,
     visible: int,
 ) -> Any:
-    return drafter.prefill(params, state, tokens, offset, visible)
+    return state_constrained(drafter.prefill(params, state, tokens, offset, visible))
 
 
 def call_directly(function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import jax
 
 from s3d_jax.decoding.state import DecodeState
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.nn.sharding import state_constrained
 
 
 @under_usual_jax_settings
@@ -18,7 +19,7 @@ def take_row(state: DecodeState, row: jax.Array) -> DecodeState:
     """
     own = state.replace(stop_ids=None)
     own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), own)
-    return own.replace(stop_ids=state.stop_ids)
+    return state_constrained(own.replace(stop_ids=state.stop_ids))
 
 
 @under_usual_jax_settings
@@ -36,7 +37,7 @@ def put_row(state: DecodeState, row: jax.Array, new: DecodeState) -> DecodeState
             return old  # the rows share it
         return jax.lax.dynamic_update_slice_in_dim(old, one, row, 0)
 
-    return jax.tree.map(put, state, new)
+    return state_constrained(jax.tree.map(put, state, new))
 
 
 take_row_jit: Any = jax.jit(take_row)

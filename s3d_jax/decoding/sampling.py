@@ -14,6 +14,7 @@ import numpy as np
 
 from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.mesh import DATA, constrained
 from s3d_jax.nn.largest import largest
 from s3d_jax.settings.sampling import SamplingConfig
 
@@ -229,6 +230,8 @@ def choose(
         int32 [B, T].
     """
     if noise is not None:
+        # Whole on each device of a mesh, so that sums over the vocabulary are those of one device.
+        logits = constrained(logits, DATA)
         logits = warp(logits, params, features) + noise
     return largest(logits)
 

@@ -23,6 +23,7 @@ from s3d_jax.decoding.state import (
 )
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.nn.transformer import forward
 from s3d_jax.weights.trees import Params
 
@@ -138,7 +139,8 @@ def step(
     if proposal.drafter_state is not None:
         state = state.replace(drafter_state=proposal.drafter_state)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
-    return _verify_and_commit(inputs._replace(state=state), proposal.tokens, drafting_rows)
+    tokens = state_constrained(proposal.tokens)
+    return _verify_and_commit(inputs._replace(state=state), tokens, drafting_rows)
 
 
 def _plain_step(
@@ -157,16 +159,16 @@ def _verify_and_commit(
     spec, state = inputs.spec, inputs.state
     logits, cache = verify_pass(spec, inputs.params, state, proposed_tokens, inputs.visible)
     state = state.replace(cache=cache)
-    target = choose(logits, state.sampling, spec.features, inputs.noise)
+    target = state_constrained(choose(logits, state.sampling, spec.features, inputs.noise))
     accepted, bonus = accept(proposed_tokens, target, drafting_rows)
     budget = state.budget
     if drafting_rows is not None and budget is not None:
         budget = settle(budget, drafting_rows, accepted, state.done)
-    usable = leading_numbers(logits)
+    usable = state_constrained(leading_numbers(logits))
     state = commit(spec, state, proposed_tokens, accepted, bonus, drafting_rows, usable)
     if spec.drafter is not None:
         state = state.replace(drafter_state=spec.drafter.update(state, accepted))
-    return state.replace(budget=budget)
+    return state_constrained(state.replace(budget=budget))
 
 
 @under_usual_jax_settings
@@ -205,7 +207,8 @@ def decode(
         return i + 1, step(spec, params, drafter_params, state, visible)
 
     if state.budget is None:
-        return jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+        state = jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+        return state_constrained(state)
 
     def drafting(carry: Carry) -> jax.Array:
         _, state = carry
@@ -222,7 +225,8 @@ def decode(
         carry = jax.lax.while_loop(lambda c: unfinished(c) & drafting(c), speculate, carry)
         return jax.lax.while_loop(lambda c: unfinished(c) & ~drafting(c), decode_plainly, carry)
 
-    return jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
+    state = jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
+    return state_constrained(state)
 
 
 decode_jit: Any = jax.jit(decode, static_argnames=("spec", "visible"), donate_argnames="state")

@@ -19,11 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import default_device
+from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.sharding import put
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import ArrayWriter, cast, index_from_json, index_to_json, read_array
@@ -173,7 +176,12 @@ def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
 
 @under_usual_jax_settings
 def read_draft(
-    model: str | os.PathLike[str], name: str, config: ModelConfig, *, weights: bool = True
+    model: str | os.PathLike[str],
+    name: str,
+    config: ModelConfig,
+    *,
+    weights: bool = True,
+    mesh: Mesh | None = None,
 ) -> StoredDraft:
     """Reads one draft.
 
@@ -181,6 +189,7 @@ def read_draft(
         model: the native checkpoint folder.
         name: the draft's name.
         config: the target's; arrays are cast to its dtype.
+        mesh: that the target lies on, with the `shards` of its config; None is the default device.
         weights: False reads the settings alone.
 
     Raises:
@@ -214,7 +223,8 @@ def read_draft(
             )
             for path, record in index.items()
         }
-        params = DraftParams(**unflatten({path: jnp.asarray(x) for path, x in arrays.items()}))
+        placed = {path: put(mesh, config, path, x) for path, x in arrays.items()}
+        params = DraftParams(**unflatten(placed))
         check_vocabulary(params, config.vocab_size, folder)
     return StoredDraft(name, kind, draft, params, fields.get("training") or {}, count, shapes)
 
@@ -270,8 +280,12 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
 
 
 def is_merged(config: ModelConfig, params: Params, draft: DraftParams) -> bool:
-    """Whether loading a model merges the draft's deltas."""
-    return takes_deltas(config) and merged_bytes(params, draft) <= MOST_MERGED
+    """Whether loading a model merges the draft's deltas.
+
+    Not where several hosts hold the layers: deltas are merged on the host, which has no whole one.
+    """
+    here = jax.process_count() == 1 and takes_deltas(config)
+    return here and merged_bytes(params, draft) <= MOST_MERGED
 
 
 @under_usual_jax_settings
@@ -319,7 +333,13 @@ def _add_delta(
     whole = widen_tree(config, arrays, jnp.float32, module)
     whole["weight"] += (delta["down"].astype(jnp.float32) @ delta["up"]).T
     stored = store_tree(config, jax.device_get(whole), module)
-    return {name: jnp.asarray(x, arrays[name].dtype) for name, x in stored.items()}
+    on_mesh = mesh_of(arrays) is not None
+    return {
+        name: jax.device_put(
+            np.asarray(x, arrays[name].dtype), arrays[name].sharding if on_mesh else None
+        )
+        for name, x in stored.items()
+    }
 
 
 def draft_tree(params: DraftParams) -> dict[str, Any]:

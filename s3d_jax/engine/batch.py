@@ -14,7 +14,9 @@ from s3d_jax.engine.results import Result
 from s3d_jax.engine.runner import STEPS_PER_LOOK, UNLIMITED, Engine, Runner
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import peak_memory_bytes
+from s3d_jax.mesh import on_mesh
 from s3d_jax.nn.cache import Kept
+from s3d_jax.nn.sharding import place_state
 from s3d_jax.text import TextRow
 from s3d_jax.weights.base import num_bytes
 
@@ -79,10 +81,10 @@ class Batch(Runner):
             cache = kept.cache.replace(length=jax.device_put(np.full(1, known, np.int32)))
             self._written = kept.written if known else 0
         self._known = known
-        with self._explained():
-            self._state = init_state(
-                self._spec, prompts, self._plan, self._sampling, cache, sorted(self._stop_ids)
-            )
+        stop_ids = sorted(self._stop_ids)
+        with self._explained(), on_mesh(self._mesh):
+            state = init_state(self._spec, prompts, self._plan, self._sampling, cache, stop_ids)
+            self._state = place_state(self._mesh, state)
 
     @property
     def texts(self) -> list[TextRow] | None:
@@ -98,7 +100,7 @@ class Batch(Runner):
         if self._pace is not None:
             budget = self._pace.budget(self._request.max_new_tokens)
             if self._pace.drafts or self._drafter is None or self._drafter.keeps_state:
-                self._state = self._state.replace(budget=budget)
+                self._state = self._state.replace(budget=place_state(self._mesh, budget))
             else:
                 self._decode_plainly()
         rows = range(len(self._prompts))
@@ -109,7 +111,9 @@ class Batch(Runner):
             if any(running):  # forget the caches' content, and prefill again
                 lengths = [len(self._sequence(b)) for b in rows]
                 self._plan = self._plan.again(lengths, self._ends)
-                self._state = restart(self._spec, self._state, self._plan, running)
+                with on_mesh(self._mesh):
+                    state = restart(self._spec, self._state, self._plan, running)
+                self._state = place_state(self._mesh, state)
         for text in self._texts:
             if text is not None:
                 text.finish()
@@ -146,7 +150,8 @@ class Batch(Runner):
             # Never less than before: another program would cost more than it saves.
             used = max(used, int((lengths + padding)[~done].max(initial=0)))
             if any(self._stopped) and not finished:
-                self._state = self._state.replace(done=jax.device_put(done))
+                done = place_state(self._mesh, jax.device_put(done))
+                self._state = self._state.replace(done=done)
 
     @under_usual_jax_settings
     def results(self) -> list[Result]:

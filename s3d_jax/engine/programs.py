@@ -12,6 +12,7 @@ import jax
 
 from s3d_jax.errors import ConfigError
 from s3d_jax.machine import memory_maps, return_free_memory
+from s3d_jax.mesh import mesh_of, on_mesh
 from s3d_jax.settings.records import is_integer
 
 # On a CPU, programs take memory maps: about 50 per layer for a decoding loop, thousands in all. A
@@ -54,7 +55,8 @@ class Program:
 
     def __init__(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Compiles a jitted function for its static arguments and the shapes of its arrays."""
-        self._compiled = function.lower(**static, **arrays).compile()
+        with on_mesh(mesh_of(arrays)):
+            self._compiled = function.lower(**static, **arrays).compile()
         function.clear_cache()  # jax would keep it as long as the function exists
         self.last_call = next(_calls)
 

@@ -19,6 +19,8 @@ from s3d_jax.engine.runner import STEPS_PER_LOOK, UNLIMITED, Engine, Runner
 from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import peak_memory_bytes
+from s3d_jax.mesh import on_mesh
+from s3d_jax.nn.sharding import place_state
 from s3d_jax.settings.records import is_integer, plain
 from s3d_jax.text import TextRow
 
@@ -111,7 +113,8 @@ class Queue(Runner):
             if any(not done[row] for row in finished):  # by stop strings
                 at_end = done.copy()
                 at_end[finished] = True
-                self._state = self._state.replace(done=jax.device_put(at_end))
+                at_end = place_state(self._mesh, jax.device_put(at_end))
+                self._state = self._state.replace(done=at_end)
             # A copy, since the state is donated while rows are put into it.
             passes, memory = np.array(self._state.passes), peak_memory_bytes()
             for row in finished:
@@ -155,17 +158,18 @@ class Queue(Runner):
         keys = jax.random.wrap_key_data(settings.keys, impl=self._key_type)
         sampling = settings.replace(keys=keys)
         stop_ids = sorted(self._stop_ids)
-        with self._explained():
-            return init_state(
+        with self._explained(), on_mesh(self._mesh):
+            state = init_state(
                 self._spec, sequences, plan, sampling, stop_ids=stop_ids, budget=budget
             )
+            return place_state(self._mesh, state)
 
     def _row(self, row: int, plan: SlotPlan) -> DecodeState:
         """A row as it is, to be prefilled again."""
         arrays = dict(state=self._state.replace(drafter_state=None), row=np.int32(row))
         program = self._program(take_row_jit, {}, arrays, {})
-        with self._explained(program):
-            return restart(self._spec, program(**arrays), plan, [True])
+        with self._explained(program), on_mesh(self._mesh):
+            return place_state(self._mesh, restart(self._spec, program(**arrays), plan, [True]))
 
     def _put(self, row: int, new: DecodeState, sequence: np.ndarray, plan: SlotPlan) -> None:
         """Prefills the only row of `new`, and puts it into a row of the state."""

@@ -23,6 +23,8 @@ from s3d_jax.engine.prompts import PromptEncoder
 from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
 from s3d_jax.machine import check_memory, memory_limit_bytes, out_of_memory_explained
+from s3d_jax.mesh import mesh_of
+from s3d_jax.nn.sharding import cache_share, place_state, taken_here
 from s3d_jax.storage.tokenizer import special_tokens
 from s3d_jax.text import TextRow
 
@@ -85,6 +87,7 @@ class Runner:
         if request.stops and engine.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this model has none")
         self._target, self._programs = target, engine.programs
+        self._mesh = mesh_of(target.params)
         self._spec, self._drafter = request.spec, request.drafter
         self._without_draft = False  # whether the loop is that of AR
         self._drafter_params, self._stop_ids = request.drafter_params, request.stop_ids
@@ -211,8 +214,10 @@ class Runner:
                 id(self._target.params),
                 id(self._drafter_params),
             )
-            known = self._experiences.of(settings)
-            self._pace = Pace(costs.iteration(spec.gamma), self._request.gain, known)
+            known, gain = self._experiences.of(settings), self._request.gain
+            if jax.process_count() > 1:  # hosts measure other times, and must decide alike
+                gain = 1.0
+            self._pace = Pace(costs.iteration(spec.gamma), gain, known)
 
     def _remember(self, counts: Counts) -> None:
         """Takes what drafting has gained for a prompt."""
@@ -237,18 +242,24 @@ class Runner:
     def _check_memory(self, plan: SlotPlan) -> None:
         """Refuses a plan whose caches cannot fit; the weights are in memory already."""
         rows = len(plan.lengths)
+        needed = self._cache_bytes(plan)
+        if self._mesh is not None:
+            needed = taken_here(self._mesh, needed)
         check_memory(
-            self._cache_bytes(plan),
+            needed,
             f"{rows} row{'s' * (rows > 1)} of {plan.slots:,} tokens need{'s' * (rows == 1)}",
             self._less,
         )
 
     def _cache_bytes(self, plan: SlotPlan) -> int:
-        """Bytes that the rows of a plan take."""
+        """Bytes that the rows of a plan take on a device."""
         rows = len(plan.lengths)
-        needed = plan.cache_bytes(self._target.config) + rows * plan.slots * BYTES_PER_SLOT
+        needed = plan.cache_bytes(self._target.config)
         if self._drafter is not None:
             needed += self._drafter.state_bytes(plan)
+        if self._mesh is not None:
+            needed = cache_share(self._mesh, self._target.config, rows, needed)
+        needed += rows * plan.slots * BYTES_PER_SLOT
         if self._spec.features.penalized:
             needed += rows * self._target.config.vocab_size * _BYTES_PER_WORD
         return needed
@@ -292,6 +303,8 @@ class Runner:
         params = arrays["params"]
         of_target = params is self._target.params
         known = {"params": self._signatures["params" if of_target else "drafter_params"]}
+        new = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray | np.generic)}
+        arrays = {**arrays, **place_state(self._mesh, new)}
         program = self._program(function, static, arrays, known)
         start = time.perf_counter()
         with self._explained(program):
@@ -341,7 +354,8 @@ class Runner:
         rows, before, self._mode = budget.mode.size, np.array(budget.iterations), call.mode
         mode, cost = np.full(rows, call.mode, np.int32), np.full(rows, pace.cost, np.float32)
         mode, cost = jax.device_put((mode, cost))
-        self._state = self._state.replace(budget=budget.replace(mode=mode, cost=cost))
+        budget = budget.replace(mode=mode, cost=cost)
+        self._state = self._state.replace(budget=place_state(self._mesh, budget))
         if call.most is not None:
             iterations = min(iterations, call.most)
         seconds = self._decode_seconds

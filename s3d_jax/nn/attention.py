@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.mesh import DATA, MODEL, constrained
 from s3d_jax.nn.cache import KVCache, write
 from s3d_jax.nn.layers import Linear, RMSNorm
 from s3d_jax.nn.rope import Rotary, rotate
+from s3d_jax.nn.sharding import split
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.exact import softmax as exact_softmax
 from s3d_jax.weights.formats import exact_sums
@@ -288,9 +290,13 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg = self.config
         b, t, _ = x.shape
-        n, kv, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        n, kv, h = cfg.num_heads, cfg.cached_heads, cfg.head_dim
         qkv = Linear(cfg, cfg.qkv_features, cfg.qkv_bias, name="qkv")(x, deltas.get("qkv"))
-        q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
+        if cfg.attention_shards == 1:
+            q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
+        else:
+            parts = split(qkv, (n * h, kv * h, kv * h), cfg.attention_shards)
+            q, k, v = (constrained(x.reshape(b, t, -1, h), DATA, None, MODEL) for x in parts)
         if cfg.qk_norm:
             q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
         if rotary is not None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.rope import same_keys
+from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.settings.model import ModelConfig
 
 
@@ -81,7 +82,7 @@ def init_cache(
             None gives every layer all slots, which the blocks of training need.
     """
     sizes = layer_slots(config, slots, largest_block)
-    shapes = tuple((batch, config.num_kv_heads, size, config.head_dim) for size in sizes)
+    shapes = tuple((batch, config.cached_heads, size, config.head_dim) for size in sizes)
     keys, values = _zeros(shapes, config.dtype)()
     # Put there from numpy, which compiles nothing for another number of rows.
     length = jax.device_put(np.zeros(batch, np.int32))
@@ -112,14 +113,18 @@ def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | 
 
 def cache_bytes(config: ModelConfig, slots: int, largest_block: int | None) -> int:
     """Bytes of the keys and values of one row of `slots` positions; see `init_cache`."""
-    each = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    each = 2 * config.cached_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
     return each * sum(layer_slots(config, slots, largest_block))
 
 
 @functools.lru_cache(maxsize=32)  # a jitted function of its own, so that its program goes with it
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: str) -> Any:
     """A program that makes keys and values: one dispatch, and each array has its own buffer."""
-    return jax.jit(lambda: [tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2)])
+
+    def make() -> list[tuple[jax.Array, ...]]:
+        return state_constrained([tuple(jnp.zeros(s, dtype) for s in shapes) for _ in range(2)])
+
+    return jax.jit(make)
 
 
 @dataclasses.dataclass(frozen=True)

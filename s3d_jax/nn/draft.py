@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.mesh import DATA, constrained
 from s3d_jax.nn.attention import Layout
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.largest import largest_few
@@ -110,7 +111,7 @@ def recalled_layers(config: ModelConfig, bridges: Mapping[str, Any]) -> int:
 
 
 def recall(
-    cache: KVCache, layouts: Sequence[Layout], count: int, width: int, eps: float
+    cache: KVCache, layouts: Sequence[Layout], count: int, width: int, eps: float, copies: int = 1
 ) -> jax.Array:
     """What the target's last layers hold of the token before each block.
 
@@ -124,6 +125,7 @@ def recall(
         count: N, the last layers that are read.
         width: tokens in a block.
         eps: of the norms.
+        copies: of each key head in the cache (`ModelConfig.cached_heads`).
 
     Returns:
         float32 [B, A, N·K·H], each layer normed on its own, the last layer first; 0 where no token
@@ -135,6 +137,7 @@ def recall(
         before = positions.reshape(len(positions), -1, width)[:, :, 0] - 1
         slots = before % values.shape[2] if layout.ring else jnp.maximum(before, 0)
         found = jnp.take_along_axis(values, slots[:, None, :, None], axis=2).swapaxes(1, 2)
+        found = constrained(found, DATA)[:, :, ::copies]
         found = found.reshape(*before.shape, -1).astype(jnp.float32)
         parts.append(jnp.where(before[:, :, None] >= 0, rms_norm(found, eps), 0.0))
     return jnp.concatenate(parts, axis=-1)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from s3d_jax.nn.sharding import split
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights import exact
 from s3d_jax.weights.base import INIT_DEVIATION
@@ -147,7 +148,8 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, deltas: Mapping[str, Any]) -> jax.Array:
         cfg = self.config
         linear = Linear(cfg, 2 * cfg.intermediate_size, cfg.mlp_bias, name="gate_up")
-        gate, up = jnp.split(linear(x, deltas.get("gate_up")), 2, axis=-1)
+        sizes = (cfg.intermediate_size,) * 2
+        gate, up = split(linear(x, deltas.get("gate_up")), sizes, cfg.shards)
         hidden = _ACTIVATIONS[cfg.activation](gate) * up
         linear = Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")
         return linear(hidden, deltas.get("down"))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
+from s3d_jax.mesh import DATA, MODEL, constrained
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import DraftParams, bridge_name, recall, recalled_layers, with_head
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Pass]:
         """The inputs of the first layer, [B, T·(1+num_masks), D], and what all layers share."""
         cfg = self.config
-        x = self.embed(tokens)
+        x = constrained(self.embed(tokens), DATA)
         if num_masks:
             assert draft is not None
             x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
@@ -149,7 +150,8 @@ class Transformer(nn.Module):
         by_kind = tuple(layouts[kind] for kind in kinds)
         recalled = None
         if draft is not None and (count := recalled_layers(cfg, draft.bridges)):
-            recalled = recall(cache, by_kind, count, 1 + num_masks, cfg.norm_eps)
+            copies = cfg.cached_heads // cfg.num_kv_heads
+            recalled = recall(cache, by_kind, count, 1 + num_masks, cfg.norm_eps, copies)
         return x, Pass(by_kind, by_layer, draft, recalled)
 
     def run_layers(
@@ -205,7 +207,7 @@ class Transformer(nn.Module):
         x, keys[i], values[i] = self.layers[i](
             x, keys[i], values[i], shared.layouts[i], shared.rotary[i], deltas
         )
-        return x, cache.replace(keys=tuple(keys), values=tuple(values))
+        return constrained(x, DATA), cache.replace(keys=tuple(keys), values=tuple(values))
 
     def head(self, x: jax.Array, draft: DraftParams | None = None) -> jax.Array:
         """Logits float32 [B, T, V] of what the final norm gives, [B, T, D].
@@ -217,6 +219,7 @@ class Transformer(nn.Module):
             logits = head_format(cfg).multiply(x, draft.head, jnp.float32)
         else:
             logits = self.embed.logits(x) if cfg.tie_embeddings else self.lm_head(x)
+        logits = constrained(logits, DATA, None, MODEL)
         if cfg.logit_divisor != 1.0:
             logits = logits / cfg.logit_divisor
         if cfg.logit_softcap is not None:

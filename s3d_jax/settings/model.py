@@ -5,6 +5,7 @@ feed-forward width, V vocabulary, N query heads, K key/value heads, H head size.
 """
 
 import dataclasses
+import math
 from typing import Any, Self
 
 from s3d_jax.settings.options import option
@@ -128,6 +129,8 @@ class ModelConfig(Record):
             are floats.
         exact_sums: norms and attention give a token the same bits alone and in a block. None means
             that the weight format decides; int8 needs it.
+        shards: into how many parts the rows of fused matrices, and the key heads, are arranged in
+            memory (`nn.sharding`), one for each device along an axis of a mesh. Never stored.
     """
 
     vocab_size: int = option(least=1, most=MAX_SIZE)
@@ -163,6 +166,7 @@ class ModelConfig(Record):
     quantization: str | None = None
     blocks: tuple[str, ...] | None = None
     exact_sums: bool | None = None
+    shards: int = option(1, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,6 +194,10 @@ class ModelConfig(Record):
         check(
             self.pre_norms or self.post_norms,
             "pre_norms and post_norms are both False: nothing would be normalised",
+        )
+        check(
+            self.intermediate_size % self.shards == 0,
+            f"shards ({self.shards}) must divide intermediate_size ({self.intermediate_size})",
         )
         self._check_positions()
 
@@ -244,9 +252,22 @@ class ModelConfig(Record):
         return self.replace(quantization=None, blocks=None)
 
     @property
+    def attention_shards(self) -> int:
+        """`shards` of attention: 1 where they do not divide the query heads."""
+        return 1 if self.num_heads % self.shards else self.shards
+
+    @property
+    def cached_heads(self) -> int:
+        """Key heads in memory: K, or the least multiple of it that `attention_shards` divides.
+
+        Where they are more than K, each head is there several times in succession.
+        """
+        return math.lcm(self.num_kv_heads, self.attention_shards)
+
+    @property
     def qkv_features(self) -> int:
-        """Rows of the fused query/key/value projection, (N + 2K)·H."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        """Rows of the fused query/key/value projection, (N + 2K)·H; K is `cached_heads`."""
+        return (self.num_heads + 2 * self.cached_heads) * self.head_dim
 
     def window(self, layer: int) -> int | None:
         """Sliding window of `layer`, or None if it sees the whole context."""
@@ -264,4 +285,10 @@ class ModelConfig(Record):
         if isinstance(fields, dict):
             ropes = {k: fields[k] for k in ("rope", "local_rope") if fields.get(k) is not None}
             fields = fields | {name: RopeConfig.from_dict(rope) for name, rope in ropes.items()}
+            check("shards" not in fields, "ModelConfig: unknown fields ['shards']")
         return super().from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["shards"]  # of arrays in memory, not of the model
+        return fields

@@ -49,6 +49,7 @@ from s3d_jax.storage.trees import bullets, flatten, shape_problems, top_level_ke
 
 if TYPE_CHECKING:
     import jax
+    from jax.sharding import Mesh
 
     from s3d_jax.weights.trees import Params
 
@@ -153,7 +154,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
         self.config = config
-        self._expected = _expected_arrays(config)
+        self._expected = _expected_arrays(config.replace(shards=1))
         self._arrays = ArrayWriter(folder / "weights")
 
     @under_usual_jax_settings
@@ -167,7 +168,12 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the arrays do not fit the model, or were written before.
         """
-        arrays = {path: np.asarray(x) for path, x in flatten(tree, name).items()}
+        from s3d_jax.nn.sharding import as_in_files
+
+        arrays = {
+            path: as_in_files(self.config, path, np.asarray(x))
+            for path, x in flatten(tree, name).items()
+        }
         expected = {k: v for k, v in self._expected.items() if top_level_key(k) == name}
         problems = shape_problems(_shapes(arrays), _shapes(expected))
         for path, array in arrays.items():
@@ -277,28 +283,36 @@ def save(
 
 @under_usual_jax_settings
 def load(
-    path: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
+    path: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    mesh: "Mesh | None" = None,
+    progress: bool = False,
 ) -> Checkpoint:
-    """Reads a checkpoint onto the default device.
+    """Reads a checkpoint onto the default device, or onto those of a mesh.
+
+    On a mesh each device gets its own share of each array, and nothing else at any time. The host
+    reads array by array.
 
     Args:
         path: a native checkpoint folder.
         dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
             dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16.
+        mesh: from `build_mesh`; the config of the result has its `shards`.
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
         CheckpointError: the folder is missing, of another format or version, incomplete or damaged;
             or values overflow in the dtype (names every such array).
-        ConfigError: the dtype is unknown.
+        ConfigError: the dtype is unknown, or the mesh does not divide the model.
         DeviceError: there is no device, or less memory free than the weights need.
 
     Warns:
         UserWarning: see `warn_of_the_device`.
     """
-    import jax
     from tqdm import tqdm
 
+    from s3d_jax.nn.sharding import put, shape_of, share_bytes, taken_here
     from s3d_jax.weights.base import num_bytes
     from s3d_jax.weights.formats import in_memory
     from s3d_jax.weights.trees import held_tree
@@ -312,7 +326,12 @@ def load(
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
-    needed = num_bytes(_expected_arrays(config))
+    total = needed = num_bytes(_expected_arrays(config))
+    if mesh is not None:
+        shape = shape_of(mesh)
+        shape.check_divides(config)
+        config = config.replace(shards=shape.model)
+        needed = taken_here(mesh, share_bytes(mesh, config, _expected_arrays(config)))
     what, advice = f"the weights of {path} in {config.precision} need", _smaller(config)
     check_memory(needed, what, advice)
     explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
@@ -320,7 +339,7 @@ def load(
     with (
         explained,
         tqdm(
-            total=needed,
+            total=total,
             desc="loading",
             unit="B",
             unit_scale=True,
@@ -339,7 +358,8 @@ def load(
                     overflowing += error.names
             if not overflowing:
                 for name, array in held_tree(stored, arrays, backend, module).items():
-                    params[f"{module}/{name}"] = jax.device_put(array)
+                    where = f"{module}/{name}"
+                    params[where] = put(mesh, config, where, array)
                     bar.update(num_bytes(array))
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))

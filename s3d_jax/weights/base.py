@@ -29,8 +29,10 @@ def num_bytes(tree: Any) -> int:
 class WeightFormat(Protocol):
     """How a matrix [out, in] is stored, as one array or several, and what can be done with it.
 
-    The arrays always come in the order of `parts`. Their shapes and types are the format's own
-    business: one scale per output, scales per group of inputs, two values in a byte.
+    The arrays always come in the order of `parts`. Their types are the format's own business, and
+    their shapes but for this: the first axis is the outputs, and the last one of several the inputs
+    (`nn.sharding` divides both). One scale per output, scales per group of inputs, two values in a
+    byte.
 
     Attributes:
         exact_sums: models in this format need sums that do not depend on the order (`exact`),

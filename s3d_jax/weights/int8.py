@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.machine import is_before_ampere
+from s3d_jax.mesh import MODEL, axis_size
 from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
 from s3d_jax.weights.exact import row_max
 from s3d_jax.weights.rotation import block_of, rotate, rotate_rounded
@@ -176,6 +177,8 @@ def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
     count, (outputs, inputs) = rows.shape[0], weight.shape
     weight_first = _multiplies_int8() and inputs >= max(_WIDE, _WIDE_PER_ROW * count)
     folds = _COLUMNS // max(count, 1)
+    if axis_size(MODEL) > 1:
+        folds = 1  # outputs cannot be joined to long rows where the rows are divided
     if weight_first and folds > 1 and outputs % folds == 0:
         return _folded_sums(rows, weight, folds)
     if weight_first and count > 2 and inputs < _SHORT and outputs >= _TALL * inputs:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.mesh import MODEL, axis_size
 from s3d_jax.weights.exact import exponent_of, power_of_two, row_max
 
 _LARGEST, _INNER = 512, 64  # of a block; of a matrix product
@@ -47,13 +48,15 @@ def rotate(x: Any) -> Any:
     """
     block = block_of(x.shape[-1])
     inner = min(block, _INNER)
-    parts = _product(x.reshape(-1, inner), _hadamard(inner))
+    # On a mesh rows may be divided by column, and then must not be joined.
+    rows = x.shape[:-1] if axis_size(MODEL) > 1 else ()
+    parts = _product(x.reshape(*rows, -1, inner), _hadamard(inner))
     if block == inner:
         return parts.reshape(x.shape)
     # H of the block is that of its parts, combined: sums and differences of pairs, by distance.
     numpy = jnp if isinstance(x, jax.Array) else np
-    parts, count = parts.reshape(-1, block // inner, inner), block // inner
-    columns = [parts[:, i] for i in range(count)]
+    parts, count = parts.reshape(*rows, -1, block // inner, inner), block // inner
+    columns = [parts[..., i, :] for i in range(count)]
     for distance in (1 << k for k in range(count.bit_length() - 1)):
         columns = [
             columns[i ^ distance] - columns[i]
@@ -61,7 +64,7 @@ def rotate(x: Any) -> Any:
             else columns[i] + columns[i ^ distance]
             for i in range(count)
         ]
-    return numpy.stack(columns, axis=1).reshape(x.shape)
+    return numpy.stack(columns, axis=-2).reshape(x.shape)
 
 
 def rotate_rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:

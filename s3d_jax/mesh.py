@@ -1,0 +1,76 @@
+"""The mesh of devices on which a program runs, as the code inside of the program sees it.
+
+A mesh has two axes. Rows of a batch lie along `DATA`, parts of matrices and heads along `MODEL`.
+XLA's partitioner (GSPMD) makes one program per device from the program for one, and inserts all
+communication. `constrained` tells it where arrays are to lie; it changes no value.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+DATA, MODEL = AXES = ("data", "model")
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: "Mesh | None") -> Iterator[None]:
+    """Programs that are traced in this block are for the mesh; None changes nothing."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def mesh_of(tree: Any) -> "Mesh | None":
+    """The mesh that the arrays of a PyTree lie on; None if they lie on one device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
+            return sharding.mesh  # type: ignore[return-value]  # arrays have a concrete one
+    return None
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the mesh of the program that is traced; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if tuple(mesh.axis_names) == AXES else 1
+
+
+def constrained(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, laid out over the mesh of the program that is traced; as it is without a mesh.
+
+    Args:
+        x: any array.
+        axes: for each axis of x the axis of the mesh, or None; those left out at the end are None.
+            An axis of x that the mesh does not divide is on all devices as a whole.
+    """
+    if tuple(jax.sharding.get_abstract_mesh().axis_names) != AXES:
+        return x
+    return jax.lax.with_sharding_constraint(x, dividing(x.shape, axes, axis_size))
+
+
+def dividing(shape: tuple[int, ...], axes: tuple[str | None, ...], size: Any) -> PartitionSpec:
+    """The axes as a PartitionSpec, without those that do not divide the shape.
+
+    In the form that compiled programs report, so that equal layouts compare as equal: without axes
+    of one device, and without None at the end.
+
+    Args:
+        shape: of the array.
+        axes: see `constrained`.
+        size: the number of devices along an axis of the mesh.
+    """
+    kept = [
+        a if a is not None and size(a) > 1 and n % size(a) == 0 else None
+        for n, a in zip(shape, axes, strict=False)
+    ]
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
