@@ -189,6 +189,11 @@ def put(mesh: Mesh | None, config: ModelConfig, path: str, array: np.ndarray) ->
         return jax.device_put(array)
     array = arranged(config, path, array)
     sharding = sharding_of(mesh, config, path, array.shape)
+    return _put_shares(array, sharding)
+
+
+def _put_shares(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Gives each device its share of an array that every host has as a whole."""
     return jax.make_array_from_callback(array.shape, sharding, lambda share: array[share])
 
 
@@ -265,8 +270,7 @@ def _from_every_host(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _from_every_host(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    whole = np.asarray(x)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda share: whole[share])
+    return _put_shares(np.asarray(x), sharding)
 
 
 def _state_axes(shape: tuple[int, ...]) -> tuple[str | None, ...]:

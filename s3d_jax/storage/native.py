@@ -322,7 +322,7 @@ def load(
     if dtype is None and header.config.dtype == "bfloat16" and is_before_ampere():
         dtype = "float16"
     stored = header.config if dtype is None else header.config.replace(dtype=dtype)
-    config = in_memory(stored, backend)
+    config = in_memory(stored, backend, mesh is not None)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
@@ -357,7 +357,7 @@ def load(
                 except Overflow as error:  # go on, to name all of them
                     overflowing += error.names
             if not overflowing:
-                for name, array in held_tree(stored, arrays, backend, module).items():
+                for name, array in held_tree(stored, config, arrays, module).items():
                     where = f"{module}/{name}"
                     params[where] = put(mesh, config, where, array)
                     bar.update(num_bytes(array))

@@ -68,6 +68,10 @@ class Blocks:
             offset=self.offset or other.offset,
         )
 
+    def in_bytes(self) -> Self:
+        """The kind that holds the same groups in numbers of 8 bits."""
+        return dataclasses.replace(self, bits=8)
+
     def parts(self, name: str) -> tuple[str, ...]:
         return (name, "scale", "offset") if self.offset else (name, "scale")
 
@@ -142,6 +146,12 @@ class Blocks:
         arrays = [scale, np.zeros_like(scale) if offset is None else offset]
         held = [np.repeat(x, wanted, axis=1).astype(self.scale) for x in arrays]
         return numbers.astype(self._integer), *held[: 1 + self.offset]
+
+    def groups(self, arrays: Arrays) -> tuple[Any, Any, Any]:
+        """What `hold` takes, of arrays that it gave; numpy."""
+        numbers, scale, *offset = arrays
+        first = _MIDDLE if self.bits == 4 and self.offset else 0
+        return numbers.astype(np.int8) + np.int8(first), scale, offset[0] if offset else None
 
     def widen(self, arrays: Arrays, dtype: Any) -> jax.Array:
         numbers, scale, *offset = arrays

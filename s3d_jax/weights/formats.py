@@ -57,16 +57,25 @@ def head_format(config: ModelConfig) -> WeightFormat:
     return weight_format(config, EMBED if config.tie_embeddings else HEAD)
 
 
-def in_memory(config: ModelConfig, backend: str) -> ModelConfig:
-    """The model as a backend holds it: CPUs hold int4 as int8, and blocks as floats.
+def in_memory(config: ModelConfig, backend: str, mesh: bool = False) -> ModelConfig:
+    """The model as a backend holds it; the numbers are the same.
 
-    The numbers are the same. On a CPU, XLA would widen all weights at once in temporary memory:
-    for each pass, or before a decoding loop.
+    CPUs hold int4 as int8, and blocks as floats: XLA would widen all weights at once in temporary
+    memory, for each pass or before a decoding loop. Meshes hold four bits in eight: compiled
+    programs refuse committed arrays of int4 (jax 0.10, "input layouts that disagree").
+
+    Args:
+        config: as stored.
+        backend: "cpu", "gpu" or "tpu".
+        mesh: whether the weights are divided over several devices.
     """
-    if backend == "cpu" and config.quantization == "int4":
+    if config.quantization == "int4" and (mesh or backend == "cpu"):
         return config.replace(quantization="int8")
-    if backend == "cpu" and config.quantization == "blocks":
+    if config.blocks is not None and backend == "cpu":
         return config.unquantized()
+    if config.blocks is not None and mesh:
+        kinds = _kinds(config.blocks).items()
+        return config.replace(blocks=tuple(f"{module} {kind.in_bytes()}" for module, kind in kinds))
     return config
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
 from s3d_jax.weights.blocks import Blocks
-from s3d_jax.weights.formats import FORMATS, in_memory, weight_format
+from s3d_jax.weights.formats import FORMATS, weight_format
 from s3d_jax.weights.int4 import Int4
 
 Params = Mapping[str, Any]
@@ -58,21 +58,24 @@ def widen_tree(config: ModelConfig, tree: Params, dtype: Any, module: str = "") 
     )
 
 
-def held_tree(config: ModelConfig, tree: Params, backend: str, module: str = "") -> dict[str, Any]:
-    """A stored tree in the formats that a backend holds it in, see `formats.in_memory`.
+def held_tree(
+    config: ModelConfig, held: ModelConfig, tree: Params, module: str = ""
+) -> dict[str, Any]:
+    """A stored tree in the formats that it is held in.
 
     Args:
         config, tree, module: as in `widen_tree`; numpy arrays.
-        backend: "cpu", "gpu" or "tpu".
+        held: from `formats.in_memory`.
     """
-    held = in_memory(config, backend)
 
-    def rewritten(module: str, name: str, arrays: Arrays) -> dict[str, Any]:
+    def rewritten(module: str, name: str, arrays: Any) -> dict[str, Any]:
         weights, wanted = (weight_format(x, module) for x in (config, held))
         if isinstance(weights, Int4) and wanted is FORMATS["int8"]:
             arrays = weights.as_int8(arrays)
         elif isinstance(weights, Blocks) and wanted is FORMATS[None]:
             arrays = (weights.widen(arrays, jnp.dtype(config.dtype)),)
+        elif isinstance(weights, Blocks) and isinstance(wanted, Blocks) and weights != wanted:
+            arrays = wanted.hold(*weights.groups(arrays))
         return dict(zip(wanted.parts(name), arrays, strict=True))
 
     return _rewritten(config, tree, module, rewritten)

@@ -3,6 +3,7 @@
 Not collected by itself, since the number of devices is fixed before jax begins.
 """
 
+import functools
 import json
 import re
 
@@ -21,7 +22,7 @@ from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig, RopeConfig
 from s3d_jax.storage import native
 from s3d_jax.storage.trees import flatten
-from s3d_jax.weights.formats import weight_format
+from s3d_jax.weights import formats
 from s3d_jax.weights.trees import store_tree
 from tests.tiny import tiny_config, tiny_params
 
@@ -67,9 +68,9 @@ def config_of(family: str, **changes) -> ModelConfig:
 
 def write(folder, config: ModelConfig, draft: bool = False) -> str:
     """A random model, and a draft of it that has all parts."""
-    params = tiny_params(config.replace(quantization=None))
+    params = tiny_params(config.unquantized())
     if config.quantization:
-        params = store_tree(weight_format(config), jax.device_get(params))
+        params = store_tree(config, jax.device_get(params))
     native.save(folder / "model", config, params)
     if draft:
         rng = np.random.default_rng(1)
@@ -124,6 +125,26 @@ QUICK = [
 def test_tokens_are_those_of_one_device(family, mesh, quantization, options, tmp_path):
     config = config_of(family, quantization=quantization)
     check_equal(write(tmp_path, config, draft=quantization is None), [mesh], options)
+
+
+@pytest.mark.parametrize("quantization", ["int4", "blocks"])
+def test_four_bits_as_gpus_hold_them(quantization, tmp_path, monkeypatch):
+    """Groups of inputs are divided with the inputs, of fused matrices arranged with the rows."""
+    matrices = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+    kinds = [f"layers_{i}/{m} 4x8:float16+offset" for i in range(2) for m in matrices]
+    blocks = (*kinds, "embed 8x16:float32") if quantization == "blocks" else None
+    path = write(tmp_path, config_of("llama", quantization=quantization, blocks=blocks))
+    gpu = functools.partial(formats.in_memory, backend="gpu")
+    monkeypatch.setattr(formats, "in_memory", lambda config, _, mesh=False: gpu(config, mesh=mesh))
+    assert s3d_jax.load(path).config.quantization == quantization
+    check_equal(path, ["data=2,model=2", "model=4"], {})
+    lm = s3d_jax.load(path, mesh="model=2")
+    down = lm.params["layers_0"]["mlp"]["down"]
+    assert down["weight"].dtype == jax.numpy.int8
+    assert down["weight"].addressable_shards[0].data.shape == (32, 24)
+    if quantization == "blocks":
+        assert "layers_0/mlp/down 8x8:float16+offset" in lm.config.blocks
+        assert down["offset"].addressable_shards[0].data.shape == (32, 3)
 
 
 @pytest.mark.exhaustive

@@ -74,7 +74,7 @@ def test_files_hold_arrays_as_for_one_device(shards, changes):
         ("layers_3/mlp/gate_up/scale", ("model",)),
         ("layers_3/attention/out/weight", (None, "model")),
         ("layers_3/mlp/down/weight", (None, "model")),
-        ("layers_3/mlp/down/scale", ()),
+        ("layers_3/mlp/down/scale", (None, "model")),  # of a vector, the first alone
         ("layers_3/mlp/down/bias", ()),
         ("layers_3/attention_norm/scale", ()),
         ("layers_3/attention/q_norm/scale", ()),

@@ -135,9 +135,9 @@ def test_the_tree_is_that_of_the_model(tied):
 def test_backends_hold_the_same_model():
     _, _, stored, tree = quantized()
     assert in_memory(stored, "gpu") == stored
-    assert held_tree(stored, tree, "gpu").keys() == tree.keys()
+    assert held_tree(stored, in_memory(stored, "gpu"), tree).keys() == tree.keys()
     assert in_memory(stored, "cpu") == stored.replace(quantization="int8")
-    whole = held_tree(stored, tree, "cpu")
+    whole = held_tree(stored, in_memory(stored, "cpu"), tree)
     expected = abstract_params(in_memory(stored, "cpu"))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(
         lambda x: (x.shape, x.dtype), dict(expected)
@@ -153,7 +153,7 @@ def test_backends_hold_the_same_model():
 @pytest.mark.parametrize("held", [True, False])
 def test_s3d_is_plain_decoding(held):
     _, _, config, tree = quantized()
-    params = jax.device_put(held_tree(config, tree, "cpu") if held else tree)
+    params = jax.device_put(held_tree(config, in_memory(config, "cpu"), tree) if held else tree)
     config = in_memory(config, "cpu") if held else config
     draft = DraftConfig((False, True, False, False), 5)
     lm = LM(config, params, draft_config=draft, draft_params=noisy_draft(config, params, draft))
@@ -183,7 +183,8 @@ def test_a_checkpoint_is_held_as_the_backend_needs_it(tmp_path, monkeypatch):
     assert header.config == config
     on_cpu = checkpoint.load(tmp_path / "model")
     assert on_cpu.header.config == config and on_cpu.config == in_memory(config, "cpu")
-    jax.tree.map(np.testing.assert_array_equal, on_cpu.params, held_tree(config, tree, "cpu"))
+    held = held_tree(config, on_cpu.config, tree)
+    jax.tree.map(np.testing.assert_array_equal, on_cpu.params, held)
 
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.0", memory_stats=lambda: None)
     for module in (machine, checkpoint):
