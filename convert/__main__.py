@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from convert.plan import DryRun, TensorEntry
     from convert.to_native import ConversionReport
     from convert.verification import Verification
+    from s3d_jax.settings.model import ModelConfig
 
 _MAX_ARRAYS = 20  # that differ, and are named
 
@@ -45,8 +46,8 @@ examples:
 
 _EXPORT_DESCRIPTION = """\
 Writes a Hugging Face folder (config.json, safetensors, tokenizer) from a native checkpoint. Float
-weights are the same bit for bit. An int8 checkpoint is written in its dtype, as int8 times scale,
-which 16 bits round once more."""
+weights are the same bit for bit. A quantised checkpoint is written in its dtype, as the
+numbers that its integers and scales stand for, which 16 bits round once more."""
 
 _EXPORT_EPILOG = """\
 examples:
@@ -144,6 +145,7 @@ def _convert(argv: list[str]) -> int:
         )
     if (loss := report.loss) is not None and loss.kl > loss.acceptable_kl:
         better = "--quantize int8 or " if report.config.quantization != "int8" else ""
+        better = "--quantize blocks, " * arguments.source.endswith(".gguf") + better
         print(
             f"warning: the KL divergence from the float weights is {loss.kl:.2g} nats, above "
             f"{loss.acceptable_kl}, so the text will often differ: convert with {better}--dtype "
@@ -335,12 +337,17 @@ def _print_report(report: "ConversionReport") -> None:
             stored = " and ".join(report.stored_dtypes)
             print(
                 f"  these differences include the rounding of the weights from {stored} to "
-                f"{report.config.precision}"
+                f"{_rounded_to(report.config)}"
             )
     if report.tokenizer:
         print(f'next: s3d generate "Once upon a time" --model {report.out}')
     else:
         print(f"next: s3d info --model {report.out}")
+
+
+def _rounded_to(config: "ModelConfig") -> str:
+    """Blocks are kept: what is rounded are floats."""
+    return config.dtype if config.quantization == "blocks" else config.precision
 
 
 def _shortly(parity: "Parity") -> str:

@@ -56,8 +56,8 @@ class ConversionOptions(Checked):
     )
     parity: bool = option(
         True,
-        "do not compare at the end: with HF transformers (done where torch is installed), and int8 "
-        "with the weights it was made from",
+        "do not compare at the end: with HF transformers (done where torch is installed), and what "
+        "is quantised with the weights it was made from",
         flag="--no-parity",
     )
     progress: bool = option(True, "print errors only", flag="--quiet")
@@ -91,7 +91,7 @@ class VerificationOptions(Checked):
         None,
         "accept a KL divergence up to this",
         metavar="NATS",
-        shown="1e-6, or 1e-2 where 16 bits round weights or computation",
+        shown="1e-6; 1e-2 where 16 bits round weights or computation; 0.5 for int4",
     )
     revision: str | None = option(
         None, "take this branch, tag or commit on the hub", metavar="REV", shown="the main branch"

@@ -1,4 +1,4 @@
-"""What int8 weights cost: perplexity and logits against the float weights before."""
+"""What quantised weights cost: perplexity and logits against the float weights before."""
 
 import dataclasses
 import math

@@ -184,7 +184,7 @@ class ConversionTarget:
             ConversionError, Overflow: as `read_groups`.
             ValueError: a format cannot represent a number of a matrix.
         """
-        return self._read(bar, self._stored_group)
+        return self._read(bar, functools.partial(self._stored_group, bar))
 
     def _read(
         self, bar: Any, make: Callable[[str, Table, _ReadGroup], dict[str, Any]]
@@ -196,7 +196,7 @@ class ConversionTarget:
         if overflowing:
             raise Overflow(overflowing, FLOATS[self.config.dtype])
 
-    def _stored_group(self, group: str, table: Table, read: _ReadGroup) -> dict[str, Any]:
+    def _stored_group(self, bar: Any, group: str, table: Table, read: _ReadGroup) -> dict[str, Any]:
         if self.config.blocks is None:
             return store_tree(self.config, read(group, table), group)
         source, arrays = self.origin.source, dict[str, np.ndarray]()
@@ -205,11 +205,23 @@ class ConversionTarget:
         for path in table:
             module, _, name = path.rpartition("/")
             if isinstance(kind := weight_format(self.config, module), Blocks) and name in MATRICES:
-                parts = [kind.hold(*source.read_groups(x.name)) for x in floats.pop(path)]
+                parts = [self._held(source, kind, part.name) for part in floats.pop(path)]
+                bar.update(
+                    math.prod(native_shape(table[path])) * FLOATS[self.config.dtype].itemsize
+                )
                 for part, pieces in zip(kind.parts(name), zip(*parts, strict=True), strict=True):
                     arrays[f"{module}/{part}"] = np.concatenate(pieces)
         tree = flatten(read(group, floats), group) if floats else {}
         return unflatten(tree | arrays)[group]
+
+    @staticmethod
+    def _held(source: GgufSource, kind: Blocks, name: str) -> tuple[np.ndarray, ...]:
+        try:
+            return kind.hold(*source.read_blocks(name))
+        except ValueError as error:
+            raise ConversionError(
+                f"{name}: {error}: convert to int8 or a float type instead"
+            ) from error
 
     def _read_group(
         self, group: str, table: Table, bar: Any, overflowing: list[str]
@@ -296,8 +308,10 @@ def open_target(
 
 def is_rounded(stored: tuple[str, ...], config: ModelConfig) -> bool:
     """Whether casting to the model's type, or quantising, loses bits."""
-    dtype, quantized = config.dtype, config.quantization not in (None, "blocks")
-    return quantized or (dtype != "float32" and set(stored) != {dtype})
+    dtype = config.dtype
+    if config.quantization == "blocks":  # which are kept; what is float may be cast
+        return dtype != "float32" and not {x for x in stored if x in FLOATS} <= {dtype}
+    return config.quantization is not None or (dtype != "float32" and set(stored) != {dtype})
 
 
 def _equal(source: Source, a: str, b: str) -> bool:

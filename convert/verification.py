@@ -19,7 +19,7 @@ from s3d_jax.storage.trees import flatten
 
 # KL divergences in nats. With the same weights, float32 leaves about 1e-9 and 16 bits leave more; a
 # wrong model exceeds either limit.
-_EXACT, _ROUNDED = 1e-6, 1e-2
+_EXACT, _ROUNDED, _FOUR_BITS = 1e-6, 1e-2, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,9 @@ def verify_with(
             f"HF transformers does not read the names of tensors in {source}, which begin with "
             f"{' and '.join(origin.wrappers)}: save the model inside of the wrapper, and give that"
         )
-    target = ConversionTarget.of(origin, header.config.dtype, header.config.quantization)
+    # Of a HF folder the logits are compared, which has no blocks to keep.
+    quantization = None if origin.format == HF else header.config.quantization
+    target = ConversionTarget.of(origin, header.config.dtype, quantization)
     target.check(reading=True)
     vocab_size = origin.config.vocab_size
     if vocab_size != header.config.vocab_size:
@@ -147,6 +149,8 @@ def verify_with(
     types = target.stored_dtypes
     rounds = dtype != "float32" or is_rounded(types, header.config)
     usual = _ROUNDED if rounds else _EXACT
+    if header.config.quantization == "int4":
+        usual = _FOUR_BITS
     limit = usual if options.max_kl is None else options.max_kl
     return Verification(parity, reason, stored, dtype, types, header.config.precision, limit)
 

@@ -110,9 +110,13 @@ def _release(version: str) -> str:
 def compute_capability() -> float | None:
     """NVIDIA's number for what a GPU can do: 7.5 is a T4, 8.0 an A100, 8.9 an L4.
 
-    None of another device.
+    None of another device, and without one.
     """
-    text = str(getattr(default_device(), "compute_capability", ""))
+    try:
+        device = default_device()
+    except DeviceError:  # shapes can be computed without one
+        return None
+    text = str(getattr(device, "compute_capability", ""))
     return float(text) if re.fullmatch(r"\d+\.\d", text) else None
 
 

@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files of more than a minute. They begin first, or one of two workers would end with them alone.
 LONG = (
-    "test_runs.py", "test_step.py", "test_int8.py", "test_methods.py", "test_adaptive.py",
+    "test_mesh.py", "test_runs.py", "test_step.py", "test_int8.py", "test_methods.py",
+    "test_adaptive.py",
     "test_options.py", "test_sampling.py", "test_conversation.py", "test_lossless.py",
     "test_interrupted.py", "test_reports.py", "test_objective.py", "test_families.py",
 )  # fmt: skip

@@ -97,7 +97,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_there(gpu_unused, monkeypatch):
     def refuse():
         raise RuntimeError("Unknown backend: 'cuda' requested")
 
-    monkeypatch.setattr(jax, "devices", refuse)
+    monkeypatch.setattr(jax, "local_devices", refuse)
     gpu_unused["jax-cuda12-plugin"] = "0.6.0"
     with pytest.raises(DeviceError, match=r"does not fit jaxlib 0\.7\.2: pip install 'jax\[cuda12"):
         s3d_jax.load()
@@ -130,7 +130,7 @@ def gpu(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION",
                  "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     return device
 
 

@@ -78,7 +78,7 @@ def no_device(monkeypatch):
     def refuse(*_):
         raise AssertionError  # jax's own
 
-    monkeypatch.setattr(jax, "devices", refuse)
+    monkeypatch.setattr(jax, "local_devices", refuse)
 
 
 COMMANDS = ("generate Once", "chat", "bench --limit 1", "tune --no-save", "train --data x --run r",

@@ -45,7 +45,7 @@ def open_native(folder: str | os.PathLike[str]) -> tuple[Header, NativeSource]:
     header = read_header(Path(folder))
     if header.config.quantization:
         raise ConversionError(
-            f"{folder} is in {header.config.quantization}, which is rounded already: convert what "
+            f"{folder} is in {header.config.quantization}, which is no float type: convert what "
             "it was made from; or, to have these weights in a float type, write a HF folder "
             "(s3d-convert export) and convert that"
         )

@@ -1,12 +1,15 @@
 """The command `s3d info`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.generation import add_model
+from s3d_jax.errors import InputError
 
 _CONTEXT = 2048  # tokens
 
@@ -78,6 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         "source": header.source,
     }
     asked = [getattr(arguments, name) for name in ("context", "batch", "method", "gamma", "draft")]
+    if arguments.mesh and asked != [None] * 5:
+        raise InputError(
+            "--mesh says what each device holds of weights and cache per token, and the other "
+            "options compute a generation on one device: give them apart"
+        )
     ledgers = [] if asked == [None] * 5 else _ledgers(arguments, header)
     if ledgers:
         facts["memory"] = [
@@ -93,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [
         ("model", arguments.model or "the embedded one"),
         ("parameters", f"{parameters:,} in {config.precision}, {weights / 2**20:,.1f} MiB"),
+        *_format_rows(config),
         (
             "shape",
             f"{config.num_layers} layers, width {config.hidden_size}, feed-forward "
@@ -121,6 +130,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _format_rows(config: "ModelConfig") -> Iterator[tuple[str, str]]:
+    """What the matrices are stored in, where that is not plain."""
+    from s3d_jax.weights.formats import in_memory
+
+    held = in_memory(config, "cpu")
+    if config.blocks is not None:
+        kinds = Counter(entry.partition(" ")[2] for entry in config.blocks)
+        yield (
+            "blocks",
+            ", ".join(f"{count} matrices {kind}" for kind, count in kinds.items())
+            + ": the numbers of the GGUF file, not rounded again",
+        )
+    if held != config:
+        yield "on CPUs", f"held as {held.precision}, with the same numbers"
+
+
 def _mesh_facts(config: "ModelConfig", mesh: str) -> dict[str, Any]:
     """What each device of a mesh holds of a model; the devices need not be there."""
     from s3d_jax.nn.cache import cache_bytes
@@ -128,10 +153,11 @@ def _mesh_facts(config: "ModelConfig", mesh: str) -> dict[str, Any]:
     from s3d_jax.nn.transformer import abstract_params
     from s3d_jax.settings.mesh import MeshShape
     from s3d_jax.storage.trees import flatten
+    from s3d_jax.weights.formats import in_memory
 
     shape = MeshShape.of(mesh)
     shape.check_divides(config)
-    config = config.replace(shards=shape.model)
+    config = in_memory(config, "gpu", mesh=True).replace(shards=shape.model)
     devices = without_devices(shape)
     cache = cache_share(devices, config, shape.data, shape.data * cache_bytes(config, 1, None))
     return {
@@ -151,7 +177,7 @@ def _mesh_rows(mesh: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
         f"{mesh['weight_bytes_per_device'] / 2**20:,.1f} MiB of weights, and "
         f"{mesh['cache_bytes_per_token_and_device'] / 1024:,.1f} KiB of cache per token and row",
     )
-    yield "not divided", "; ".join(mesh["replicated"]) or "nothing but norms and biases"
+    yield "not divided", "; ".join(mesh["replicated"]) or "nothing but norms and small vectors"
 
 
 def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
@@ -191,7 +217,9 @@ def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
         precisions.append(held)
     if config.quantization is None:
         precisions = [config.replace(dtype=dtype) for dtype in DTYPES]
-        precisions += [config.replace(quantization=name) for name in ("int8", "int4")]
+        precisions.append(config.replace(quantization="int8"))
+        with contextlib.suppress(ConfigError):  # widths that are odd
+            precisions.append(config.replace(quantization="int4"))
     scratch = scratch_bytes(config, plan, drafting)
     return [ledger(one, plan, drafting, scratch) for one in precisions]
 

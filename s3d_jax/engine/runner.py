@@ -24,7 +24,7 @@ from s3d_jax.engine.results import Result, Stats
 from s3d_jax.errors import InputError
 from s3d_jax.machine import check_memory, memory_limit_bytes, out_of_memory_explained
 from s3d_jax.mesh import mesh_of
-from s3d_jax.nn.sharding import cache_share, place_state, taken_here
+from s3d_jax.nn.sharding import bytes_here, cache_share, place_state, taken_here
 from s3d_jax.storage.tokenizer import special_tokens
 from s3d_jax.text import TextRow
 
@@ -281,14 +281,12 @@ class Runner:
 
         def words() -> str:
             target, plan = self._target, self._plan
-            weights = {id(x): x.nbytes for x in jax.tree.leaves(target.params)}
-            draft = 0
-            if self._drafter is not None:
-                draft = self._drafter.nbytes(target, plan) - self._drafter.state_bytes(plan)
+            weights = {id(x): x for x in jax.tree.leaves(target.params)}
+            own = {id(x): x for x in jax.tree.leaves(self._drafter_params)} | weights
             ledger = Ledger(
                 target.config.precision,
-                sum(weights.values()),
-                draft,
+                bytes_here(list(weights.values())),
+                bytes_here([x for key, x in own.items() if key not in weights]),
                 self._cache_bytes(plan),
                 0 if program is None else program.scratch_bytes,
             )

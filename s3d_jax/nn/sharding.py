@@ -86,6 +86,7 @@ def build_mesh(mesh: Any) -> Mesh:
         order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
         sizes = [mesh.shape.get(name, 1) for name in AXES]
         ordered = mesh.devices.transpose(order).reshape(sizes)
+        _check_hosts(MeshShape(*sizes))
         return Mesh(ordered, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
     shape = MeshShape.of(mesh)
     default_device()
@@ -95,14 +96,19 @@ def build_mesh(mesh: Any) -> Mesh:
             f"the mesh {shape} needs {shape.size} devices, and jax has {have}: take a smaller one "
             "(on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 of it)"
         )
+    _check_hosts(shape)
+    auto = (AxisType.Auto, AxisType.Auto)  # newer versions of jax make other ones by default
+    devices = jax.devices()[: shape.size]
+    return jax.make_mesh((shape.data, shape.model), AXES, axis_types=auto, devices=devices)
+
+
+def _check_hosts(shape: MeshShape) -> None:
+    have = jax.device_count()
     if jax.process_count() > 1 and shape.size != have:
         raise DeviceError(
             f"the mesh {shape} has {shape.size} devices, and the {jax.process_count()} hosts have "
             f"{have}: each must be in the mesh"
         )
-    auto = (AxisType.Auto, AxisType.Auto)  # newer versions of jax make other ones by default
-    devices = jax.devices()[: shape.size]
-    return jax.make_mesh((shape.data, shape.model), AXES, axis_types=auto, devices=devices)
 
 
 def without_devices(shape: MeshShape) -> AbstractMesh:
@@ -221,6 +227,15 @@ def share_bytes(mesh: Mesh | AbstractMesh, config: ModelConfig, arrays: Mapping[
             for path, x in arrays.items()
         }
     )
+
+
+def bytes_here(arrays: Any) -> int:
+    """Bytes that arrays take on each of the devices that they lie on."""
+
+    def share(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+    return num_bytes(jax.tree.map(share, arrays))
 
 
 def cache_share(mesh: Mesh | AbstractMesh, config: ModelConfig, rows: int, nbytes: int) -> int:

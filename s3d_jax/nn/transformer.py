@@ -376,7 +376,8 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def num_params(config: ModelConfig) -> int:
     """Number of parameters. Tied embeddings count once; arrays of a weight format do not count."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config.unquantized())))
+    plain = config.unquantized().replace(shards=1)
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(plain)))
 
 
 def weight_bytes(config: ModelConfig) -> int:

@@ -37,7 +37,7 @@ class MeshShape(Record):
             pairs = [part.partition("=")[::2] for part in value.split(",")]
             sizes = [size.strip() for _, size in pairs]
             check(
-                all(size.isdecimal() and size.isascii() for size in sizes),
+                all(size.isdecimal() and size.isascii() and len(size) < 10 for size in sizes),
                 f"a mesh is written as {_EXAMPLES}, got {value!r:.80}",
             )
             names = [name.strip() for name, _ in pairs]

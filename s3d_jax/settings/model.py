@@ -20,6 +20,7 @@ QUANTIZATIONS = {
     "int4": "linear layers in 4.25 bits, rotated, in groups of 32; embeddings and head as in int8",
     "blocks": "the blocks of a GGUF file as they are: no weight is rounded a second time",
 }
+_LAYER_MATRICES = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
 # Upper bounds, so that a corrupt config fails fast.
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
 
@@ -185,6 +186,7 @@ class ModelConfig(Record):
             "blocks belong to quantization 'blocks', which names the kind of each matrix: convert "
             "a GGUF file to it (s3d-convert model.gguf OUT --quantize blocks)",
         )
+        self._check_blocks()
         inputs = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
         check(
             self.quantization != "int4" or not any(width % 2 for width in inputs),
@@ -200,6 +202,19 @@ class ModelConfig(Record):
             f"shards ({self.shards}) must divide intermediate_size ({self.intermediate_size})",
         )
         self._check_positions()
+
+    def _check_blocks(self) -> None:
+        if self.blocks is None:
+            return
+        check(
+            isinstance(self.blocks, tuple) and all(isinstance(x, str) for x in self.blocks),
+            f'blocks must be a list of texts such as "embed 8x32:float16", got {self.blocks!r:.80}',
+        )
+        modules = [entry.partition(" ")[0] for entry in self.blocks]
+        layers = {f"layers_{i}/{name}" for i in range(self.num_layers) for name in _LAYER_MATRICES}
+        unknown = [name for name in modules if name not in layers | {"embed", "lm_head"}]
+        check(not unknown, f"blocks names {unknown[:1]!r:.80}, which is no matrix of the model")
+        check(len(set(modules)) == len(modules), "blocks names a matrix twice")
 
     def _check_positions(self) -> None:
         for name in ("sliding_window", "rope_layers"):

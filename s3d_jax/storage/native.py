@@ -324,6 +324,7 @@ def load(
     stored = header.config if dtype is None else header.config.replace(dtype=dtype)
     config = in_memory(stored, backend, mesh is not None)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}
+    held = {path: leaf.dtype for path, leaf in _expected_arrays(config).items()}
     params: dict[str, Any] = {}
     overflowing: list[str] = []
     total = needed = num_bytes(_expected_arrays(config))
@@ -332,7 +333,7 @@ def load(
         shape.check_divides(config)
         config = config.replace(shards=shape.model)
         needed = taken_here(mesh, share_bytes(mesh, config, _expected_arrays(config)))
-    what, advice = f"the weights of {path} in {config.precision} need", _smaller(config)
+    what, advice = f"the weights of {path} in {config.precision} need", _smaller(stored)
     check_memory(needed, what, advice)
     explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
     warn_of_the_device(config.dtype)
@@ -356,11 +357,17 @@ def load(
                     arrays[name] = cast(_read(header, where), dtypes[where], where)
                 except Overflow as error:  # go on, to name all of them
                     overflowing += error.names
-            if not overflowing:
-                for name, array in held_tree(stored, config, arrays, module).items():
-                    where = f"{module}/{name}"
-                    params[where] = put(mesh, config, where, array)
-                    bar.update(num_bytes(array))
+            if overflowing:
+                continue
+            for name, array in held_tree(stored, config, arrays, module).items():
+                where = f"{module}/{name}"
+                try:
+                    array = cast(array, held[where], where)
+                except Overflow as error:
+                    overflowing += error.names
+                    break
+                params[where] = put(mesh, config, where, array)
+                bar.update(num_bytes(array))
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))
     return Checkpoint(header, config, unflatten(params))
@@ -370,7 +377,9 @@ def _smaller(config: ModelConfig) -> str:
     """How weights take less memory than in the precision of `config`, in words."""
     ways = ["free memory"]
     if config.quantization is None:
-        ways.insert(0, "convert the model to int8 or int4 (s3d-convert --quantize int8)")
+        ways.insert(0, "convert the model to int8 (s3d-convert --quantize int8)")
+    if config.quantization == "blocks":
+        ways.insert(0, "convert the GGUF file to int8 (s3d-convert --quantize int8)")
     if config.dtype == "float32":
         ways.insert(0, "load them in 16 bits (dtype='bfloat16' or 'float16', --dtype)")
     return ", or ".join(ways)
@@ -395,6 +404,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         config = ModelConfig.from_dict(fields.get("model", {}))
         if version < 4 and config.quantization == "int8":  # the name of another format since then
             config = config.replace(quantization="int8-plain")
+        _expected_arrays(config)  # which looks at the kinds of blocks
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     index = read_json_object(folder / "weights.json")

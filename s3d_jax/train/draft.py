@@ -138,6 +138,15 @@ def frequent_tokens(counts: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int32)
 
 
+def check_trainable(config: ModelConfig) -> None:
+    """Raises ConfigError if the matrices of a model have no gradients."""
+    if not trainable(config):
+        raise ConfigError(
+            f"mode 'full' changes the target's weights, and these are {config.quantization}: "
+            "train the checkpoint that they were made from, and quantize the result"
+        )
+
+
 class DraftTask:
     """The `Task` of training a draft.
 
@@ -179,11 +188,8 @@ class DraftTask:
         check_adapter(config, draft_config, adapter if mode == "adapter" else NO_ADAPTER)
         if mode == "mask" and draft_config.gamma == 1:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
-        if mode == "full" and not trainable(config):
-            raise ConfigError(
-                f"mode 'full' changes the target's weights, and these are {config.quantization}: "
-                "train the checkpoint that they were made from, and quantize the result"
-            )
+        if mode == "full":
+            check_trainable(config)
         self.config = config
         self.frozen = params
         self.draft_config = draft_config

@@ -34,7 +34,7 @@ from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
 from s3d_jax.train.bridges import fitted_draft
 from s3d_jax.train.data import Batches, concatenate, pack, row_length_for
-from s3d_jax.train.draft import NO_ADAPTER, DraftTask, frequent_tokens
+from s3d_jax.train.draft import NO_ADAPTER, DraftTask, check_trainable, frequent_tokens
 from s3d_jax.train.folder import check_run, has_states
 from s3d_jax.train.loop import fit
 from s3d_jax.train.pretrain import PretrainTask
@@ -86,6 +86,8 @@ def train_draft(
     _check_destination(model, config, overwrite)
     check_run(run, resume)
     stored = checkpoint.read_header(model)
+    if config.mode == "full":  # of what is stored: CPUs hold blocks as floats
+        check_trainable(stored.config)
     check_row_length(config.row_length, stored.config)
     lm = load(model, dtype=config.dtype, progress=progress, use_draft=False)
     draft, adapter, start = _beginning(model, lm.config, config)
@@ -192,7 +194,7 @@ def train_draft(
         del report["target_crc32"]  # it is for the weights next to which it is stored
         as_stored = lm.config.dtype == stored.config.dtype
         params, trained = task.merged(
-            tree, lm.params if as_stored else checkpoint.load(model).params
+            tree, lm.params if as_stored else checkpoint.load(model, stored.config.dtype).params
         )
         _save_model(
             config.out,

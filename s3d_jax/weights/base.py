@@ -26,6 +26,14 @@ def num_bytes(tree: Any) -> int:
     return bits // 8
 
 
+def widened_late(x: jax.Array, arrays: Arrays) -> tuple[jax.Array, Arrays]:
+    """A product's operands, such that XLA widens the arrays when x is there, and not before.
+
+    Otherwise it widens all weights once, in front of a decoding loop, and keeps them.
+    """
+    return jax.lax.optimization_barrier((x, arrays))
+
+
 class WeightFormat(Protocol):
     """How a matrix [out, in] is stored, as one array or several, and what can be done with it.
 

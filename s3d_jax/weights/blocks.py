@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.errors import ConfigError
 from s3d_jax.weights import dense
-from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
+from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init, widened_late
 
 _MIDDLE = 8  # 4-bit numbers with an offset are 0 to 15; what is stored is this less
 
@@ -84,6 +85,9 @@ class Blocks:
             return jax.random.randint(key, shape, least, most + 1, jnp.int8).astype(self._integer)
 
         outputs, inputs = shape
+        if inputs % self.group:
+            where = "/".join(module.path)
+            raise ConfigError(f"blocks {self} of {where} do not divide its {inputs} inputs")
         step = INIT_DEVIATION / np.arange(least, most + 1).std()
         first = -step * _MIDDLE if self.bits == 4 else 0.0
         groups = (outputs, inputs // self.group)
@@ -99,8 +103,7 @@ class Blocks:
         )
 
     def multiply(self, x: jax.Array, arrays: Arrays, out_dtype: Any) -> jax.Array:
-        # Without the barrier XLA widens all weights once, before a decoding loop, and keeps them.
-        x, arrays = jax.lax.optimization_barrier((x, arrays))
+        x, arrays = widened_late(x, arrays)
         return dense.multiply(x, self.widen(arrays, x.dtype), out_dtype)
 
     def look_up(self, arrays: Arrays, rows: jax.Array, dtype: Any) -> jax.Array:
@@ -118,13 +121,13 @@ class Blocks:
         if not np.isfinite(groups).all():
             raise ValueError("a matrix holds infinities or NaN, which blocks cannot represent")
         most = 2 ** (self.bits - 1) - 1
-        offset = np.zeros(groups.shape[:-1], np.float32) if self.offset else None
+        least, offset = -most, np.zeros(groups.shape[:-1], np.float32) if self.offset else None
         if self.offset and self.bits == 4:
-            offset, most = groups.min(axis=-1), 2**self.bits - 1
+            least, most, offset = 0, 2**self.bits - 1, groups.min(axis=-1)
             groups = groups - offset[..., None]
         scale = (np.abs(groups).max(axis=-1) / most).astype(self.scale)
         steps = np.where(scale == 0, 1, scale).astype(np.float32)[..., None]
-        numbers = np.clip(np.rint(groups / steps), min(0, groups.min()) and -most, most)
+        numbers = np.clip(np.rint(groups / steps), least, most)
         return self.hold(numbers.astype(np.int8).reshape(matrix.shape), scale, offset)
 
     def hold(
@@ -144,7 +147,10 @@ class Blocks:
                 numbers = numbers - np.int8(_MIDDLE)
         wanted = numbers.shape[1] // self.group // scale.shape[1]
         arrays = [scale, np.zeros_like(scale) if offset is None else offset]
-        held = [np.repeat(x, wanted, axis=1).astype(self.scale) for x in arrays]
+        with np.errstate(over="ignore"):
+            held = [np.repeat(x, wanted, axis=1).astype(self.scale) for x in arrays]
+        if not all(np.isfinite(x).all() for x in held):
+            raise ValueError(f"a scale or an offset of its blocks overflows {self.scale}")
         return numbers.astype(self._integer), *held[: 1 + self.offset]
 
     def groups(self, arrays: Arrays) -> tuple[Any, Any, Any]:

@@ -1,7 +1,8 @@
 """Weight formats by name.
 
 To add a format, write it in a file of this folder, add it to `FORMATS`, and describe it in
-`settings.model.QUANTIZATIONS`. No other file knows which formats there are.
+`settings.model.QUANTIZATIONS`. If some backend holds it otherwise, `in_memory` says so, and
+`trees.held_tree` converts it.
 """
 
 import functools

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
+from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init, widened_late
 from s3d_jax.weights.int8 import AT_ONCE, Int8, finite_rows, multiply
 from s3d_jax.weights.rotation import block_of, rotate
 
@@ -21,7 +21,7 @@ _GROUP = 32
 _LEAST, _MOST = -8, 7  # of a number
 _LARGEST_FACTOR = 15
 _FULL = 7.5  # the largest of a group is at first made this, which rounds to 8
-_TRIED = range(-3, 3)  # what is added to the factor that makes it so
+_TRIED = range(-3, 3)  # what is added to the factor that makes it so; smaller ones cut the largest
 
 
 class Int4:
@@ -43,7 +43,7 @@ class Int4:
 
         outputs, inputs = shape
         name, factors_name, scale_name = self.parts(name)
-        factor = _LARGEST_FACTOR - 3
+        factor = 12  # about the middle of what trained matrices have
         numbers = np.arange(_LEAST, _MOST + 1)
         deviation = factor * numbers.std() * block_of(inputs) ** 0.5
         scale = nn.initializers.constant(INIT_DEVIATION / deviation)
@@ -55,6 +55,7 @@ class Int4:
         )
 
     def multiply(self, x: jax.Array, arrays: Arrays, out_dtype: Any) -> jax.Array:
+        x, arrays = widened_late(x, arrays)
         return multiply(x, *self.as_int8(arrays), out_dtype, True)
 
     def look_up(self, arrays: Arrays, rows: jax.Array, dtype: Any) -> jax.Array:

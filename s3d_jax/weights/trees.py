@@ -66,6 +66,9 @@ def held_tree(
     Args:
         config, tree, module: as in `widen_tree`; numpy arrays.
         held: from `formats.in_memory`.
+
+    Returns:
+        The tree; floats that were widened are float32.
     """
 
     def rewritten(module: str, name: str, arrays: Any) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def held_tree(
         if isinstance(weights, Int4) and wanted is FORMATS["int8"]:
             arrays = weights.as_int8(arrays)
         elif isinstance(weights, Blocks) and wanted is FORMATS[None]:
-            arrays = (weights.widen(arrays, jnp.dtype(config.dtype)),)
+            arrays = (weights.widen(arrays, jnp.dtype("float32")),)
         elif isinstance(weights, Blocks) and isinstance(wanted, Blocks) and weights != wanted:
             arrays = wanted.hold(*weights.groups(arrays))
         return dict(zip(wanted.parts(name), arrays, strict=True))

@@ -1,5 +1,7 @@
 """GGUF blocks that are kept: the numbers of the gguf package's dequantiser, in as many bits."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,13 +11,16 @@ import pytest
 import convert
 from convert.__main__ import main
 from convert.sources.gguf.blocks import KINDS, groups_of
-from s3d_jax.errors import ConfigError, ConversionError
+from s3d_jax.errors import CheckpointError, ConfigError, ConversionError
 from s3d_jax.lm import LM
 from s3d_jax.nn.transformer import abstract_params, forward_logits, weight_bytes
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.training import TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.storage.arrays import Overflow
 from s3d_jax.storage.trees import flatten
+from s3d_jax.train.runs import train_draft
 from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.blocks import Blocks
 from s3d_jax.weights.formats import weight_format
@@ -129,6 +134,47 @@ def test_s3d_is_plain_decoding(tmp_path):
         assert lm.generate([prompt], max_new_tokens=40, adaptive=False)[0].tokens == plain
 
 
+def test_widened_blocks_do_not_overflow_silently(tmp_path):
+    _, blocks, _ = kept(tmp_path, ["Q8_0"], vocab_size=32)
+    header = checkpoint.read_header(blocks)
+    tree = {name: checkpoint.read_group(header, name) for name in header.groups}
+    scale = tree["layers_1"]["mlp"]["down"]["scale"]
+    scale[3], tree["layers_1"]["mlp"]["down"]["weight"][3] = 60000, 2
+    checkpoint.save(tmp_path / "large", header.config, tree)
+    with pytest.raises(Overflow, match="layers_1/mlp/down/weight"):
+        checkpoint.load(tmp_path / "large", "float16")
+    whole = checkpoint.load(tmp_path / "large").params["layers_1"]["mlp"]["down"]["weight"]
+    assert float(whole.max()) == 120000
+
+
+def test_what_is_stored_in_blocks_is_not_trained(tmp_path):
+    """Although a CPU holds it as floats."""
+    _, blocks, _ = kept(tmp_path, ["Q4_0"], vocab_size=32)
+    config = TrainDraftConfig(mode="full", out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="these are blocks: train the checkpoint"):
+        train_draft(blocks, [tmp_path / "none.jsonl"], tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([1, 2], "blocks must be a list of texts"),
+        ({"a": 1}, "blocks must be a list"),
+        (["layers_9/mlp/down 4x32:float16"], "layers_9/mlp/down.*no matrix of the model"),
+        (["embed 4x32:float16", "embed 8x32:float16"], "names a matrix twice"),
+        (["embed 7x32:float16"], "no kind of blocks: '7x32:float16'"),
+        (["embed 4x19:float16"], "4x19:float16 of embed do not divide its 256 inputs"),
+    ],
+)
+def test_hostile_kinds_are_named(tmp_path, blocks, message):
+    _, folder, _ = kept(tmp_path, ["Q4_0"], vocab_size=32)
+    fields = json.loads((folder / "config.json").read_text())
+    fields["model"]["blocks"] = blocks
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+        checkpoint.load(folder)
+
+
 @pytest.mark.parametrize("kind", [Blocks(4, 32, offset=True), Blocks(4, 16), Blocks(8, 32)])
 def test_matrices_of_no_file_are_rounded_to_the_nearest(kind):
     matrix = np.random.default_rng(0).normal(size=(40, 96)).astype(np.float32)
@@ -163,6 +209,10 @@ def test_the_command_says_what_blocks_are(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "KL divergence 0.0e+00 nats" in printed and "rounding" not in printed
     assert main(["verify", out, str(file)]) == 0
+    model = llama(vocab_size=32)
+    write_gguf(tmp_path / "again.gguf", "llama", model, ["Q4_1"])  # gives it the file's numbers
+    model.save_pretrained(tmp_path / "theirs")
+    assert main(["verify", out, str(tmp_path / "theirs")]) == 0
     assert main(["export", str(blocks), str(tmp_path / "hf"), "--quiet"]) == 0
     convert.convert(tmp_path / "hf", tmp_path / "back", parity=False, progress=False)
     back, whole = checkpoint.load(tmp_path / "back").params, checkpoint.load(blocks).params

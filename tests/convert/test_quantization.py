@@ -149,7 +149,7 @@ def test_what_is_refused(tmp_path, stories):
     revision = dict(quantization="int8", revision="main")
     lost_text = dict(quantization="int8", text=tmp_path / "none.txt")
     refused = [
-        (folder / "int8", dict(dtype="float32"), ConversionError, "is in int8, which is rounded"),
+        (folder / "int8", dict(dtype="float32"), ConversionError, "is in int8, which is no float"),
         (folder / "int8", dict(quantization="int8"), ConversionError, "s3d-convert export"),
         (folder / "float", revision, ConversionError, "no revision 'main'"),
         (folder / "float", {}, ConversionError, "native checkpoint already"),

@@ -14,7 +14,11 @@ from s3d_jax.drafters.stored import read_draft
 from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.ledger import CARDS, Ledger, ledger, plan_of, scratch_bytes, what_fits
 from s3d_jax.lm import EMBEDDED
-from tests.tiny import tiny_config
+from s3d_jax.nn.transformer import weight_bytes
+from s3d_jax.storage import native as checkpoint
+from s3d_jax.weights.base import num_bytes
+from s3d_jax.weights.trees import store_tree
+from tests.tiny import tiny_config, tiny_params
 
 
 def arrays_bytes() -> int:
@@ -54,6 +58,31 @@ def test_cards_hold_what_is_below_their_size():
     assert [card for card in CARDS if small.fits(card)] == ["T4", "L4", "A100"]
     assert [card for card in CARDS if large.fits(card)] == ["A100"]
     assert small.total == (14 << 30) + (1 << 29)
+
+
+def test_precisions_that_a_model_can_have(tmp_path, capsys):
+    """int4 needs even widths; a mesh holds in bytes what a device holds in four bits."""
+    for width, names in ((40, ["int8", "int4"]), (41, ["int8"])):
+        config = tiny_config(intermediate_size=width)
+        checkpoint.save(tmp_path / "model", config, tiny_params(config), overwrite=True)
+        command = ["info", "--model", str(tmp_path / "model"), "--context", "64", "--json"]
+        assert main(command) == 0
+        rows = json.loads(capsys.readouterr().out)["memory"]
+        assert [row["precision"] for row in rows] == ["float32", "bfloat16", "float16", *names]
+    config = tiny_config(quantization="int4")
+    tree = store_tree(config, jax.device_get(tiny_params(config.unquantized())))
+    checkpoint.save(tmp_path / "int4", config, tree)
+    command = ["info", "--model", str(tmp_path / "int4")]
+    assert main(command) == 0
+    assert "on CPUs      held as int8, with the same numbers" in capsys.readouterr().out
+    in_bytes = weight_bytes(config.replace(quantization="int8"))
+    assert main([*command, "--json", "--context", "64"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["weights"] for row in facts["memory"]] == [num_bytes(tree), in_bytes]
+    assert main([*command, "--json", "--mesh", "model=1"]) == 0
+    assert json.loads(capsys.readouterr().out)["mesh"]["weight_bytes_per_device"] == in_bytes
+    assert main([*command, "--mesh", "model=1", "--batch", "2"]) == 2
+    assert "give them apart" in capsys.readouterr().err
 
 
 def test_info_prints_it(capsys):

@@ -157,7 +157,7 @@ def test_gpus_without_fast_bfloat16_take_float16(tmp_path, monkeypatch, capabili
     config = tiny_config(dtype="bfloat16")
     s3d_jax.storage.native.save(tmp_path / "model", config, init_params(config, jax.random.key(0)))
     device = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4", platform="gpu")
-    monkeypatch.setattr("jax.devices", lambda: [device])
+    monkeypatch.setattr("jax.local_devices", lambda: [device])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [

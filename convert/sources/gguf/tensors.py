@@ -81,7 +81,7 @@ class GgufSource:
             )
         return KINDS[dtype]
 
-    def read_groups(self, name: str) -> Groups:
+    def read_blocks(self, name: str) -> Groups:
         """All rows of a tensor of blocks, without widening them.
 
         Raises:
