@@ -117,6 +117,8 @@ class Blocks:
 
         For matrices that are no file's. Those of a file go through `hold`.
         """
+        if matrix.shape[1] % self.group:
+            raise ValueError(f"groups of {self.group} do not divide {matrix.shape[1]} inputs")
         groups = matrix.astype(np.float32).reshape(len(matrix), -1, self.group)
         if not np.isfinite(groups).all():
             raise ValueError("a matrix holds infinities or NaN, which blocks cannot represent")

@@ -187,6 +187,8 @@ def test_matrices_of_no_file_are_rounded_to_the_nearest(kind):
     error = np.abs(kind.widen(arrays, np.float32) - matrix).reshape(groups.shape)
     near = np.abs(groups).max(axis=-1) * 2**-8  # scales and offsets are 16-bit floats
     assert (error <= (0.501 * step + near)[..., None]).all()
+    with pytest.raises(ValueError, match="do not divide 95 inputs"):
+        kind.store(matrix[:, :95])
     with pytest.raises(ValueError, match="infinities or NaN"):
         kind.store(np.full((2, 96), np.nan, np.float32))
 

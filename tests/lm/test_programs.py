@@ -118,7 +118,7 @@ def test_another_number_of_rows_compiles_its_programs_and_nothing_else(caplog):
             lm.generate([[1, 2]] * rows, max_new_tokens=4, temperature=1.0)
     text = [r.getMessage() for r in caplog.records]
     compiled = [m[1] for t in text if (m := re.match(r"Compiling (?:jit\()?([\w<>]+)", t))]
-    assert sorted(compiled) == ["<lambda>", "decode", "prefill_chunk"]
+    assert sorted(compiled) == ["decode", "make", "prefill_chunk"]  # "make": caches
 
 
 def test_a_row_s_end_brings_no_smaller_program():

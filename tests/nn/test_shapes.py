@@ -13,6 +13,7 @@ from s3d_jax.nn import attention, cache, draft, layers, rope, streams, transform
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.weights import dense, exact, int8
+from s3d_jax.weights.blocks import Blocks
 from s3d_jax.weights.formats import FORMATS
 from tests.tiny import tiny_config
 
@@ -183,7 +184,7 @@ def test_shapes(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_shapes_of_weight_formats(name):
-    weights = FORMATS[name]
+    weights = Blocks(4, 25, offset=True) if name == "blocks" else FORMATS[name]
     arrays = tuple(map(jnp.asarray, weights.store(np.ones((17, 50), "bfloat16"))))
     x, rows = struct("bfloat16 B T I"), struct("int32 B T")
     assert len(arrays) == len(weights.parts("weight")) and weights.parts("weight")[0] == "weight"
