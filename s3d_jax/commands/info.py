@@ -139,8 +139,8 @@ def _format_rows(config: "ModelConfig") -> Iterator[tuple[str, str]]:
         kinds = Counter(entry.partition(" ")[2] for entry in config.blocks)
         yield (
             "blocks",
-            ", ".join(f"{count} matrices {kind}" for kind, count in kinds.items())
-            + ": the numbers of the GGUF file, not rounded again",
+            ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+            + " (bits x group): the numbers of the GGUF file, not rounded again",
         )
     if held != config:
         yield "on CPUs", f"held as {held.precision}, with the same numbers"
