@@ -111,9 +111,9 @@ class Batch(Runner):
             if any(running):  # forget the caches' content, and prefill again
                 lengths = [len(self._sequence(b)) for b in rows]
                 self._plan = self._plan.again(lengths, self._ends)
-                with on_mesh(self._mesh):
+                with self._explained(), on_mesh(self._mesh):
                     state = restart(self._spec, self._state, self._plan, running)
-                self._state = place_state(self._mesh, state)
+                    self._state = place_state(self._mesh, state)
         for text in self._texts:
             if text is not None:
                 text.finish()

@@ -17,6 +17,20 @@ UNREADABLE = ("IQ2_XXS", "TQ1_0", "Q8_K")  # some types that are not converted
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
+def llama(**changes: Any) -> Any:
+    """A random model of HF transformers; always the same one."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+        | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+        | changes
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def write_gguf(
     path: Path,
     architecture: str,
@@ -64,7 +78,7 @@ def write_gguf(
         try:
             stored = gguf.quantize(values, own_kind)
         except NotImplementedError:
-            stored = _random_blocks(own_kind, values.shape)
+            stored = random_blocks(own_kind, values.shape)
         writer.add_tensor(name, stored, raw_dtype=own_kind)
         if values.ndim == 2 and own_kind.name not in UNREADABLE:
             whole = gguf.dequantize(stored, own_kind)
@@ -77,7 +91,7 @@ def write_gguf(
     writer.close()
 
 
-def _random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
     """Valid blocks of random content for a tensor of that shape."""
     numbers, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(kind.value)

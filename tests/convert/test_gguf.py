@@ -24,7 +24,7 @@ from tests.conftest import need
 
 gguf, torch, transformers = need("gguf"), need("torch"), need("transformers")
 
-from tests.convert.gguf_file import write_gguf  # noqa: E402 (needs gguf)
+from tests.convert.gguf_file import llama, write_gguf  # noqa: E402 (needs gguf)
 
 TEXT = (
     "def f(x):\n\treturn x[1:3] + 12345  # it's Élan 日本語 한국어 🙂👍🏽\n\n\n"
@@ -32,16 +32,6 @@ TEXT = (
     "  1,000.50 €  ¿qué?  naïve café  \x00 <unk> x² ½ "
 )
 VOCABULARY = {"ggml.model": "gpt2", "ggml.pre": "gpt-2"}
-
-
-def llama(**changes):
-    config = transformers.LlamaConfig(
-        **dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
-        | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-        | changes
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

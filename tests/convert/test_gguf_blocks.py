@@ -1,5 +1,6 @@
 """GGUF blocks that are kept: the numbers of the gguf package's dequantiser, in as many bits."""
 
+import functools
 import json
 
 import jax
@@ -30,26 +31,19 @@ from tests.train.test_objective import noisy_draft
 
 gguf, torch, transformers = need("gguf"), need("torch"), need("transformers")
 
-from tests.convert.gguf_file import _random_blocks, write_gguf  # noqa: E402 (needs gguf)
+from tests.convert import gguf_file  # noqa: E402 (needs gguf)
 
 MIXED = Blocks(8, 16, "float32", True)
 
 
-def llama(**changes):
-    """Widths of 256 numbers, a K block each."""
-    config = transformers.LlamaConfig(
-        **dict(vocab_size=96, hidden_size=256, intermediate_size=256, num_hidden_layers=2)
-        | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-        | changes
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
+# Widths of 256 numbers, a K block each.
+llama = functools.partial(gguf_file.llama, hidden_size=256, intermediate_size=256)
 
 
 def kept(tmp_path, kinds, name="model", **changes):
     """A file with matrices of these types; converted with its blocks, and to float32."""
     file = tmp_path / f"{name}.gguf"
-    write_gguf(file, "llama", llama(**changes), kinds)
+    gguf_file.write_gguf(file, "llama", llama(**changes), kinds)
     quiet = dict(parity=False, progress=False)
     convert.convert(file, tmp_path / f"{name}-blocks", quantization="blocks", **quiet)
     convert.convert(file, tmp_path / f"{name}-float", **quiet)
@@ -65,7 +59,7 @@ def as_stored(folder):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_block_is_what_the_dequantiser_makes_of_it(name):
     kind = gguf.GGMLQuantizationType[name]
-    packed = _random_blocks(kind, (7, 768))
+    packed = gguf_file.random_blocks(kind, (7, 768))
     if name in ("Q8_0", "Q4_0", "Q4_1"):
         packed = gguf.quantize(np.random.default_rng(0).normal(size=(7, 768)), kind)
     expected, groups, own = gguf.dequantize(packed, kind), groups_of(packed, name), KINDS[name]
@@ -212,7 +206,9 @@ def test_the_command_says_what_blocks_are(tmp_path, capsys):
     assert "KL divergence 0.0e+00 nats" in printed and "rounding" not in printed
     assert main(["verify", out, str(file)]) == 0
     model = llama(vocab_size=32)
-    write_gguf(tmp_path / "again.gguf", "llama", model, ["Q4_1"])  # gives it the file's numbers
+    gguf_file.write_gguf(
+        tmp_path / "again.gguf", "llama", model, ["Q4_1"]
+    )  # gives it the file's numbers
     model.save_pretrained(tmp_path / "theirs")
     assert main(["verify", out, str(tmp_path / "theirs")]) == 0
     assert main(["export", str(blocks), str(tmp_path / "hf"), "--quiet"]) == 0
@@ -224,7 +220,7 @@ def test_the_command_says_what_blocks_are(tmp_path, capsys):
 def test_what_is_refused(tmp_path):
     def refused(kinds, message, source=None):
         if source is None:
-            write_gguf(source := tmp_path / "model.gguf", "llama", llama(), kinds)
+            gguf_file.write_gguf(source := tmp_path / "model.gguf", "llama", llama(), kinds)
         with pytest.raises(ConversionError, match=message):
             convert.convert(source, tmp_path / "out", quantization="blocks", progress=False)
         assert not (tmp_path / "out").exists()
@@ -232,7 +228,7 @@ def test_what_is_refused(tmp_path):
     refused("F16", "holds floats and no blocks: leave --quantize out")
     refused(["Q8_0", "F16"], "one matrix here, and some of them are floats and some are blocks")
     refused("Q2_K", r"stored as Q2_K, and the blocks that can be kept are those of Q8_0, .*Q6_K")
-    write_gguf(tmp_path / "nan.gguf", "llama", llama(), "Q4_0")
+    gguf_file.write_gguf(tmp_path / "nan.gguf", "llama", llama(), "Q4_0")
     content = bytearray((tmp_path / "nan.gguf").read_bytes())
     content[-18:-16] = np.float16(np.nan).tobytes()
     (tmp_path / "nan.gguf").write_bytes(content)
