@@ -1,7 +1,8 @@
 """What a device does with this package, in ten minutes.
 
     python benchmarks/gpu.py --out DIR [--minutes 10] [--model CHECKPOINT]
-        [--data own.jsonl] [--prompts chats.jsonl] [--start DRAFT] [--stages training ...]
+        [--data own.jsonl] [--prompts chats.jsonl] [--start DRAFT] [--train WORDS]
+        [--stages training ...]
 
 The stages run one after the other, what is wanted most first, each in a process of its own with a
 share of the time:
@@ -24,9 +25,12 @@ and, with small models, on a CPU.
 import argparse
 import collections
 import gzip
+import importlib.util
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -48,7 +52,29 @@ _ENVIRON = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/
 
 
 def exact(options: argparse.Namespace) -> Findings:
-    """S3D against AR on the model of the package, and how its loop uses memory."""
+    """S3D against AR on the model of the package, and how its loop uses memory.
+
+    Nothing is timed, so XLA tries no variants of its kernels: on an H200 these trials took longest.
+    """
+    environ = _ENVIRON | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    for dtype in ("float32", "int8", "bfloat16", "int4", "float16", "int8-plain"):
+        command = [sys.executable, __file__, "--only", "one-dtype", "--precision", dtype]
+        command += ["--out", str(options.out)] + ["--small"] * options.small
+        with tempfile.TemporaryFile("w+") as errors:
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdout=pipe, stderr=errors, text=True, env=environ)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield json.loads(line)
+            if process.wait():
+                errors.seek(0)
+                yield {"dtype": dtype, "error": errors.read()[-2000:]}
+
+
+def one_dtype(dtype: str, small: bool) -> Findings:
+    """The stage "exact" in one precision."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -56,36 +82,35 @@ def exact(options: argparse.Namespace) -> Findings:
     from s3d_jax.nn.transformer import forward_logits
     from s3d_jax.texts.suites import read_suites
 
-    for dtype in ("int8-plain", "int8", "int4", "float32", "bfloat16", "float16"):
-        lm = s3d_jax.load() if dtype == "int8-plain" else _other_model(dtype)
-        prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 300)]
-        prompts = prompts[: 8 if options.small else 64]
-        runs = dict(max_new_tokens=32 if options.small else NEW_TOKENS, eos_token_ids=())
-        for temperature in (0.0, 0.8):
-            sampled = dict(temperature=temperature, seed=list(range(len(prompts))))
-            ar, s3d = (
-                lm.generate(prompts, method=method, **sampled, **runs, **more)
-                for method, more in (("ar", {}), ("s3d", {"adaptive": False}))
-            )
-            gaps = []
-            for prompt, a, b in zip(prompts, ar, s3d, strict=True):
-                if a.tokens == b.tokens:
-                    continue
-                same = [x == y for x, y in zip(a.tokens, b.tokens, strict=False)]
-                tokens = np.concatenate([prompt, a.tokens[: same.index(False)]]).astype(np.int32)
-                logits = forward_logits(lm.config, lm.params, jnp.asarray(tokens)[None])[0, -1]
-                second, best = np.sort(np.asarray(logits, np.float32))[-2:]
-                gaps.append(float(best - second))
-            iterations = sum(r.stats.iterations for r in s3d)
-            yield {
-                "dtype": dtype,
-                "temperature": temperature,
-                "prompts": len(prompts),
-                "identical": len(prompts) - len(gaps),
-                "gaps_where_different": sorted(gaps),
-                "tau": sum(len(r.tokens) for r in s3d) / iterations,
-            }
-        yield {"dtype": dtype, **_loop_facts(lm)}
+    lm = s3d_jax.load() if dtype == "int8-plain" else _other_model(dtype)
+    prompts = [p.tokens for p in read_suites(["stories", "dialogues"], lm, 300)]
+    prompts = prompts[: 8 if small else 64]
+    runs = dict(max_new_tokens=32 if small else NEW_TOKENS, eos_token_ids=())
+    for temperature in (0.0, 0.8):
+        sampled = dict(temperature=temperature, seed=list(range(len(prompts))))
+        ar, s3d = (
+            lm.generate(prompts, method=method, **sampled, **runs, **more)
+            for method, more in (("ar", {}), ("s3d", {"adaptive": False}))
+        )
+        gaps = []
+        for prompt, a, b in zip(prompts, ar, s3d, strict=True):
+            if a.tokens == b.tokens:
+                continue
+            same = [x == y for x, y in zip(a.tokens, b.tokens, strict=False)]
+            tokens = np.concatenate([prompt, a.tokens[: same.index(False)]]).astype(np.int32)
+            logits = forward_logits(lm.config, lm.params, jnp.asarray(tokens)[None])[0, -1]
+            second, best = np.sort(np.asarray(logits, np.float32))[-2:]
+            gaps.append(float(best - second))
+        iterations = sum(r.stats.iterations for r in s3d)
+        yield {
+            "dtype": dtype,
+            "temperature": temperature,
+            "prompts": len(prompts),
+            "identical": len(prompts) - len(gaps),
+            "gaps_where_different": sorted(gaps),
+            "tau": sum(len(r.tokens) for r in s3d) / iterations,
+        }
+    yield {"dtype": dtype, **_loop_facts(lm)}
 
 
 def _other_model(precision: str) -> Any:
@@ -156,67 +181,62 @@ def _loop_facts(lm: Any) -> dict[str, Any]:
 
 def passes(options: argparse.Namespace) -> Findings:
     """What passes cost, by shape and precision; each pair in a process of its own."""
+    precisions = ("bfloat16", "int8", "int4", "int8-plain")
     shapes = ["llama-130m"] if options.small else ["phi-3-mini", "llama-2-7b", "llama-1.1b"]
-    for shape in shapes:
-        for precision in ("bfloat16", "int8", "int4", "int8-plain"):
+    # The time is over before the list is: one shape in each precision, then each other shape.
+    for shape, precision in itertools.product(shapes, precisions):
+        if shape != "llama-1.1b" or precision in ("bfloat16", "int8"):
             command = [sys.executable, __file__, "--only", "one-shape", "--shape", shape]
             command += ["--precision", precision, "--out", str(options.out)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            start = time.monotonic()
+            done = subprocess.run(command, capture_output=True, text=True, env=_ENVIRON)
+            found = {"model": shape, "precision": precision}
             lines = done.stdout.strip().splitlines()
             if done.returncode or not lines:
-                yield {"model": shape, "precision": precision, "error": done.stderr[-2000:]}
+                yield found | {"error": done.stderr[-2000:]}
             else:
-                yield json.loads(lines[-1])
+                seconds = time.monotonic() - start
+                yield found | json.loads(lines[-1]) | {"seconds_in_all": round(seconds, 1)}
 
 
 def one_shape(shape: str, precision: str, small: bool) -> dict[str, Any]:
     """The passes of one model of random weights."""
     import jax
-    import numpy as np
     from passes import SHAPES, median_seconds, pass_runs, random_model, read_run
 
     from s3d_jax.machine import peak_memory_bytes
-    from s3d_jax.nn.transformer import forward, weight_bytes
+    from s3d_jax.nn.transformer import weight_bytes
 
     lm = random_model(SHAPES[shape], precision)
-    runs = pass_runs(lm, (1, 4, 5, 8) if small else (1, 4, 5, 8, 16, 25, 33))
+    passes = pass_runs(lm, (1, 4, 5, 8) if small else (1, 3, 5, 8, 16, 25, 33))
     weights = weight_bytes(lm.config)
-    runs["read"], read_bytes = read_run(min(weights, 1 << 30))
-    seconds = median_seconds(runs, 1 if small else 3)
+    read, read_bytes = read_run(min(weights, 1 << 30))
+    seconds = median_seconds({**passes, "read": read}, 1 if small else 3)
     bandwidth = read_bytes / seconds.pop("read")
     table = (
         0
         if lm.config.tie_embeddings
         else sum(x.nbytes for x in jax.tree.leaves(lm.params["embed"]))
     )
-    found = {
-        "model": shape,
-        "precision": precision,
+    return {
         "milliseconds": {name: round(1e3 * s, 4) for name, s in seconds.items()},
         "over_ar": {name: round(s / seconds["1 row"], 3) for name, s in seconds.items()},
         "read_gb_per_second": bandwidth / 1e9,
         "ar_share_of_bandwidth": (weights - table) / seconds["1 row"] / bandwidth,
         "weight_gb": weights / 1e9,
         "peak_memory_gb": peak_memory_bytes() / 1e9,
+        "temp_bytes": {name: one.temp_bytes for name, one in passes.items()},
     }
-    # Widened weights would be temporaries of the size of a layer at least.
-    from s3d_jax.nn.cache import init_cache
-
-    cache = init_cache(lm.config, 1, 256, np.array([1], np.int32), 8)
-    step = jax.jit(lambda params, tokens, cache: forward(lm.config, params, tokens, cache))
-    for rows in (1, 5):
-        tokens = jax.ShapeDtypeStruct((1, rows), np.int32)
-        memory = step.lower(lm.params, tokens, cache).compile().memory_analysis()
-        found[f"temp_bytes_{rows}_rows"] = memory.temp_size_in_bytes
-    return found
 
 
 def texts(options: argparse.Namespace) -> Findings:
     """`s3d bench`, end to end."""
-    models = [None] if options.model is None else [None, options.model]
+    models = [options.model, None] if options.model else [None]
     for model in models:
         new = "16" if options.small else "128"
-        methods = "ar,s3d:gamma=2,s3d:gamma=4,s3d:gamma=4:adaptive=no,prompt-lookup:gamma=4"
+        methods = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4"
+        if importlib.util.find_spec("torch") and not options.small:
+            methods += ",hf"
         command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]
         command += ["--max-new-tokens", new, "--repeats", "1" if options.small else "2"]
         command += ["--methods", methods] + (["--model", str(model)] if model else [])
@@ -230,25 +250,40 @@ def texts(options: argparse.Namespace) -> Findings:
 
 
 def distilling(options: argparse.Namespace) -> Findings:
-    """The model's own answers to --prompts, until the time is over: OUT/answers.jsonl."""
+    """The model's own answers to --prompts, until the time is over: OUT/answers.jsonl.gz."""
     if options.model is None or options.prompts is None:
         yield {"skipped": "needs --model and --prompts"}
         return
-    answers = options.out / "answers.jsonl"
-    command = [sys.executable, "-m", "s3d_jax", "distill", "--model", str(options.model)]
-    command += ["--prompts", str(options.prompts), "--out", str(answers), "--seed", "2"]
-    command += ["--longest-prompt", "128", "--max-new-tokens", "16" if options.small else "192"]
-    command += ["--batch-size", "4" if options.small else "256", "--sampled-fraction", "0.25"]
-    command += ["--temperature", "0.7", *(["--limit", "8"] if options.small else [])]
-    start = time.monotonic()
-    error = _run_until(options.deadline, command)
-    partial = answers.with_name(answers.name + ".partial")
-    if not answers.exists() and partial.exists():  # each line of it is whole but the last
-        lines = partial.read_text().splitlines(keepends=True)
-        answers.write_text("".join(line for line in lines if line.endswith("\n")))
-    count = len(answers.read_text().splitlines()) if answers.exists() else 0
-    seconds = time.monotonic() - start
-    yield {"error": error, "answers": count, "seconds_with_compilation": seconds}
+    import s3d_jax
+    from s3d_jax.texts.documents import read_documents
+
+    lm = s3d_jax.load(options.model, use_draft=False)
+    eos = lm.eos_token_ids[0] if lm.eos_token_ids else None
+    documents = read_documents([options.prompts], lm.tokenizer, eos, prompts=True)
+    prompts = [document.tokens[: document.prompt_tokens] for document in documents]
+    prompts = [prompt for prompt in prompts if len(prompt) <= 128]
+    # Each batch is padded to its longest prompt and runs to its longest answer: on a GPU that costs
+    # less than what `s3d distill` does, which puts each prompt into the next row that is free.
+    rows, new = (4, 16) if options.small else (1024, 192)
+    bare = s3d_jax.LM(lm.config, lm.params, eos_token_ids=lm.eos_token_ids)  # makes no texts
+    answers = options.out / "answers.jsonl.gz"
+    answers.unlink(missing_ok=True)
+    count = tokens = 0
+    # Of another size, the last batch would need programs of its own.
+    for number in range(min(8, len(prompts) // rows) if options.small else len(prompts) // rows):
+        start = time.monotonic()
+        batch = prompts[number * rows : (number + 1) * rows]
+        sampled = dict(temperature=0.7, seed=list(range(number * rows, (number + 1) * rows)))
+        more: dict[str, Any] = sampled if number % 4 == 3 else {}
+        results = bare.generate(batch, method="ar", max_new_tokens=new, **more)
+        with gzip.open(answers, "at", compresslevel=1) as file:  # whole after each batch
+            for prompt, result in zip(batch, results, strict=True):
+                line = {"prompt_tokens": prompt.tolist(), "tokens": result.tokens}
+                file.write(json.dumps(line | {"temperature": more.get("temperature", 0.0)}) + "\n")
+        count, tokens = count + len(batch), tokens + sum(len(r.tokens) for r in results)
+        seconds = {"seconds": time.monotonic() - start}
+        seconds["decoding"] = results[0].stats.decode_seconds
+        yield {"answers": count, "tokens": tokens, **seconds}
 
 
 def training(options: argparse.Namespace) -> Findings:
@@ -260,7 +295,7 @@ def training(options: argparse.Namespace) -> Findings:
 
     from s3d_jax.storage.native import read_header
 
-    files = [path for path in (options.data, options.out / "answers.jsonl") if path]
+    files = [path for path in (options.data, options.out / "answers.jsonl.gz") if path]
     files = [path for path in files if path.exists() and path.stat().st_size]
     if options.model is None or not files:
         yield {"skipped": "needs --model, and --data or the stage distilling"}
@@ -269,24 +304,30 @@ def training(options: argparse.Namespace) -> Findings:
     model = options.out / "model"  # a copy, so that the drafts of trials stay out of --model
     if not model.exists():
         shutil.copytree(options.model, model, copy_function=_link)
-    size, length, trial_steps = (2, 64, 6) if options.small else (32, 256, 60)
+    size, length, trial_steps = (2, 64, 6) if options.small else (32, 320, 60)
     command = [sys.executable, "-m", "s3d_jax", "train", "--model", str(model), "--overwrite"]
     command += [word for path in files for word in ("--data", str(path))]
     command += ["--batch-size", str(size), "--row-length", str(length), "--anchors", "48"]
-    command += ["--learning-rate", "0.001", "--validate-every", "0"]
+    command += ["--learning-rate", "0.001", "--objective", "kl", "--validate-every", "0"]
     command += ["--valid-prompts", "2" if options.small else "16", "--valid-tokens", "96"]
     if options.start:
         command += ["--start", options.start]
     else:
         vocabulary = min(16384, read_header(model).config.vocab_size)
         command += ["--rank", "32", "--chain-rank", "256", "--draft-vocab", str(vocabulary)]
+    command += shlex.split(options.train)  # what is said twice counts as it is said last
 
-    def train(name: str, steps: int, save_every: int) -> tuple[float, list[float], str | None]:
-        """Seconds to the first line of the metrics, between the others, and the error."""
+    def train(
+        name: str, steps: int, save_every: int, resume: bool = False, until: float = end
+    ) -> tuple[float, list[float], float, str | None]:
+        """Seconds to the first line of the metrics, between the others, and after the last."""
         run = options.out / name
-        shutil.rmtree(run, ignore_errors=True)
         words = ["--run", str(run), "--name", name, "--steps", str(steps), "--log-every", "1"]
         words += ["--warmup-steps", str(min(50, steps // 4)), "--save-every", str(save_every)]
+        if resume:
+            words.append("--resume")
+        else:
+            shutil.rmtree(run, ignore_errors=True)
         start, seen = time.monotonic(), []
 
         def look() -> None:
@@ -294,21 +335,29 @@ def training(options: argparse.Namespace) -> Findings:
             lines = metrics.read_text().count("\n") if metrics.exists() else 0
             seen.extend([time.monotonic()] * (lines - len(seen)))
 
-        error = _run_until(end, [*command, *words], look)
+        error = _run_until(until, [*command, *words], look)
         if not seen:
-            return time.monotonic() - start, [], error
-        return seen[0] - start, np.diff(seen).tolist(), error
+            return time.monotonic() - start, [], 0.0, error
+        return seen[0] - start, np.diff(seen).tolist(), time.monotonic() - seen[-1], error
 
-    first, between, error = train("trial", trial_steps, 0)
+    first, between, after, error = train("trial", trial_steps, 0)
     yield {"steps": trial_steps, "seconds_to_the_first": first, "error": error}
     if len(between) < 3:
         return
-    a_step = max(statistics.mean(between[1:-1]), 1e-3)  # the outer ones hold validations
-    # The run compiles nothing new; its validations take as long as those of the trial.
-    steps = max(trial_steps, int(0.7 * (end - time.monotonic() - first) / a_step))
+    a_step = max(statistics.mean(between[1:-1]), 1e-3)  # the last one holds a validation
+    after += between[-1]
+    # The run compiles nothing new; its beginning and end take no longer than those of the trial.
+    left = end - time.monotonic() - first - after
+    steps = max(trial_steps, int(0.85 * left / a_step))
     yield {"seconds_a_step": a_step, "tokens_per_second": size * length / a_step, "steps": steps}
-    first, between, error = train("run", steps, max(1, int(20 / a_step)))
+    save_every = max(1, int(15 / a_step))
+    until = end - first - after
+    first, between, after, error = train("run", steps, save_every, until=until)
     yield {"seconds_to_the_first": first, "steps": len(between), "error": error}
+    if error:  # slower than the trial was: what has been saved counts
+        steps = (len(between) // save_every) * save_every
+        *_, error = train("run", steps, save_every, resume=True, until=options.deadline - 10)
+        yield {"steps": steps, "error": error}
     export = [sys.executable, "-m", "s3d_jax", "draft", "export", "run", str(options.out / "draft")]
     error = _run_until(options.deadline, [*export, "--model", str(model)])
     yield {"draft": str(options.out / "draft"), "error": error}
@@ -450,6 +499,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="its own answers, to train on (s3d distill)")
     parser.add_argument("--prompts", type=Path, help="chats to answer, as for s3d distill")
     parser.add_argument("--start", metavar="NAME", help="the model's draft that training continues")
+    parser.add_argument("--train", default="", metavar="WORDS", help="more options of s3d train")
     parser.add_argument("--small", action="store_true", help="small models (on CPUs: always)")
     for name in ("--only", "--shape", "--precision"):  # for the processes of the stages
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -465,6 +515,9 @@ def main() -> int:
             from s3d_jax.bench.report import about
 
             record(options.out, "about", {"about": about(), "devices": str(jax.devices())})
+        elif options.only == "one-dtype":
+            for finding in one_dtype(options.precision, options.small):
+                print(json.dumps(finding), flush=True)
         elif options.only == "one-shape":
             print(json.dumps(one_shape(options.shape, options.precision, options.small)))
         else:
@@ -476,9 +529,9 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     command = [sys.executable, __file__, "--out", str(options.out)] + ["--small"] * options.small
     command += ["--model", str(options.model)] if options.model else []
-    for name in ("data", "prompts", "start"):
-        if (value := getattr(options, name)) is not None:
-            command += [f"--{name}", str(value)]
+    for name in ("data", "prompts", "start", "train"):
+        if value := getattr(options, name):
+            command += [f"--{name}={value}"]
     subprocess.run([*command, "--only", "about"])
     for stage in options.stages:
         # What earlier stages did not use is shared by the later ones.

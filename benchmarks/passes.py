@@ -11,6 +11,7 @@ process, in the same turns. Runs on CPUs and GPUs alike.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import platform
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any
 
@@ -76,7 +77,9 @@ COLUMNS = ("1 row", "4 rows", "5 rows", "8 rows", "draft", "hf")
 BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096, 8192)
 
 
-def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+def median_seconds(
+    contestants: Mapping[str, Callable[[], float]], repeats: int
+) -> dict[str, float]:
     """Medians over `repeats` turns of each; a contestant is a run that returns its own seconds.
 
     A turn is half a second of runs, the first of which does not count, so that nobody pays for the
@@ -86,8 +89,9 @@ def median_seconds(contestants: dict[str, Callable[[], float]], repeats: int) ->
     for _ in range(repeats):
         for name, run in contestants.items():
             run()
+            end = time.perf_counter() + TURN_SECONDS
             turn = [run()]
-            while sum(turn) < TURN_SECONDS:
+            while time.perf_counter() < end:
                 turn.append(run())
             seconds[name].append(statistics.median(turn))
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -104,27 +108,56 @@ def random_model(shape: dict[str, Any], precision: str) -> LM:
     )
     config = in_memory(config, backend)
     block = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(np.float32)
+    numbers = {
+        jnp.dtype(jnp.int4): np.clip(np.rint(block * 150), -8, 7),
+        jnp.dtype(jnp.int8): np.rint(block * 1500),
+    }
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def repeated(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.resize(values, shape)  # on the device: gigabytes would take long to travel
 
     def array(path: Any, leaf: Any) -> jax.Array:
-        if leaf.dtype == jnp.int4:
-            numbers = np.clip(np.rint(block * 150), -8, 7).astype(jnp.int4)
-            return jax.device_put(np.resize(numbers, leaf.shape))
         if path[-1].key == "factors":  # of groups of int4 weights
             return jnp.full(leaf.shape, 12, leaf.dtype)
-        if leaf.dtype == jnp.int8:
-            return jax.device_put(np.resize(np.rint(block * 1500).astype(np.int8), leaf.shape))
-        if leaf.ndim == 1:  # norms; scales of int8 and int4 weights
+        if leaf.ndim == 1 and leaf.dtype not in numbers:  # norms; scales of int8 and int4 weights
             return jnp.full(
                 leaf.shape, 1.0 if leaf.dtype == config.dtype else 0.02 / 30, leaf.dtype
             )
-        return jax.device_put(np.resize(block.astype(leaf.dtype), leaf.shape))
+        values = numbers.get(leaf.dtype, block).astype(leaf.dtype)
+        return repeated(jax.device_put(values), leaf.shape)
 
     return LM(config, jax.tree_util.tree_map_with_path(array, abstract_params(config)))
 
 
-def pass_runs(
-    lm: LM, rows: tuple[int, ...], batch: int = 1, context: int = 128
-) -> dict[str, Callable[[], float]]:
+@dataclasses.dataclass
+class Pass:
+    """A contestant: a compiled pass over a state that it hands on to the next pass.
+
+    Attributes:
+        program: runs `count` passes, one after the other.
+        arguments: of the program, before the state.
+        state: in a list, which the passes share.
+        temp_bytes: temporary memory; widened weights would be as large as those of a layer.
+    """
+
+    program: Any
+    arguments: tuple[Any, ...]
+    state: list[Any]
+    count: int
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        tokens, self.state[0] = self.program(*self.arguments, self.state[0])
+        jax.block_until_ready((tokens, self.state[0]))
+        return (time.perf_counter() - start) / self.count
+
+    @property
+    def temp_bytes(self) -> int:
+        return int(self.program.memory_analysis().temp_size_in_bytes)
+
+
+def pass_runs(lm: LM, rows: tuple[int, ...], batch: int = 1, context: int = 128) -> dict[str, Pass]:
     """Single passes after `context` tokens, head and argmax included, as contestants.
 
     "1 row", "4 rows", … are passes of the whole model over so many tokens, "draft" is one of four
@@ -150,21 +183,30 @@ def pass_runs(
         proposal = spec.drafter.propose(Inputs(spec, params, draft_params, state))
         return proposal.tokens, state.replace(cache=proposal.cache)
 
-    holder = [state]
+    # On a GPU, calls of single passes would measure the host that launches them.
+    count = 1 if jax.default_backend() == "cpu" else 8
 
-    def timed(function: Callable[..., Any], drafted: int) -> Callable[[], float]:
-        jitted = jax.jit(function, static_argnums=3, donate_argnums=2)
+    def compiled(function: Callable[..., Any], drafted: int) -> Any:
+        def passes(params: Any, draft_params: Any, state: Any) -> Any:
+            def again(_: Any, carry: Any) -> Any:
+                return function(params, draft_params, carry[1], drafted)
 
-        def call() -> float:
-            start = time.perf_counter()
-            tokens, holder[0] = jitted(lm.params, lm.draft_params, holder[0], drafted)
-            jax.block_until_ready((tokens, holder[0]))
-            return time.perf_counter() - start
+            if count == 1:
+                return again(0, (None, state))
+            tokens, _ = jax.eval_shape(again, 0, (None, state))
+            return jax.lax.fori_loop(0, count, again, (jnp.zeros_like(tokens), state))
 
-        return call
+        return jax.jit(passes, donate_argnums=2).lower(*arguments, state).compile()
 
-    name = {n: "1 row" if n == 1 else f"{n} rows" for n in rows}
-    return {name[n]: timed(verify, n - 1) for n in rows} | {"draft": timed(draft, 4)}
+    arguments, holder = (lm.params, lm.draft_params), [state]
+    passes = {"1 row" if n == 1 else f"{n} rows": (verify, n - 1) for n in rows}
+    passes["draft"] = (draft, 4)
+    with concurrent.futures.ThreadPoolExecutor(core_count()) as pool:
+        programs = pool.map(lambda one: compiled(*one), passes.values())
+        return {
+            name: Pass(program, arguments, holder, count)
+            for name, program in zip(passes, programs, strict=True)
+        }
 
 
 def read_run(num_bytes: int) -> tuple[Callable[[], float], int]:
@@ -226,7 +268,7 @@ def hf_run(shape: dict[str, Any], precision: str, new_tokens: int) -> Callable[[
 def measure(model: str, precision: str, repeats: int, against_hf: bool) -> dict[str, Any]:
     """One model in one precision."""
     lm = random_model(SHAPES[model], precision)
-    runs = pass_runs(lm, (1, 4, 5, 8))
+    runs: dict[str, Callable[[], float]] = {**pass_runs(lm, (1, 4, 5, 8))}
     weights = weight_bytes(lm.config)
     read, read_bytes = read_run(min(weights, 1 << 30))
     runs["read"] = read

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,3 +99,18 @@ def test_what_a_stage_has_found_is_kept(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert text.index("## exact") < text.index('"identical": 8') < text.index("## passes")
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.exhaustive
+def test_a_minute_of_the_gpu_benchmark_finds_the_tokens_of_plain_decoding(tmp_path):
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--out", tmp_path, "--minutes", "1"]
+    done = subprocess.run([*command, "--stages", "exact"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    about, *found = lines
+    assert about["stage"] == "about" and "jax" in about["about"]["versions"]
+    greedy = found[0]
+    assert (greedy["dtype"], greedy["temperature"], greedy["prompts"]) == ("float32", 0.0, 8)
+    assert greedy["identical"] == 8 and 2 < greedy["tau"] <= 5
+    errors = [x["error"] for x in found if "error" in x]
+    assert errors in ([], ["cut off at the end of its time"])
