@@ -59,6 +59,20 @@ def _q4_1(blocks: np.ndarray) -> _Decoded:
     return _shifted(blocks[:, 4:], 16, (0, 4), 15), scale, offset
 
 
+def _q5_0(blocks: np.ndarray) -> _Decoded:
+    return _five_bits(blocks[:, 2:]).view(np.int8) - 16, _halves(blocks[:, :2]), None
+
+
+def _q5_1(blocks: np.ndarray) -> _Decoded:
+    return _five_bits(blocks[:, 4:]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+
+
+def _five_bits(packed: np.ndarray) -> np.ndarray:
+    """Four bytes of upper bits, one for each number, and sixteen of the four bits below."""
+    high = np.unpackbits(np.ascontiguousarray(packed[:, :4]), axis=1, bitorder="little")
+    return _shifted(packed[:, 4:], 16, (0, 4), 15) | high << 4
+
+
 def _q4_k(blocks: np.ndarray) -> _Decoded:
     return _shifted(blocks[:, 16:], 32, (0, 4), 15), *_k_scales(blocks)
 
@@ -110,6 +124,8 @@ _DECODERS: dict[str, tuple[Callable[[np.ndarray], _Decoded], int]] = {
     "Q8_0": (_q8_0, 34),
     "Q4_0": (_q4_0, 18),
     "Q4_1": (_q4_1, 20),
+    "Q5_0": (_q5_0, 22),
+    "Q5_1": (_q5_1, 24),
     "Q4_K": (_q4_k, 144),
     "Q5_K": (_q5_k, 176),
     "Q6_K": (_q6_k, 210),
@@ -118,6 +134,8 @@ KINDS: dict[str, Blocks] = {
     "Q8_0": Blocks(8, 32, "float16"),
     "Q4_0": Blocks(4, 32, "float16"),
     "Q4_1": Blocks(4, 32, "float16", offset=True),
+    "Q5_0": Blocks(8, 32, "float16"),
+    "Q5_1": Blocks(8, 32, "float16", offset=True),
     "Q4_K": Blocks(4, 32, "float32", offset=True),
     "Q5_K": Blocks(8, 32, "float32", offset=True),
     "Q6_K": Blocks(8, 16, "float32"),
