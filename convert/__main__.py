@@ -143,6 +143,11 @@ def _convert(argv: list[str]) -> int:
             "token ids only",
             file=sys.stderr,
         )
+    if report.config.dtype == "float16" and report.config.overflows_float16:
+        print(
+            "warning: models of Gemma's kind overflow in float16: convert with --dtype bfloat16",
+            file=sys.stderr,
+        )
     if (loss := report.loss) is not None and loss.kl > loss.acceptable_kl:
         better = "--quantize int8 or " if report.config.quantization != "int8" else ""
         better = "--quantize blocks, " * arguments.source.endswith(".gguf") + better

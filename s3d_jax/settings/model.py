@@ -262,6 +262,15 @@ class ModelConfig(Record):
         """Name of the weights' type: the quantisation if there is one, else the dtype."""
         return self.quantization or self.dtype
 
+    @property
+    def overflows_float16(self) -> bool:
+        """Whether the residual stream grows past 65,504, where float16 ends: in Gemma 2 and 3.
+
+        Their layers add normalised outputs with learnt scales of any size. Gemma 3 270M's stream is
+        infinite in float16; vLLM refuses float16 for both.
+        """
+        return self.post_norms and self.norm_offset == 1.0
+
     def unquantized(self) -> Self:
         """The model with float weights, of its dtype."""
         return self.replace(quantization=None, blocks=None)

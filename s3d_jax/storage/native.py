@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -297,7 +298,8 @@ def load(
     Args:
         path: a native checkpoint folder.
         dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
-            dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16.
+            dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16, or
+            float32 for models that overflow in it.
         mesh: from `build_mesh`; the config of the result has its `shards`.
         progress: show a bar on a terminal if loading takes more than a second.
 
@@ -320,7 +322,7 @@ def load(
     header = read_header(path)
     backend = default_device().platform  # a missing one should not look like damaged weights
     if dtype is None and header.config.dtype == "bfloat16" and is_before_ampere():
-        dtype = "float16"
+        dtype = "float32" if header.config.overflows_float16 else "float16"
     stored = header.config if dtype is None else header.config.replace(dtype=dtype)
     config = in_memory(stored, backend, mesh is not None)
     dtypes = {path: leaf.dtype for path, leaf in _expected_arrays(stored).items()}
@@ -337,6 +339,12 @@ def load(
     check_memory(needed, what, advice)
     explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
     warn_of_the_device(config.dtype)
+    if config.dtype == "float16" and config.overflows_float16:
+        warnings.warn(
+            f"{path} is a model of Gemma's kind, which overflows in float16: load it in float32 or "
+            "bfloat16 (dtype=..., --dtype ...)",
+            stacklevel=4,
+        )
     with (
         explained,
         tqdm(

@@ -81,7 +81,8 @@ def test_bits_of_the_kinds():
         linear = abstract_params(one)["layers_0"]["mlp"]["down"]
         bits[name] = num_bytes(linear) * 8 / 256**2
     assert bits == {
-        "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 8.5, "Q5_1": 9, "Q4_K": 6, "Q5_K": 10, "Q6_K": 10
+        "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 8.5, "Q5_1": 9,
+        "Q4_K": 6, "Q5_K": 10, "Q6_K": 10,
     }  # fmt: skip
 
 

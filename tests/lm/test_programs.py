@@ -168,3 +168,13 @@ def test_gpus_without_fast_bfloat16_take_float16(tmp_path, monkeypatch, capabili
     said = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
     assert len(said) == (1 if before else 0)
     assert all("Tesla T4" in text and "float16" in text for text in said)
+
+
+def test_models_that_overflow_in_float16_are_taken_in_float32(tmp_path, monkeypatch):
+    gemma = tiny_config(dtype="bfloat16", post_norms=True, norm_offset=1.0)
+    s3d_jax.storage.native.save(tmp_path / "model", gemma, init_params(gemma, jax.random.key(0)))
+    device = SimpleNamespace(compute_capability="7.5", device_kind="Tesla T4", platform="gpu")
+    monkeypatch.setattr("jax.local_devices", lambda: [device])
+    assert s3d_jax.load(tmp_path / "model").config.dtype == "float32"
+    with pytest.warns(UserWarning, match="model is a model of Gemma's kind, which overflows"):
+        s3d_jax.load(tmp_path / "model", dtype="float16")
