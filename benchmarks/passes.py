@@ -50,6 +50,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         **dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_layers=12),
         **dict(num_heads=12, num_kv_heads=12, head_dim=64),
     ),
+    "smollm2-135m": _LLAMA
+    | dict(
+        **dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30),
+        **dict(num_heads=9, num_kv_heads=3, head_dim=64, tie_embeddings=True),
+    ),
     "llama-1.1b": _LLAMA  # TinyLlama
     | dict(
         **dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_layers=22),
