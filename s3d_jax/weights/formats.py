@@ -24,6 +24,7 @@ FORMATS: dict[str | None, WeightFormat] = {
     "int4": Int4(),
     "blocks": Blocks(),  # each matrix has its own kind
 }
+_EXACT_DENSE = Dense(exact=True)
 # The formats of the embeddings and the head, where they are not that of the layers. In 4 bits these
 # two cost as much quality as all layers together (docs/log).
 _TABLES: dict[str | None, WeightFormat] = {"int4": FORMATS["int8"]}
@@ -38,6 +39,8 @@ def weight_format(config: ModelConfig, module: str) -> WeightFormat:
     """
     if config.blocks is not None:
         return _kinds(config.blocks).get(module, FORMATS[None])
+    if config.quantization is None and exact_sums(config):
+        return _EXACT_DENSE
     layers = FORMATS[config.quantization]
     return _TABLES.get(config.quantization, layers) if module in (EMBED, HEAD) else layers
 
@@ -91,9 +94,13 @@ def takes_deltas(config: ModelConfig) -> bool:
 
 
 def exact_sums(config: ModelConfig) -> bool:
-    """Whether the model's norms and attention sum independently of the order (`exact`)."""
-    asked = config.exact_sums
-    return FORMATS[config.quantization].exact_sums if asked is None else asked
+    """Whether the model's norms and attention sum independently of the order (`exact`).
+
+    By default where activations are rounded: by the weight format, or for the cache.
+    """
+    if config.exact_sums is not None:
+        return config.exact_sums
+    return FORMATS[config.quantization].exact_sums or config.kv_cache is not None
 
 
 def bound_by_memory(config: ModelConfig, backend: str) -> bool:

@@ -69,8 +69,10 @@ def test_all_ways_give_the_tokens_of_plain_decoding(changes, monkeypatch):
     """Batches, queues, streams and kept caches; prompts of several chunks; rings that wrap."""
     monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))  # rings of 5 + 8 slots
     lm = model(**changes)
-    options = dict(max_new_tokens=40, adaptive=False)
-    plain = tokens(lm.generate(PROMPTS, method="ar", max_new_tokens=40))
+    # Without a penalty some of these models repeat one token.
+    common = dict(max_new_tokens=40, frequency_penalty=1.5)
+    options = dict(adaptive=False, **common)
+    plain = tokens(lm.generate(PROMPTS, method="ar", **common))
     assert all(len(set(row)) > 3 for row in plain)
     drafted = lm.generate(PROMPTS, **options)
     assert tokens(drafted) == plain
@@ -79,7 +81,7 @@ def test_all_ways_give_the_tokens_of_plain_decoding(changes, monkeypatch):
     assert [found[i].tokens for i in range(len(PROMPTS))] == plain
     assert sum(lm.stream_tokens(PROMPTS[2], **options), []) == plain[2]
     drawn = tokens(lm.generate(PROMPTS, **options, **SAMPLED))
-    assert drawn == tokens(lm.generate(PROMPTS, method="ar", max_new_tokens=40, **SAMPLED)) != plain
+    assert drawn == tokens(lm.generate(PROMPTS, method="ar", **common, **SAMPLED)) != plain
 
     # A turn that continues in a kept cache, which grows.
     first = Batch(lm.engine, [np.asarray(PROMPTS[0], np.int32)], to_keep=True, **options)
@@ -113,13 +115,10 @@ def test_a_kept_cache_of_another_kind_is_not_taken():
         before = Batch(lm.engine, [prompt], max_new_tokens=9)
         list(before.run())
         longer = np.asarray([*prompt, *before.tokens[0], 4], np.int32)
-        kept = before.kept()
         for now, known in (("int8" if kind is None else None, 0), (kind, 27)):
             lm.config = lm.config.replace(kv_cache=now)
-            after = Batch(lm.engine, [longer], kept, max_new_tokens=9)
-            list(after.run())
-            assert after.results()[0].stats.cached_tokens == known
-            assert after.tokens == tokens(lm.generate([longer], max_new_tokens=9))
+            after = Batch(lm.engine, [longer], before.kept(), max_new_tokens=9)
+            assert (after._known, after._state.cache.kind) == (known, now)
 
 
 # --- the shipped model ----------------------------------------------------------------------------
@@ -137,27 +136,26 @@ def shipped() -> LM:
     return s3d_jax.load(kv_cache="int8")
 
 
-def test_the_shipped_model_is_lossless(shipped):
-    for options in ({}, SAMPLED):
-        plain = shipped.generate(TEXTS, method="ar", max_new_tokens=120, **options)
-        drafted = shipped.generate(TEXTS, max_new_tokens=120, adaptive=False, **options)
-        assert tokens(drafted) == tokens(plain)
-        assert np.mean([r.stats.tokens_per_iteration for r in drafted]) > 1.8
+def test_the_shipped_model_s_samples_are_those_of_plain_decoding(shipped):
+    """Its greedy texts are in tests/storage/test_embedded.py."""
+    plain = shipped.generate(TEXTS, method="ar", max_new_tokens=120, **SAMPLED)
+    drafted = shipped.generate(TEXTS, max_new_tokens=120, adaptive=False, **SAMPLED)
+    assert tokens(drafted) == tokens(plain)
+    assert np.mean([r.stats.tokens_per_iteration for r in drafted]) > 1.8
 
 
 def test_a_conversation_is_the_chat_of_its_messages(shipped):
     talk = shipped.conversation(max_new_tokens=40)
-    for question in ("I want to book a table.", "For four people, please.", "Thank you, bye!"):
-        messages = [*talk.messages, {"role": "user", "content": question}]
-        answer = talk.send(question)
-        assert answer.tokens == shipped.chat(messages, max_new_tokens=40).tokens
-    assert answer.stats.cached_tokens > 50
+    talk.send("I want to book a table.")
+    messages = [*talk.messages, {"role": "user", "content": "For four people, please."}]
+    answer = talk.send("For four people, please.")
+    assert answer.tokens == shipped.chat(messages, max_new_tokens=40).tokens
+    assert answer.stats.cached_tokens > 15
 
 
 def test_the_shipped_model_s_logits_are_near_those_of_a_float_cache(shipped):
-    text = shipped.generate(TEXTS[0], max_new_tokens=250, temperature=1.0, seed=1)[0].tokens
-    ids = jnp.asarray([text])
-    assert ids.size > 100
+    texts = shipped.generate(TEXTS[:3] * 2, max_new_tokens=120, **SAMPLED, eos_token_ids=())
+    ids = jnp.asarray([result.tokens for result in texts])
     config = shipped.config
     p, q = (
         jax.nn.log_softmax(forward_logits(config.replace(kv_cache=kind), shipped.params, ids))
