@@ -139,7 +139,7 @@ class ModelConfig(Record):
             "layers_0/mlp/down 4x32:float16+offset" (`weights.blocks`); matrices that are not named
             are floats.
         exact_sums: norms and attention give a token the same bits alone and in a block. None means
-            that the weight format decides; int8 needs it.
+            that the weight format and the cache decide; int8 needs it.
         kv_cache: how the cache holds keys and values: a name of KV_CACHES, or None for `dtype`.
             Whoever decodes chooses it; never stored. Training has float caches.
         shards: into how many parts the rows of fused matrices, and the key heads, are arranged in

@@ -64,7 +64,7 @@ def multiply(
         x: [..., in].
         weight: [out, in].
         out_dtype: of the result.
-        exact: CPUs sum a single row as they sum two to 40 (docs/log has the limits).
+        exact: CPUs sum a single row as they sum two or a few more (docs/log has the limits).
 
     Returns:
         [..., out].
