@@ -75,7 +75,7 @@ def add_command(commands: Any) -> None:
         formatter_class=RAW,
     )
     add_model(parser)
-    add_options(parser, ModelOptions, ["draft_model", "draft", "dtype", "mesh"])
+    add_options(parser, ModelOptions, ["draft_model", "draft", "dtype", "kv_cache", "mesh"])
     add_options(parser, _Options)
     parser.set_defaults(run=run)
 
@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = {
         "about": report.about(),
         "model": folder.name,
-        "precision": lm.config.precision,
+        "precision": lm.config.precisions,
         "suites": list(suites),
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,

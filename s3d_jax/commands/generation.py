@@ -34,6 +34,11 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "cast the weights while loading"
     )
+    kv_cache: Literal["int8"] | None = option(
+        None,
+        "hold the keys and values of texts in int8, with a scale for each token and key head",
+        shown="the weights' float type",
+    )
     mesh: str | None = option(
         None,
         'several devices: "model=4" divides matrices and cache over 4, "data=2,model=2" also the '

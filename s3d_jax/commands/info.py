@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from s3d_jax.commands.generation import add_model
+from s3d_jax.commands.generation import ModelOptions, add_model
 from s3d_jax.errors import InputError
+from s3d_jax.settings.arguments import add_options, given
 
 _CONTEXT = 2048  # tokens
 
@@ -42,6 +43,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--mesh", metavar="AXES", help='what each device of a mesh holds: "model=4", as of generate'
     )
+    add_options(parser, ModelOptions, ["kv_cache"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     from s3d_jax.storage.tuning import read_entries
 
     header = checkpoint.read_header(arguments.model or EMBEDDED)
-    config = header.config
+    config = header.config.replace(kv_cache=given(ModelOptions, arguments).get("kv_cache"))
+    header = dataclasses.replace(header, config=config)
     drafts = {name: _draft_facts(header, name) for name in draft_names(header.path)}
     tuned = read_entries(header.path)
     parameters = model.num_params(config)
@@ -70,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         "model": str(header.path),
         "parameters": parameters,
         "weight_bytes": weights,
+        "kv_cache": config.kv_cache,
         "cache_bytes_per_token": cache,
         "cache_bytes_of_full_row": full_cache,
         "config": config.to_dict(),
@@ -112,7 +116,9 @@ def run(arguments: argparse.Namespace) -> int:
         (
             "cache",
             f"{cache / 1024:,.1f} KiB per token and row; {full_cache / 2**20:,.1f} MiB for a row "
-            f"of {context} tokens" + (", with windows" if full_cache < cache * context else ""),
+            f"of {context} tokens"
+            + (", with windows" if full_cache < cache * context else "")
+            + (f", in {config.kv_cache}" if config.kv_cache else ""),
         ),
         *_mesh_rows(mesh),
         *_draft_rows(drafts, default_draft(config)),
@@ -303,9 +309,10 @@ def _draft_rows(
 def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
     key, tuned = entry["key"], entry["tuning"]
     skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
+    cache = f", {key['kv_cache']} cache" if "kv_cache" in key else ""
     return (
         "tuned",
         f"γ={tuned['gamma']}, layers {skipped} skipped, improvement factor "
-        f"{tuned['improvement_factor']:.2f}; {key['dtype']}, draft {key['draft'] or 'untrained'}, "
-        f"{key['device']}",
+        f"{tuned['improvement_factor']:.2f}; {key['dtype']}{cache}, "
+        f"draft {key['draft'] or 'untrained'}, {key['device']}",
     )

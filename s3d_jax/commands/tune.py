@@ -76,7 +76,7 @@ def add_command(commands: Any) -> None:
         formatter_class=RAW,
     )
     add_model(parser)
-    add_options(parser, ModelOptions, ["draft", "dtype"])
+    add_options(parser, ModelOptions, ["draft", "dtype", "kv_cache"])
     add_options(parser, _Options)
     parser.set_defaults(run=run)
 
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = {
         "about": about(),
         "model": folder.name,
-        "precision": lm.config.precision,
+        "precision": lm.config.precisions,
         "draft": draft,
         "suites": list(suites),
         "search": options.search,

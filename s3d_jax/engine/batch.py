@@ -63,6 +63,8 @@ class Batch(Runner):
             kept = None  # nothing is kept of the drafter's own state, so both are prefilled
         if kept is not None and kept.cache.is_deleted:
             kept = None  # another batch has taken it
+        if kept is not None and kept.cache.kind != target.config.kv_cache:
+            kept = None  # the model's config was changed since
         known = 0 if kept is None else kept.common(target.config, prompts[0])
         self._plan = SlotPlan.for_batch(
             [len(prompt) for prompt in prompts],

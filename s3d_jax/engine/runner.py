@@ -267,9 +267,10 @@ class Runner:
     @property
     def _less(self) -> str:
         """How a request takes less memory, in words."""
+        rounded = ", or load the model with kv_cache='int8' (--kv-cache int8)"
         return (
             "lower max_new_tokens (--max-new-tokens) or max_length (--max-length), shorten the "
-            f"prompts, or {self._fewer}"
+            f"prompts, or {self._fewer}{rounded if self._target.config.kv_cache is None else ''}"
         )
 
     def _explained(self, program: Program | None = None) -> AbstractContextManager[None]:

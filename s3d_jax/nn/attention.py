@@ -14,6 +14,7 @@ from s3d_jax.mesh import DATA, MODEL, constrained
 from s3d_jax.nn.cache import KVCache, write
 from s3d_jax.nn.layers import Linear, RMSNorm
 from s3d_jax.nn.rope import Rotary, rotate
+from s3d_jax.nn.rounded import Rounded, Stored
 from s3d_jax.nn.sharding import split
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.exact import softmax as exact_softmax
@@ -102,8 +103,8 @@ def layout_after_anchors(
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Stored,
+    v: Stored,
     mask: jax.Array,
     scale: float,
     softcap: float | None,
@@ -132,7 +133,7 @@ def attend(
     # Token by token, as q lies in memory, so that with one key head nothing is moved.
     rows = q.reshape(b, t, kv, n // kv, h).swapaxes(1, 2).reshape(b, kv, t * (n // kv), h)
 
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    def scores(keys: Stored, mask: jax.Array) -> jax.Array:
         """[B, K, T, G, slots]"""
         x = attention_scores(rows, keys, exact)
         x = x.reshape(b, kv, t, n // kv, -1) * scale
@@ -140,10 +141,9 @@ def attend(
             x = softcap * jnp.tanh(x / softcap)
         return jnp.where(mask[:, None, :, None], x, jnp.finfo(jnp.float32).min)
 
-    def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
+    def mix(weights: jax.Array, values: Stored) -> jax.Array:
         """[B, K, T, G, H]"""
-        weights = weights.astype(values.dtype).reshape(b, kv, t * (n // kv), -1)
-        out = attention_mix(weights, values, exact)
+        out = attention_mix(weights.reshape(b, kv, t * (n // kv), -1), values, exact)
         return out.reshape(b, kv, t, n // kv, h)
 
     bytes_per_slot = 4 * b * n * t
@@ -162,10 +162,10 @@ _FEWEST_SLOTS = 128  # in a block; the overhead of a product is not worth fewer
 
 
 def _block_by_block(
-    scores: Callable[[jax.Array, jax.Array], jax.Array],
-    mix: Callable[[jax.Array, jax.Array], jax.Array],
-    k: jax.Array,
-    v: jax.Array,
+    scores: Callable[[Stored, jax.Array], jax.Array],
+    mix: Callable[[jax.Array, Stored], jax.Array],
+    k: Stored,
+    v: Stored,
     mask: jax.Array,
     block: int,
     shape: tuple[int, ...],
@@ -180,7 +180,10 @@ def _block_by_block(
     def step(carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         first = jnp.minimum(start, slots - block)  # the last block overlaps the one before
         fresh = first + jnp.arange(block) >= start
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k, v))
+        cut = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=block, axis=2
+        )
+        keys, values = jax.tree.map(cut, (k, v))
         here = jax.lax.dynamic_slice_in_dim(mask, first, block, axis=2) & fresh
 
         def add(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -202,7 +205,7 @@ def _block_by_block(
     return out / total
 
 
-def attention_scores(rows: jax.Array, keys: jax.Array, exact: bool = False) -> jax.Array:
+def attention_scores(rows: jax.Array, keys: Stored, exact: bool = False) -> jax.Array:
     """The products of each head's queries with its keys, accumulated in float32.
 
     Args:
@@ -213,6 +216,8 @@ def attention_scores(rows: jax.Array, keys: jax.Array, exact: bool = False) -> j
     Returns:
         float32 [B, K, Q, S].
     """
+    if isinstance(keys, Rounded):
+        return attention_scores(rows, keys.operand, exact) * keys.by_slot
     count, slots = rows.shape[2], keys.shape[2]
     plain = functools.partial(_batched, "bkqh,bksh->bkqs")
     if exact:
@@ -228,17 +233,20 @@ def attention_scores(rows: jax.Array, keys: jax.Array, exact: bool = False) -> j
     return jax.lax.platform_dependent(rows, keys, cpu=keys_first, default=plain)
 
 
-def attention_mix(weights: jax.Array, values: jax.Array, exact: bool = False) -> jax.Array:
+def attention_mix(weights: jax.Array, values: Stored, exact: bool = False) -> jax.Array:
     """The sums of each head's values by weight, accumulated in float32.
 
     Args:
-        weights: [B, K, Q, S].
+        weights: [B, K, Q, S]; rounded to the type of the values, if these are floats.
         values: [B, K, S, H].
         exact: as in `attention_scores`.
 
     Returns:
         float32 [B, K, Q, H].
     """
+    if isinstance(values, Rounded):
+        return attention_mix(weights * values.by_slot, values.mixed, exact)
+    weights = weights.astype(values.dtype)
     count = weights.shape[2]
     plain = functools.partial(_batched, "bkqs,bksh->bkqh")
 
@@ -282,12 +290,12 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
+        keys: Stored,
+        values: Stored,
         layout: Layout,
         rotary: Rotary | None,
         deltas: Mapping[str, Any],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Stored, Stored]:
         cfg = self.config
         b, t, _ = x.shape
         n, kv, h = cfg.num_heads, cfg.cached_heads, cfg.head_dim
@@ -309,7 +317,7 @@ class Attention(nn.Module):
         values = write(values, v.swapaxes(1, 2), layout.start, layout.ring)
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         visible = layout.seen.shape[-1]
-        k, v = keys[:, :, :visible], values[:, :, :visible]
+        k, v = jax.tree.map(lambda x: x[:, :, :visible], (keys, values))
         out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap, exact_sums(cfg))
         out = out.reshape(b, t, n * h)
         linear = Linear(cfg, cfg.hidden_size, cfg.attention_out_bias, name="out")

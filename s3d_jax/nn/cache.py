@@ -20,8 +20,10 @@ import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.rope import same_keys
+from s3d_jax.nn.rounded import Rounded, Stored, empty, rounded
 from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.base import num_bytes
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -34,22 +36,28 @@ class KVCache(flax.struct.PyTreeNode):
 
     Attributes:
         keys, values: L arrays [B, K, S, H], or [B, K, R, H] in layers that keep a ring. Heads come
-            first, so that attention is a batched matrix product.
+            first, so that attention is a batched matrix product. Each is an array, or `Rounded`.
         length: int32 [B], committed tokens per row.
         prompt_length: int32 [B], tokens of each row's prompt (rotary tables may depend on it).
         slots: static, S, the number of positions that a row has room for.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
     length: jax.Array
     prompt_length: jax.Array
     slots: int = flax.struct.field(pytree_node=False)
 
     @property
+    def kind(self) -> str | None:
+        """How keys and values are held, as `ModelConfig.kv_cache` says it."""
+        return "int8" if isinstance(self.keys[0], Rounded) else None
+
+    @property
     def is_deleted(self) -> bool:
         """Whether a program has taken the arrays."""
-        return any(x.is_deleted() for x in (*self.keys, *self.values, self.prompt_length))
+        arrays = jax.tree.leaves((self.keys, self.values, self.prompt_length))
+        return any(x.is_deleted() for x in arrays)
 
 
 def layer_slots(config: ModelConfig, slots: int, largest_block: int | None) -> tuple[int, ...]:
@@ -83,7 +91,7 @@ def init_cache(
     """
     sizes = layer_slots(config, slots, largest_block)
     shapes = tuple((batch, config.cached_heads, size, config.head_dim) for size in sizes)
-    keys, values = _zeros(shapes, config.dtype)()
+    keys, values = _zeros(shapes, config.dtype, config.kv_cache)()
     # Put there from numpy, which compiles nothing for another number of rows.
     length = jax.device_put(np.zeros(batch, np.int32))
     if isinstance(prompt_length, np.ndarray):
@@ -107,22 +115,34 @@ def grown(cache: KVCache, config: ModelConfig, slots: int, largest_block: int | 
         return jnp.pad(array, ((0, 0), (0, 0), (0, size - cache.slots), (0, 0)))
 
     sizes = layer_slots(config, slots, largest_block)
-    keys, values = (tuple(map(resize, arrays, sizes)) for arrays in (cache.keys, cache.values))
+    keys, values = (
+        tuple(
+            jax.tree.map(functools.partial(resize, size=n), x)
+            for x, n in zip(xs, sizes, strict=True)
+        )
+        for xs in (cache.keys, cache.values)
+    )
     return cache.replace(keys=keys, values=values, slots=slots)
 
 
 def cache_bytes(config: ModelConfig, slots: int, largest_block: int | None) -> int:
     """Bytes of the keys and values of one row of `slots` positions; see `init_cache`."""
-    each = 2 * config.cached_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    return each * sum(layer_slots(config, slots, largest_block))
+    one = _slot_bytes(config.head_dim, config.dtype, config.kv_cache)
+    return 2 * config.cached_heads * one * sum(layer_slots(config, slots, largest_block))
+
+
+@functools.lru_cache
+def _slot_bytes(head_dim: int, dtype: str, kind: str | None) -> int:
+    """Of the keys, or the values, of one head and token."""
+    return num_bytes(jax.eval_shape(lambda: empty((1, 1, 1, head_dim), dtype, kind)))
 
 
 @functools.lru_cache(maxsize=32)  # a jitted function of its own, so that its program goes with it
-def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: str) -> Any:
+def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: str, kind: str | None) -> Any:
     """A program that makes keys and values: one dispatch, and each array has its own buffer."""
 
-    def make() -> list[tuple[jax.Array, ...]]:
-        return state_constrained([tuple(jnp.zeros(s, dtype) for s in shapes) for _ in range(2)])
+    def make() -> list[tuple[Stored, ...]]:
+        return state_constrained([tuple(empty(s, dtype, kind) for s in shapes) for _ in range(2)])
 
     return jax.jit(make)
 
@@ -158,12 +178,12 @@ class Kept:
         return n
 
 
-def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False) -> jax.Array:
-    """Writes T positions per row.
+def write(cache: Stored, new: jax.Array, start: jax.Array, ring: bool = False) -> Stored:
+    """Writes T positions per row, as the cache stores them.
 
     Args:
         cache: [B, K, S, H].
-        new: [B, K, T, H].
+        new: float [B, K, T, H].
         start: int [B], first position of each row. Unless the slots are a ring, start + T and
             start + 2 must not exceed S: XLA would clamp silently.
         ring: static; position p goes to slot p mod S.
@@ -172,7 +192,11 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool = False
         The cache with positions start … start+T-1 of each row replaced. The next slot, which is
         scratch, may be replaced too.
     """
-    new = new.astype(cache.dtype)
+    written = rounded(new, cache.dtype) if isinstance(cache, Rounded) else new.astype(cache.dtype)
+    return jax.tree.map(lambda x, block: _write(x, block, start, ring), cache, written)
+
+
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool) -> jax.Array:
     if ring:
         at = (start[:, None] + jnp.arange(new.shape[2])) % cache.shape[2]
         put = jax.vmap(lambda row, block, at: row.at[:, at].set(block, unique_indices=True))

@@ -19,6 +19,7 @@ from s3d_jax.nn.attention import Layout
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.largest import largest_few
 from s3d_jax.nn.layers import rms_norm
+from s3d_jax.nn.rounded import widened
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
 from s3d_jax.weights.formats import EMBED, HEAD, head_format, weight_format
@@ -136,7 +137,8 @@ def recall(
         positions = layout.positions
         before = positions.reshape(len(positions), -1, width)[:, :, 0] - 1
         slots = before % values.shape[2] if layout.ring else jnp.maximum(before, 0)
-        found = jnp.take_along_axis(values, slots[:, None, :, None], axis=2).swapaxes(1, 2)
+        at = functools.partial(jnp.take_along_axis, indices=slots[:, None, :, None], axis=2)
+        found = widened(jax.tree.map(at, values)).swapaxes(1, 2)
         found = constrained(found, DATA)[:, :, ::copies]
         found = found.reshape(*before.shape, -1).astype(jnp.float32)
         parts.append(jnp.where(before[:, :, None] >= 0, rms_norm(found, eps), 0.0))

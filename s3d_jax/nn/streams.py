@@ -105,8 +105,8 @@ def target_cache(config: ModelConfig, params: Params, tokens: jax.Array, slots: 
 
 def text_cache(config: ModelConfig, params: Params, tokens: jax.Array, slots: int) -> KVCache:
     """An empty cache for `target_stream`."""
-    # Keys and values are of the weights' type, which in pretraining is not the config's.
-    config = config.replace(dtype=float_dtype(params).name)
+    # Keys and values are floats of the weights' type, which in pretraining is not the config's.
+    config = config.replace(dtype=float_dtype(params).name, kv_cache=None)
     batch = tokens.shape[0]
     # One slot more: a write of a single token takes two (`cache.write`).
     return init_cache(config, batch, slots + 1, np.zeros(batch, np.int32))

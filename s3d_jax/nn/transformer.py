@@ -19,6 +19,7 @@ from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import DraftParams, bridge_name, recall, recalled_layers, with_head
 from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge
 from s3d_jax.nn.rope import Rotary, rotary_table
+from s3d_jax.nn.rounded import Stored
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.formats import head_format
@@ -43,12 +44,12 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
+        keys: Stored,
+        values: Stored,
         layout: Layout,
         rotary: Rotary | None,
         deltas: Mapping[str, Any],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Stored, Stored]:
         cfg = self.config
         y = RMSNorm(cfg, name="attention_norm")(x) if cfg.pre_norms else x
         attention = Attention(cfg, name="attention")

@@ -20,9 +20,19 @@ QUANTIZATIONS = {
     "int4": "linear layers in 4.25 bits, rotated, in groups of 32; embeddings and head as in int8",
     "blocks": "the blocks of a GGUF file as they are: no weight is rounded a second time",
 }
+KV_CACHES = {"int8": "a scale for each token and key head (nn.rounded)"}
 _LAYER_MATRICES = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+_IN_MEMORY = {"kv_cache", "shards"}  # fields of ModelConfig that say nothing of the model itself
 # Upper bounds, so that a corrupt config fails fast.
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
+
+
+def check_kv_cache(kind: Any) -> None:
+    """Raises ConfigError where `kind` is no `ModelConfig.kv_cache`."""
+    check(
+        kind is None or (isinstance(kind, str) and kind in KV_CACHES),
+        f"kv_cache (--kv-cache) must be None or one of {tuple(KV_CACHES)}, got {kind!r:.80}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +139,9 @@ class ModelConfig(Record):
             "layers_0/mlp/down 4x32:float16+offset" (`weights.blocks`); matrices that are not named
             are floats.
         exact_sums: norms and attention give a token the same bits alone and in a block. None means
-            that the weight format decides; int8 needs it.
+            that the weight format and the cache decide; int8 needs it.
+        kv_cache: how the cache holds keys and values: a name of KV_CACHES, or None for `dtype`.
+            Whoever decodes chooses it; never stored. Training has float caches.
         shards: into how many parts the rows of fused matrices, and the key heads, are arranged in
             memory (`nn.sharding`), one for each device along an axis of a mesh. Never stored.
     """
@@ -167,6 +179,7 @@ class ModelConfig(Record):
     quantization: str | None = None
     blocks: tuple[str, ...] | None = None
     exact_sums: bool | None = None
+    kv_cache: str | None = None
     shards: int = option(1, least=1)
 
     def __post_init__(self) -> None:
@@ -186,6 +199,7 @@ class ModelConfig(Record):
             "blocks belong to quantization 'blocks', which names the kind of each matrix: convert "
             "a GGUF file to it (s3d-convert model.gguf OUT --quantize blocks)",
         )
+        check_kv_cache(self.kv_cache)
         self._check_blocks()
         inputs = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
         check(
@@ -271,6 +285,12 @@ class ModelConfig(Record):
         """
         return self.post_norms and self.norm_offset == 1.0
 
+    @property
+    def precisions(self) -> str:
+        """`precision`, and that of the cache where it is another, for reports."""
+        cache = "" if self.kv_cache is None else f", {self.kv_cache} cache"
+        return self.precision + cache
+
     def unquantized(self) -> Self:
         """The model with float weights, of its dtype."""
         return self.replace(quantization=None, blocks=None)
@@ -309,10 +329,9 @@ class ModelConfig(Record):
         if isinstance(fields, dict):
             ropes = {k: fields[k] for k in ("rope", "local_rope") if fields.get(k) is not None}
             fields = fields | {name: RopeConfig.from_dict(rope) for name, rope in ropes.items()}
-            check("shards" not in fields, "ModelConfig: unknown fields ['shards']")
+            unknown = sorted(_IN_MEMORY & fields.keys())
+            check(not unknown, f"ModelConfig: unknown fields {unknown}")
         return super().from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict()
-        del fields["shards"]  # of arrays in memory, not of the model
-        return fields
+        return {k: v for k, v in super().to_dict().items() if k not in _IN_MEMORY}

@@ -3,8 +3,8 @@
     {"format": "s3d_jax tuning", "version": 1, "entries": [{"key": ..., "tuning": ...,
       "measured": ...}]}
 
-An entry belongs to a device, a dtype and a draft. It no longer applies once the draft is trained
-again.
+An entry belongs to a device, a dtype, a kind of cache and a draft. It no longer applies once the
+draft is trained again.
 """
 
 import json
@@ -42,7 +42,7 @@ def read_tuning(
     Raises:
         CheckpointError: the file is damaged, or of another version.
     """
-    key = _key(Path(model), config.dtype, draft)
+    key = _key(Path(model), config, draft)
     entry = next((e for e in read_entries(model) if e["key"] == key), None)
     if entry is None:
         return None
@@ -97,12 +97,12 @@ def save_tuning(
         CheckpointError: the existing file is damaged, or the file cannot be written.
     """
     path = Path(model) / FILE
-    key = _key(Path(model), config.dtype, draft)
+    key = _key(Path(model), config, draft)
     entry = {"key": key, "tuning": tuning.to_dict(), "measured": dict(measured)}
     # Without draft_crc32: entries for an earlier training of the draft are removed, too.
-    same = {"device", "dtype", "draft"}
+    same = {"device", "dtype", "kv_cache", "draft"}
     others = [
-        e for e in read_entries(model) if any(e["key"].get(name) != key[name] for name in same)
+        e for e in read_entries(model) if any(e["key"].get(name) != key.get(name) for name in same)
     ]
     fields = {"format": FORMAT, "version": VERSION, "entries": [*others, entry]}
     try:
@@ -125,13 +125,15 @@ def check_writable(model: str | os.PathLike[str]) -> None:
         )
 
 
-def _key(model: Path, dtype: str, draft: str | None) -> dict[str, Any]:
+def _key(model: Path, config: ModelConfig, draft: str | None) -> dict[str, Any]:
     key: dict[str, Any] = {
         "device": machine_name(),
-        "dtype": dtype,
+        "dtype": config.dtype,
         "draft": draft,
         "draft_crc32": None,
     }
+    if config.kv_cache is not None:
+        key["kv_cache"] = config.kv_cache
     if draft is not None:
         # config.json holds the checksums of the draft's arrays, so it changes with them.
         key["draft_crc32"] = zlib.crc32((model / "drafts" / draft / "config.json").read_bytes())

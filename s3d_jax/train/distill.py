@@ -94,6 +94,8 @@ def distill(
         "prompts_sha256": _hash(rows),
         **dataclasses.asdict(config),
     }
+    if lm.config.kv_cache is not None:
+        options["kv_cache"] = lm.config.kv_cache
     partial = _Partial(path, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,10 @@ class Dense:
     trainable = True
     takes_deltas = True
 
+    def __init__(self, exact: bool = False) -> None:
+        """`exact`: a row alone has the bits that it has next to a few others, on CPUs."""
+        self._exact = exact
+
     def parts(self, name: str) -> tuple[str, ...]:
         return (name,)
 
@@ -32,7 +36,7 @@ class Dense:
 
     def multiply(self, x: jax.Array, arrays: Arrays, out_dtype: Any) -> jax.Array:
         (weight,) = arrays
-        return multiply(x, weight, out_dtype)
+        return multiply(x, weight, out_dtype, self._exact)
 
     def look_up(self, arrays: Arrays, rows: jax.Array, dtype: Any) -> jax.Array:
         (table,) = arrays
@@ -51,18 +55,25 @@ class Dense:
         return backend != "cpu" or dtype != "float32"
 
 
-def multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+def multiply(
+    x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype, exact: bool = False
+) -> jax.Array:
     """`x @ weight.T`, accumulated in float32.
 
     Args:
         x: [..., in].
         weight: [out, in].
         out_dtype: of the result.
+        exact: CPUs sum a single row as they sum two or a few more (docs/log has the limits).
 
     Returns:
         [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
+    if exact and rows.shape[0] == 1:
+        return multiply(jnp.pad(rows, ((0, 1), (0, 0))), weight, out_dtype)[:1].reshape(
+            *x.shape[:-1], -1
+        )
     if rows.shape[0] <= _FEW_ROWS:
         product = jax.lax.platform_dependent(rows, weight, cpu=_weight_first, default=_rows_first)
     else:

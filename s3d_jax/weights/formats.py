@@ -24,6 +24,7 @@ FORMATS: dict[str | None, WeightFormat] = {
     "int4": Int4(),
     "blocks": Blocks(),  # each matrix has its own kind
 }
+_EXACT_DENSE = Dense(exact=True)
 # The formats of the embeddings and the head, where they are not that of the layers. In 4 bits these
 # two cost as much quality as all layers together (docs/log).
 _TABLES: dict[str | None, WeightFormat] = {"int4": FORMATS["int8"]}
@@ -38,6 +39,8 @@ def weight_format(config: ModelConfig, module: str) -> WeightFormat:
     """
     if config.blocks is not None:
         return _kinds(config.blocks).get(module, FORMATS[None])
+    if config.quantization is None and _rounds_the_cache_alone(config):
+        return _EXACT_DENSE
     layers = FORMATS[config.quantization]
     return _TABLES.get(config.quantization, layers) if module in (EMBED, HEAD) else layers
 
@@ -91,9 +94,21 @@ def takes_deltas(config: ModelConfig) -> bool:
 
 
 def exact_sums(config: ModelConfig) -> bool:
-    """Whether the model's norms and attention sum independently of the order (`exact`)."""
-    asked = config.exact_sums
-    return FORMATS[config.quantization].exact_sums if asked is None else asked
+    """Whether the model's norms and attention sum independently of the order (`exact`).
+
+    By default where activations are rounded: by the weight format, or for the cache.
+    """
+    if config.exact_sums is not None:
+        return config.exact_sums
+    return FORMATS[config.quantization].exact_sums or _rounds_the_cache_alone(config)
+
+
+def _rounds_the_cache_alone(config: ModelConfig) -> bool:
+    """Whether last bits of float32 products decide how keys and values are rounded.
+
+    In 16 bits they are rounded before, to the same numbers but for near ties.
+    """
+    return config.kv_cache is not None and config.precision == "float32"
 
 
 def bound_by_memory(config: ModelConfig, backend: str) -> bool:

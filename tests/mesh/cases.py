@@ -16,13 +16,16 @@ from s3d_jax.commands.main import main
 from s3d_jax.drafters import stored
 from s3d_jax.drafters.stored import save_draft
 from s3d_jax.engine import programs
+from s3d_jax.engine.batch import Batch
+from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams, untrained_draft
-from s3d_jax.nn.sharding import build_mesh, sharding_of, share_bytes
+from s3d_jax.nn.sharding import build_mesh, bytes_here, cache_share, sharding_of, share_bytes
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig, RopeConfig
 from s3d_jax.storage import native
 from s3d_jax.storage.trees import flatten
 from s3d_jax.weights import formats
+from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.trees import store_tree
 from tests.tiny import tiny_config, tiny_params
 
@@ -311,6 +314,20 @@ def test_the_cache_is_born_in_shares(tmp_path):
     assert caches and all(x.shape[1] == 4 for x in caches)
     assert all(share.data.shape[1] == 2 for x in caches for share in x.addressable_shards)
     list(stream)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_rounded_cache_is_divided_with_its_scales(quantization, tmp_path):
+    path = write(tmp_path, config_of("gemma3", num_kv_heads=4, quantization=quantization))
+    expected = outputs(s3d_jax.load(path, kv_cache="int8"), method="ar")
+    lm = s3d_jax.load(path, kv_cache="int8", mesh="data=2,model=2")
+    batch = Batch(lm.engine, [np.asarray(prompt, np.int32) for prompt in PROMPTS])
+    arrays = jax.tree.leaves((batch._state.cache.keys, batch._state.cache.values))
+    assert {x.dtype.name for x in arrays} == {"int8", "float32"} and len(arrays) == 8
+    assert {share.data.shape[:2] for x in arrays for share in x.addressable_shards} == {(2, 2)}
+    assert cache_share(mesh_of(lm.params), lm.config, 4, num_bytes(arrays)) == bytes_here(arrays)
+    for method in ("ar", "s3d"):
+        assert outputs(lm, method=method) == expected
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])

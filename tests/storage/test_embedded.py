@@ -15,12 +15,17 @@ from s3d_jax.nn.transformer import num_params
 from s3d_jax.storage.native import read_header
 from s3d_jax.texts.documents import read_documents
 from s3d_jax.train.validation import held_out_prompts
-from tests.sampled import sampled
+from tests.sampled import combinations
 
 
 @pytest.fixture(scope="module")
 def lm():
     return s3d_jax.load()
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    return s3d_jax.load(kv_cache="int8")
 
 
 def test_it_is_small_and_its_draft_smaller(lm):
@@ -35,13 +40,19 @@ def test_it_is_small_and_its_draft_smaller(lm):
 
 
 @pytest.mark.parametrize(
-    "domain, count",
-    sampled([("stories", 64), ("dialogues", 64), ("stories", 16)], [("stories", 16)]),
+    "domain, count, model",
+    combinations(
+        ["stories", "dialogues"],
+        [64, 16],
+        ["lm", "rounded"],
+        quick=[("stories", 16, "lm"), ("stories", 16, "rounded")],
+    ),
 )
 def test_held_out_texts_take_few_passes_and_are_those_of_plain_decoding(
-    domain, count, lm, data_dir, tmp_path
+    domain, count, model, request, data_dir, tmp_path
 ):
     """The bar of the project: τ ≥ 2.8 with four draft tokens and half of the layers."""
+    lm = request.getfixturevalue(model)
     if domain == "stories":
         texts = [{"text": story} for story in split_stories(data_dir / "text")[1]]
     else:

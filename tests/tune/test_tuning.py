@@ -1,4 +1,4 @@
-"""Stored tunings: kept by device, dtype and draft, and found only by loading."""
+"""Stored tunings: kept by device, dtype, kind of cache and draft, and found only by loading."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_it_comes_back_and_loading_uses_it(model):
     assert settings == {OWN.replace(gamma=2, skip=CHOICE.skip), OWN.replace(gamma=5)}
 
 
-def test_each_device_dtype_and_draft_has_its_own(model, monkeypatch):
+def test_each_device_dtype_cache_and_draft_has_its_own(model, monkeypatch):
     config, half = tiny_config(), tiny_config(dtype="bfloat16")
     save_tuning(model, config, "default", CHOICE, {})
     assert read_tuning(model, half, "default") is None
@@ -73,6 +73,14 @@ def test_each_device_dtype_and_draft_has_its_own(model, monkeypatch):
     save_tuning(model, config, "default", again, {})
     assert read_tuning(model, config, "default") == again
     assert len(tuning.read_entries(model)) == 3
+
+    rounded = config.replace(kv_cache="int8")
+    assert read_tuning(model, rounded, "default") is None
+    for chosen in (OTHER, CHOICE):
+        save_tuning(model, rounded, "default", chosen, {})
+        assert s3d_jax.load(model, kv_cache="int8").tuning == chosen
+    assert read_tuning(model, config, "default") == again
+    assert len(tuning.read_entries(model)) == 4
 
 
 def test_a_draft_that_was_trained_anew_is_another_one(model):
