@@ -3,17 +3,17 @@
 Matrices are stored and multiplied by the model's weight format.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.nn.sharding import split
+from s3d_jax.nn.sharding import gathered, split
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights import exact
-from s3d_jax.weights.base import INIT_DEVIATION
+from s3d_jax.weights.base import INIT_DEVIATION, Arrays
 from s3d_jax.weights.dense import product
 from s3d_jax.weights.formats import EMBED, exact_sums, weight_format
 
@@ -51,13 +51,21 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
         """[..., in] -> [..., out]."""
-        dtype, weights = self.config.dtype, weight_format(self.config, "/".join(self.path))
+        path, dtype = "/".join(self.path), self.config.dtype
+        weights = weight_format(self.config, path)
         shape = self.features, x.shape[-1]
         matrix = weights.declare(self, "weight", shape, dtype, random_weight)
+        matrix = _gathered(self.config, path, weights.parts("weight"), matrix)
         y = weights.multiply(x, matrix, jnp.dtype(self.out_dtype or x.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(dtype))
         return y if delta is None else y + low_rank(x, delta)
+
+
+def _gathered(config: ModelConfig, module: str, names: Sequence[str], arrays: Arrays) -> Arrays:
+    """The arrays of a matrix, whole along the axis `data` of a mesh."""
+    named = zip(names, arrays, strict=True)
+    return tuple(gathered(config, f"{module}/{name}", array) for name, array in named)
 
 
 def low_rank(
@@ -165,7 +173,8 @@ class Embedding(nn.Module):
         init = nn.initializers.normal(INIT_DEVIATION)
         shape = (cfg.vocab_size, cfg.hidden_size)
         self.weights = weight_format(cfg, EMBED)
-        self.table = self.weights.declare(self, "embedding", shape, cfg.dtype, init)
+        table = self.weights.declare(self, "embedding", shape, cfg.dtype, init)
+        self.table = _gathered(cfg, EMBED, self.weights.parts("embedding"), table)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The embeddings of tokens int [B, T]: [B, T, D]."""

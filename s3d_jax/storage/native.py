@@ -287,6 +287,7 @@ def load(
     dtype: str | None = None,
     *,
     mesh: "Mesh | None" = None,
+    over_data: bool = False,
     progress: bool = False,
 ) -> Checkpoint:
     """Reads a checkpoint onto the default device, or onto those of a mesh.
@@ -299,6 +300,7 @@ def load(
         dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
             dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16.
         mesh: from `build_mesh`; the config of the result has its `shards`.
+        over_data: matrices are divided along `data` too, as training needs them.
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
@@ -332,7 +334,8 @@ def load(
         shape = shape_of(mesh)
         shape.check_divides(config)
         config = config.replace(shards=shape.model)
-        needed = taken_here(mesh, share_bytes(mesh, config, _expected_arrays(config)))
+        share = share_bytes(mesh, config, _expected_arrays(config), over_data=over_data)
+        needed = taken_here(mesh, share)
     what, advice = f"the weights of {path} in {config.precision} need", _smaller(stored)
     check_memory(needed, what, advice)
     explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
@@ -366,7 +369,7 @@ def load(
                 except Overflow as error:
                     overflowing += error.names
                     break
-                params[where] = put(mesh, config, where, array)
+                params[where] = put(mesh, config, where, array, over_data=over_data)
                 bar.update(num_bytes(array))
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))
