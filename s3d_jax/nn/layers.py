@@ -3,14 +3,15 @@
 Matrices are stored and multiplied by the model's weight format.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.nn.sharding import gathered, split
+from s3d_jax.nn.sharding import split, with_whole
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights import exact
 from s3d_jax.weights.base import INIT_DEVIATION, Arrays
@@ -55,17 +56,13 @@ class Linear(nn.Module):
         weights = weight_format(self.config, path)
         shape = self.features, x.shape[-1]
         matrix = weights.declare(self, "weight", shape, dtype, random_weight)
-        matrix = _gathered(self.config, path, weights.parts("weight"), matrix)
-        y = weights.multiply(x, matrix, jnp.dtype(self.out_dtype or x.dtype))
+        multiply = functools.partial(
+            weights.multiply, out_dtype=jnp.dtype(self.out_dtype or x.dtype)
+        )
+        y = with_whole(self.config, path, weights.parts("weight"), multiply, x, matrix)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(dtype))
         return y if delta is None else y + low_rank(x, delta)
-
-
-def _gathered(config: ModelConfig, module: str, names: Sequence[str], arrays: Arrays) -> Arrays:
-    """The arrays of a matrix, whole along the axis `data` of a mesh."""
-    named = zip(names, arrays, strict=True)
-    return tuple(gathered(config, f"{module}/{name}", array) for name, array in named)
 
 
 def low_rank(
@@ -173,13 +170,19 @@ class Embedding(nn.Module):
         init = nn.initializers.normal(INIT_DEVIATION)
         shape = (cfg.vocab_size, cfg.hidden_size)
         self.weights = weight_format(cfg, EMBED)
-        table = self.weights.declare(self, "embedding", shape, cfg.dtype, init)
-        self.table = _gathered(cfg, EMBED, self.weights.parts("embedding"), table)
+        self.table = self.weights.declare(self, "embedding", shape, cfg.dtype, init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The embeddings of tokens int [B, T]: [B, T, D]."""
-        return self.weights.look_up(self.table, tokens, self.config.dtype)
+        return self._of_table(
+            lambda tokens, table: self.weights.look_up(table, tokens, self.config.dtype), tokens
+        )
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Output of a head that is tied to the table: [B, T, D] -> float32 [B, T, V]."""
-        return self.weights.multiply(x, self.table, jnp.float32)
+        multiply = functools.partial(self.weights.multiply, out_dtype=jnp.float32)
+        return self._of_table(multiply, x)
+
+    def _of_table(self, function: Callable[[jax.Array, Arrays], jax.Array], x: jax.Array) -> Any:
+        names = self.weights.parts("embedding")
+        return with_whole(self.config, EMBED, names, function, x, self.table)

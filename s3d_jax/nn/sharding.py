@@ -21,7 +21,7 @@ where it is multiplied.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from s3d_jax.errors import ConfigError, DeviceError
 from s3d_jax.machine import default_device
-from s3d_jax.mesh import AXES, DATA, MODEL, axis_size, constrained, dividing
+from s3d_jax.mesh import AXES, DATA, MODEL, constrained, dividing
 from s3d_jax.settings.mesh import MeshShape
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import num_bytes
@@ -97,8 +97,40 @@ def _name(keys: tuple[Any, ...]) -> str:
 
 
 def gathered(config: ModelConfig, path: str, array: jax.Array) -> jax.Array:
-    """An array of the model, whole along `data`, in a program for a mesh; else as it is."""
-    return array if axis_size(DATA) == 1 else _laid_out(config, path, array)
+    """An array of a model that lies divided along `data`, whole, in a program for its mesh."""
+    return _laid_out(config, path, array) if config.over_data else array
+
+
+def with_whole(
+    config: ModelConfig,
+    module: str,
+    names: Sequence[str],
+    multiply: Callable[[jax.Array, tuple[jax.Array, ...]], jax.Array],
+    x: jax.Array,
+    arrays: tuple[jax.Array, ...],
+) -> jax.Array:
+    """What a product, or a look-up, gives of x and a matrix that may lie divided along `data`.
+
+    The matrix is gathered when x is there, and forgotten after: the backward pass gathers it again.
+    Otherwise XLA would gather all matrices first, and keep them.
+
+    Args:
+        config: the model.
+        module, names: where the arrays of the matrix are in the parameter tree.
+        multiply: of x and whole arrays.
+        x: any array.
+        arrays: of the matrix.
+    """
+    if not config.over_data:
+        return multiply(x, arrays)
+
+    def late(x: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        x, arrays = jax.lax.optimization_barrier((x, arrays))
+        paths = [f"{module}/{name}" for name in names]
+        whole = [gathered(config, p, a) for p, a in zip(paths, arrays, strict=True)]
+        return multiply(x, tuple(whole))
+
+    return jax.checkpoint(late)(x, arrays)
 
 
 def in_memory(config: ModelConfig, tree: Any, *, over_data: bool) -> Any:

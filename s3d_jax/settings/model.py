@@ -94,6 +94,9 @@ class RopeConfig(Record):
         return self.original_max_position_embeddings if self.type == "longrope" else None
 
 
+_IN_MEMORY = ("shards", "over_data")  # fields about arrays in memory, not about the model
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Record):
     """A decoder like Llama. The defaults are Llama's; switches cover the related families.
@@ -132,6 +135,8 @@ class ModelConfig(Record):
             that the weight format decides; int8 needs it.
         shards: into how many parts the rows of fused matrices, and the key heads, are arranged in
             memory (`nn.sharding`), one for each device along an axis of a mesh. Never stored.
+        over_data: matrices lie divided along the axis `data` of a mesh too, as in training, and
+            each product gathers its own. Never stored.
     """
 
     vocab_size: int = option(least=1, most=MAX_SIZE)
@@ -168,6 +173,7 @@ class ModelConfig(Record):
     blocks: tuple[str, ...] | None = None
     exact_sums: bool | None = None
     shards: int = option(1, least=1)
+    over_data: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,10 +306,10 @@ class ModelConfig(Record):
         if isinstance(fields, dict):
             ropes = {k: fields[k] for k in ("rope", "local_rope") if fields.get(k) is not None}
             fields = fields | {name: RopeConfig.from_dict(rope) for name, rope in ropes.items()}
-            check("shards" not in fields, "ModelConfig: unknown fields ['shards']")
+            found = [name for name in _IN_MEMORY if name in fields]
+            check(not found, f"ModelConfig: unknown fields {found}")
         return super().from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        del fields["shards"]  # of arrays in memory, not of the model
-        return fields
+        return {k: v for k, v in fields.items() if k not in _IN_MEMORY}

@@ -154,7 +154,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
         self.config = config
-        self._expected = _expected_arrays(config.replace(shards=1))
+        self._expected = _expected_arrays(config.replace(shards=1, over_data=False))
         self._arrays = ArrayWriter(folder / "weights")
 
     @under_usual_jax_settings
@@ -300,7 +300,7 @@ def load(
         dtype: "float32", "bfloat16" or "float16", to which arrays are cast; None keeps the stored
             dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16.
         mesh: from `build_mesh`; the config of the result has its `shards`.
-        over_data: matrices are divided along `data` too, as training needs them.
+        over_data: on a mesh, matrices are divided along `data` too, as training needs them.
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
@@ -333,7 +333,7 @@ def load(
     if mesh is not None:
         shape = shape_of(mesh)
         shape.check_divides(config)
-        config = config.replace(shards=shape.model)
+        config = config.replace(shards=shape.model, over_data=over_data)
         share = share_bytes(mesh, config, _expected_arrays(config), over_data=over_data)
         needed = taken_here(mesh, share)
     what, advice = f"the weights of {path} in {config.precision} need", _smaller(stored)

@@ -68,7 +68,7 @@ def init_draft(
     deltas: dict[str, Any] = {}
     kept = [i for i, skipped in enumerate(draft_config.skip) if not skipped]
     if adapter.rank:
-        unquantized = abstract_params(config.unquantized().replace(shards=1))
+        unquantized = abstract_params(config.unquantized().replace(shards=1, over_data=False))
         for i in kept:
             layer = unquantized[f"layers_{i}"]
             deltas[f"layers_{i}"] = {

@@ -23,7 +23,7 @@ class Placement(NamedTuple):
 
     Attributes:
         mesh: from `mesh_for`.
-        config: the model, with the `shards` of the mesh.
+        config: the model, with the `shards` of the mesh, and `over_data`.
     """
 
     mesh: Mesh

@@ -68,7 +68,9 @@ class PretrainTask:
     def init(self, key: jax.Array, frozen: Any = None) -> dict[str, Any]:
         """Random weights, N(0, 0.02²); at the end of residual branches they are √(2L) smaller."""
         key, draft_key = jax.random.split(key)
-        params: Any = init_params(self.config.replace(dtype="float32", shards=1), key)
+        params: Any = init_params(
+            self.config.replace(dtype="float32", shards=1, over_data=False), key
+        )
         shrink = (2 * self.config.num_layers) ** -0.5
         for i in range(self.config.num_layers):
             layer = params[f"layers_{i}"]

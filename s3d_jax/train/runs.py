@@ -103,7 +103,7 @@ def train_draft(
     replaces = config.out is None and config.name in draft_names(model)
     lm = checkpoint.load(model, config.dtype, mesh=devices, over_data=True, progress=progress)
     tokenizer, ends = tokenizer_or_none(stored.path), stored.eos_token_ids
-    draft, adapter, start = _beginning(model, lm.config.replace(shards=1), config)
+    draft, adapter, start = _beginning(model, lm.config.replace(shards=1, over_data=False), config)
     limit = stored.config.max_position_embeddings
     corpus = read_corpus(
         data,
@@ -299,7 +299,7 @@ def pretrain(
     _show(corpus, progress)
     draft, place, on_devices = config.draft, None, model
     if devices is not None:
-        on_devices = model.replace(shards=shape_of(devices).model)
+        on_devices = model.replace(shards=shape_of(devices).model, over_data=True)
         place = Placement(devices, on_devices)
     trained_model = on_devices.replace(dtype="float32")
     task = PretrainTask(
