@@ -13,14 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from s3d_jax.errors import TrainingError
-from s3d_jax.machine import default_device
 from s3d_jax.mesh import is_first_host
 from s3d_jax.storage.staging import write_atomically
 from s3d_jax.storage.trees import flatten
-from s3d_jax.train.placement import Placement
 from s3d_jax.train.state import TrainState
 
 # A run may resume with other values of these; metrics.jsonl then notes where they changed.
@@ -79,19 +75,20 @@ class RunFolder:
         return sorted(self._manager.all_steps())
 
     def restore(
-        self, begin: Callable[[], TrainState], place: Placement | None = None
+        self, begin: Callable[[], TrainState], shapes: Callable[[], TrainState]
     ) -> TrainState:
         """The state to resume from, or the first one; metrics and states after it are removed.
 
         Args:
             begin: makes the first one.
-            place: the devices of a mesh; None is the default one. The state may be from others.
+            shapes: of a state, with shardings, which need not be those of the devices that wrote
+                it.
         """
         step = self._manager.latest_step() if self._resume_step is None else self._resume_step
         lines = self.lines() if step is not None else []
         if step is not None and not self._metrics.exists():
             raise TrainingError(f"{self._metrics} is missing: this run cannot resume")
-        state = begin() if step is None else self._restored(step, begin, place)
+        state = begin() if step is None else self._restored(step, shapes())
         kept = [line for line in lines if step is not None and line["step"] <= step]
         note = {"step": step, "changed": self._changes}
         if self._changes and kept[-1:] != [note]:
@@ -102,24 +99,11 @@ class RunFolder:
             write_atomically(self._options_file, self._options)
         return state
 
-    def _restored(
-        self, step: int, begin: Callable[[], TrainState], place: Placement | None
-    ) -> TrainState:
+    def _restored(self, step: int, shapes: TrainState) -> TrainState:
         """The state of a step; newer ones are removed."""
         import orbax.checkpoint as ocp
 
-        abstract = jax.eval_shape(begin)
-        if place is None:
-            device = jax.sharding.SingleDeviceSharding(default_device())
-            shardings = jax.tree.map(lambda _: device, abstract)
-        else:
-            shardings = place.of(abstract)
-        abstract = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            abstract,
-            shardings,
-        )
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
         for newer in reversed([other for other in self.steps() if other > step]):
             self._manager.delete(newer)
         return state

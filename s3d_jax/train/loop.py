@@ -15,7 +15,7 @@ import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
-from s3d_jax.machine import out_of_memory_explained
+from s3d_jax.machine import default_device, out_of_memory_explained
 from s3d_jax.mesh import DATA, constrained, is_first_host, on_mesh, told_by_first_host
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
@@ -52,6 +52,16 @@ class Task(Protocol):
 @under_usual_jax_settings
 def begin(task: Task, config: LoopConfig, place: Placement | None = None) -> TrainState:
     """The state before the first update, on one device or where it is placed."""
+    make = _maker(task, config)
+    if place is None:
+        return make(task.frozen)
+    shardings = place.of(jax.eval_shape(make, task.frozen))
+    with on_mesh(place.mesh):  # each device makes its share
+        return jax.jit(make, out_shardings=shardings)(task.frozen)
+
+
+def _maker(task: Task, config: LoopConfig) -> Callable[[Any], TrainState]:
+    """Makes the first state, of the frozen arrays."""
 
     def make(frozen: Any) -> TrainState:
         tree = task.init(make_key(config.seed), frozen)
@@ -59,11 +69,17 @@ def begin(task: Task, config: LoopConfig, place: Placement | None = None) -> Tra
         optimizer = make_optimizer(config.optimizer)
         return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(5))
 
-    if place is None:
-        return make(task.frozen)
-    shardings = place.of(jax.eval_shape(make, task.frozen))
-    with on_mesh(place.mesh):  # each device makes its share
-        return jax.jit(make, out_shardings=shardings)(task.frozen)
+    return make
+
+
+def _to_restore(task: Task, config: LoopConfig, place: Placement | None) -> TrainState:
+    """The shapes of a state, and where its arrays are to lie."""
+    shapes = jax.eval_shape(_maker(task, config), task.frozen)
+    device = jax.sharding.SingleDeviceSharding(default_device())
+    where = jax.tree.map(lambda _: device, shapes) if place is None else place.of(shapes)
+    return jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, where
+    )
 
 
 @under_usual_jax_settings
@@ -182,7 +198,9 @@ def fit(
 
     folder = RunFolder(Path(run), options, resume, config.keep_states)
     try:
-        state = folder.restore(lambda: begin(task, config, place), place)
+        state = folder.restore(
+            lambda: begin(task, config, place), lambda: _to_restore(task, config, place)
+        )
         first, last = int(state.step), config.optimizer.steps
         step_program = make_step(task, config, place)
         pending: tuple[int, Any] | None = None
