@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import s3d_jax
+from benchmarks.sharding import collectives
 from s3d_jax.commands.main import main
 from s3d_jax.drafters.stored import read_draft
 from s3d_jax.mesh import on_mesh
@@ -22,7 +23,6 @@ from s3d_jax.train import loop as training_loop
 from s3d_jax.train import runs
 from s3d_jax.train.loop import begin, make_step
 from s3d_jax.train.placement import mesh_for
-from tests.mesh.cases import sent
 from tests.mesh.tiny_run import assert_close, batch_of, config_of, loop_of, losses, make_task, train
 from tests.tiny import tiny_params
 
@@ -142,19 +142,12 @@ def test_no_state_of_the_optimizer_is_sent(mode, model):
     state, batch = begin(task, loop, place), place.batch(batch_of(0))
     with on_mesh(mesh):
         compiled = make_step(task, loop, place).lower(state, task.frozen, batch).compile()
-    text = compiled.as_text()
-    assert len(sent(text)) > 50
-    places = re.findall(r" (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*", text)
-    outside = []
-    for line in text.splitlines():
-        found = re.search(r"= (.*?) (all-[a-z-]+|collective-permute|reduce-scatter)\(", line)
-        if found and "jvp(" not in line:  # neither the losses nor their gradients
-            numbers = re.findall(r"\[([\d,]*)\]", found[1])
-            outside.append(
-                (found[2], [np.prod([int(n) for n in x.split(",") if n]) for x in numbers])
-            )
-    assert places and outside  # the norm of the gradient
-    assert {how for how, _ in outside} == {"all-reduce"}, outside
+    found = collectives(compiled.as_text())
+    outside = [sent for sent in found if "jvp(" not in sent.where]  # not of losses and gradients
+    assert len(found) > 50 and outside
+    # The norm of the gradient, and whether an update is finite: of each array a single number.
+    assert {sent.how for sent in outside} == {"all-reduce"}
+    assert {size for sent in outside for size in sent.sizes} == {1}
     before = jax.tree.map(lambda x: x.sharding, state)
     after = compiled.output_shardings[0]
     jax.tree.map(lambda a, b, x: _same(a, b, x.ndim), before, after, state)
