@@ -121,7 +121,7 @@ def load(
         loaded.params,
         draft_config=trained.config if trained else None,
         draft_params=draft_params,
-        tokenizer=_tokenizer_or_none(loaded.header.path),
+        tokenizer=tokenizer_or_none(loaded.header.path),
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
@@ -130,7 +130,7 @@ def load(
     )
 
 
-def _tokenizer_or_none(folder: Path) -> Any:
+def tokenizer_or_none(folder: Path) -> Any:
     """The tokenizer; None if there is none, or after a warning: token ids work without one."""
     if not has_vocabulary(folder):
         return None
@@ -204,8 +204,10 @@ class LM:
     @draft_params.setter
     @under_usual_jax_settings
     def draft_params(self, draft: DraftParams) -> None:
-        draft = with_head(self.config, self.params, draft.replace(head=()))
-        self._draft_params = place_draft(mesh_of(self.params), self.config, draft)
+        mesh = mesh_of(self.params)
+        placed = place_draft(mesh, self.config, draft.replace(head=()))
+        with_rows = with_head(self.config, self.params, placed)
+        self._draft_params = place_draft(mesh, self.config, with_rows)
 
     @property
     def draft_model(self) -> "LM | None":

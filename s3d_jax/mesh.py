@@ -6,10 +6,12 @@ communication. `constrained` tells it where arrays are to lie; it changes no val
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
@@ -74,3 +76,28 @@ def dividing(shape: tuple[int, ...], axes: tuple[str | None, ...], size: Any) ->
     while kept and kept[-1] is None:
         kept.pop()
     return PartitionSpec(*kept)
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that prints and writes; true without several hosts."""
+    return jax.process_index() == 0
+
+
+def wait_for_hosts(what: str) -> None:
+    """Returns once each host has called this, with the same text."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def told_by_first_host(value: Any) -> Any:
+    """The value that the first host has, which is JSON; each host must call this."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first_host() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = np.resize(np.asarray(text, np.uint8), size) if is_first_host() else np.zeros(size, "u1")
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())

@@ -36,7 +36,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file")
     for settings in (PromptsConfig, DistillConfig):
         add_options(parser, settings)
-    add_options(parser, ModelOptions, ["draft", "dtype", "kv_cache"])
+    add_options(parser, ModelOptions, ["draft", "dtype", "mesh", "kv_cache"])
     parser.add_argument(
         "--overwrite",
         action="store_true",

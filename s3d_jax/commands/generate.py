@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.generation import add_decoding, add_model, decoding_options, load_model
+from s3d_jax.commands.hosts import add_hosts
 from s3d_jax.errors import InputError
 from s3d_jax.settings.arguments import RAW
 
@@ -34,6 +35,7 @@ def add_command(commands: Any) -> None:
     )
     add_model(parser)
     add_decoding(parser)
+    add_hosts(parser)
     parser.add_argument(
         "--ids",
         action="store_true",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from s3d_jax import __version__
 from s3d_jax.commands import bench, chat, distill, draft, generate, info, pretrain, train, tune
+from s3d_jax.commands.hosts import joined
 from s3d_jax.errors import S3DError
 from s3d_jax.machine import out_of_memory_explained
 from s3d_jax.settings.arguments import RAW, json_stdout, prepare_streams
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             json_stdout(getattr(arguments, "json", False)) as arguments.stdout,
             out_of_memory_explained(lambda: _ELSEWHERE),
+            joined(arguments),
         ):
             return arguments.run(arguments)
     except S3DError as error:

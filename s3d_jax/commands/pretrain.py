@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         config,
         valid=arguments.valid,
+        mesh=arguments.mesh,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         progress=True,

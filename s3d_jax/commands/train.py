@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.run_folder,
         config,
         valid=arguments.valid,
+        mesh=arguments.mesh,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         progress=True,

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from s3d_jax.commands.hosts import add_hosts
 from s3d_jax.settings.arguments import add_options, build, refuse
 from s3d_jax.settings.training import (
     AdapterConfig,
@@ -58,6 +59,14 @@ def add_training(parser: argparse.ArgumentParser, config: type, learning_rate: A
     add_options(group, LoopConfig)
     add_options(group, config, ["row_length", "remat"])
     add_options(group, ValidationConfig)
+    group.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help='several devices: "data=4" divides the rows of a step over 4, and weights and the '
+        'optimizer\'s state with them; "data=2,model=2" also divides matrices and heads over 2 '
+        "(default: one device)",
+    )
+    add_hosts(parser)
     group = parser.add_argument_group("draft")
     for settings in (DraftOptions, AdapterConfig, ObjectiveConfig):
         add_options(group, settings)

@@ -20,6 +20,7 @@ from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.largest import largest_few
 from s3d_jax.nn.layers import rms_norm
 from s3d_jax.nn.rounded import widened
+from s3d_jax.nn.sharding import gathered
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import Arrays
 from s3d_jax.weights.formats import EMBED, HEAD, head_format, weight_format
@@ -83,9 +84,12 @@ class DraftParams(flax.struct.PyTreeNode):
 def head_matrix(config: ModelConfig, params: Params) -> Arrays:
     """The matrix of the target's head [V, D], as the weight format stores it."""
     parts = head_format(config).parts
-    if config.tie_embeddings:
-        return tuple(params[EMBED][part] for part in parts("embedding"))
-    return tuple(params[HEAD][part] for part in parts("weight"))
+    module, name = (EMBED, "embedding") if config.tie_embeddings else (HEAD, "weight")
+    return _matrix(config, params, module, parts(name))
+
+
+def _matrix(config: ModelConfig, params: Params, module: str, parts: Sequence[str]) -> Arrays:
+    return tuple(gathered(config, f"{module}/{part}", params[module][part]) for part in parts)
 
 
 @under_usual_jax_settings
@@ -207,7 +211,7 @@ def chained(
         float32 [B, T, V']; it differs at `chain.best`.
     """
     weights = weight_format(config, EMBED)
-    table = tuple(params[EMBED][part] for part in weights.parts("embedding"))
+    table = _matrix(config, params, EMBED, weights.parts("embedding"))
     embedded = weights.look_up(table, before, config.dtype).astype(jnp.float32)
     normed = rms_norm(embedded, config.norm_eps)
     down = draft.chain["down"][embedded.shape[-1] :].astype(jnp.float32)

@@ -3,6 +3,7 @@
 Matrices are stored and multiplied by the model's weight format.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.nn.sharding import split
+from s3d_jax.nn.sharding import split, with_whole
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights import exact
-from s3d_jax.weights.base import INIT_DEVIATION
+from s3d_jax.weights.base import INIT_DEVIATION, Arrays
 from s3d_jax.weights.dense import product
 from s3d_jax.weights.formats import EMBED, exact_sums, weight_format
 
@@ -51,10 +52,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
         """[..., in] -> [..., out]."""
-        dtype, weights = self.config.dtype, weight_format(self.config, "/".join(self.path))
+        path, dtype = "/".join(self.path), self.config.dtype
+        weights = weight_format(self.config, path)
         shape = self.features, x.shape[-1]
         matrix = weights.declare(self, "weight", shape, dtype, random_weight)
-        y = weights.multiply(x, matrix, jnp.dtype(self.out_dtype or x.dtype))
+        multiply = functools.partial(
+            weights.multiply, out_dtype=jnp.dtype(self.out_dtype or x.dtype)
+        )
+        y = with_whole(self.config, path, weights.parts("weight"), multiply, x, matrix)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(dtype))
         return y if delta is None else y + low_rank(x, delta)
@@ -169,8 +174,15 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The embeddings of tokens int [B, T]: [B, T, D]."""
-        return self.weights.look_up(self.table, tokens, self.config.dtype)
+        return self._of_table(
+            lambda tokens, table: self.weights.look_up(table, tokens, self.config.dtype), tokens
+        )
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Output of a head that is tied to the table: [B, T, D] -> float32 [B, T, V]."""
-        return self.weights.multiply(x, self.table, jnp.float32)
+        multiply = functools.partial(self.weights.multiply, out_dtype=jnp.float32)
+        return self._of_table(multiply, x)
+
+    def _of_table(self, function: Callable[[jax.Array, Arrays], jax.Array], x: jax.Array) -> Any:
+        names = self.weights.parts("embedding")
+        return with_whole(self.config, EMBED, names, function, x, self.table)

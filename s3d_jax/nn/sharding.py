@@ -12,17 +12,21 @@ arranged so that each device's share is a share of every part:
 
 Key heads that the mesh does not divide are repeated, the least number of times, so that each device
 has those that its query heads read. `ModelConfig.shards` says how the arrays in memory are
-arranged. Files always hold them as for one device.
+arranged. Files, and the arrays that are trained, always hold them as for one device.
+
+In training, matrices are also divided along `data`, as in FSDP (Zhao et al., arXiv 2304.11277): the
+frozen ones, the trained ones, and what the optimizer keeps of each. `gathered` asks for a whole one
+where it is multiplied.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from s3d_jax.errors import ConfigError, DeviceError
 from s3d_jax.machine import default_device
@@ -51,18 +55,108 @@ def rule_of(path: str) -> tuple[str | None, ...]:
 
 
 def sharding_of(
-    mesh: Mesh | AbstractMesh, config: ModelConfig, path: str, shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh,
+    config: ModelConfig,
+    path: str,
+    shape: tuple[int, ...],
+    *,
+    over_data: bool = False,
 ) -> NamedSharding:
     """Where the array at a path of the parameter tree, or of a draft's, lies.
 
     Args:
         mesh: the devices, or their numbers alone.
         config: the model; attention is divided by whole heads only.
-        path, shape: of the array.
+        path, shape: of the array. The state of an optimizer has the paths of what it is for.
+        over_data: matrices are divided along `data` too, as in training: by the largest of the axes
+            that `model` leaves and that `data` divides.
     """
     divided = "attention/" not in path or config.attention_shards == mesh.shape[MODEL]
     axes = rule_of(path) if divided else ()
-    return NamedSharding(mesh, dividing(shape, axes, mesh.shape.__getitem__))
+    spec = dividing(shape, axes, mesh.shape.__getitem__)
+    if over_data and len(shape) > 1:
+        taken = (*spec, *[None] * (len(shape) - len(spec)))
+        free = [i for i, n in enumerate(shape) if taken[i] is None and n % mesh.shape[DATA] == 0]
+        if free:
+            most = max(free, key=shape.__getitem__)
+            axes = tuple(DATA if i == most else axis for i, axis in enumerate(taken))
+            spec = dividing(shape, axes, mesh.shape.__getitem__)
+    return NamedSharding(mesh, spec)
+
+
+def shardings_of(mesh: Mesh, config: ModelConfig, tree: Any, *, over_data: bool = False) -> Any:
+    """`sharding_of` each array, or shape, of a PyTree of any kind."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: sharding_of(mesh, config, _name(keys), x.shape, over_data=over_data), tree
+    )
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf of a PyTree: "draft/deltas/layers_0/mlp/down/up"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in keys)
+
+
+def gathered(config: ModelConfig, path: str, array: jax.Array) -> jax.Array:
+    """An array of a model that lies divided along `data`, whole, in a program for its mesh."""
+    return _laid_out(config, path, array) if config.over_data else array
+
+
+def with_whole(
+    config: ModelConfig,
+    module: str,
+    names: Sequence[str],
+    multiply: Callable[[jax.Array, tuple[jax.Array, ...]], jax.Array],
+    x: jax.Array,
+    arrays: tuple[jax.Array, ...],
+) -> jax.Array:
+    """What a product, or a look-up, gives of x and a matrix that may lie divided along `data`.
+
+    The matrix is gathered when x is there, and forgotten after: the backward pass gathers it again.
+    Otherwise XLA would gather all matrices first, and keep them.
+
+    Args:
+        config: the model.
+        module, names: where the arrays of the matrix are in the parameter tree.
+        multiply: of x and whole arrays.
+        x: any array.
+        arrays: of the matrix.
+    """
+    if not config.over_data:
+        return multiply(x, arrays)
+
+    def late(x: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        x, arrays = jax.lax.optimization_barrier((x, arrays))
+        paths = [f"{module}/{name}" for name in names]
+        whole = [gathered(config, p, a) for p, a in zip(paths, arrays, strict=True)]
+        return multiply(x, tuple(whole))
+
+    return jax.checkpoint(late)(x, arrays)
+
+
+def in_memory(config: ModelConfig, tree: Any, *, over_data: bool) -> Any:
+    """Trained arrays as the model needs them, in a program for its mesh.
+
+    Args:
+        config: the model, with `shards`.
+        tree: as in files, on any PyTree of the model's paths.
+        over_data: see `sharding_of`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: _laid_out(
+            config, _name(keys), arranged(config, _name(keys), x), over_data=over_data
+        ),
+        tree,
+    )
+
+
+def _laid_out(
+    config: ModelConfig, path: str, array: jax.Array, *, over_data: bool = False
+) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if tuple(mesh.axis_names) != AXES:
+        return array
+    sharding = sharding_of(mesh, config, path, array.shape, over_data=over_data)
+    return jax.lax.with_sharding_constraint(array, sharding.spec)
 
 
 def build_mesh(mesh: Any) -> Mesh:
@@ -121,8 +215,8 @@ def shape_of(mesh: Mesh) -> MeshShape:
     return MeshShape(mesh.shape[DATA], mesh.shape[MODEL])
 
 
-def arranged(config: ModelConfig, path: str, array: np.ndarray) -> np.ndarray:
-    """An array of a checkpoint as it is in memory.
+def arranged(config: ModelConfig, path: str, array: Any) -> Any:
+    """An array of a checkpoint, of numpy or jax, as it is in memory.
 
     Args:
         config: the model, with `shards`.
@@ -132,15 +226,15 @@ def arranged(config: ModelConfig, path: str, array: np.ndarray) -> np.ndarray:
     if (found := _order(config, path)) is None:
         return array
     axis, order = found
-    return np.take(array, order, axis=axis)
+    return array.take(order, axis=axis, mode="clip")  # there is nothing to clip; jax would look
 
 
-def as_in_files(config: ModelConfig, path: str, array: np.ndarray) -> np.ndarray:
+def as_in_files(config: ModelConfig, path: str, array: Any) -> Any:
     """The reverse of `arranged`."""
     if (found := _order(config, path)) is None:
         return array
     axis, order = found
-    return np.take(array, np.unique(order, return_index=True)[1], axis=axis)
+    return array.take(np.unique(order, return_index=True)[1], axis=axis, mode="clip")
 
 
 def _order(config: ModelConfig, path: str) -> tuple[int, np.ndarray] | None:
@@ -183,22 +277,30 @@ def split(y: jax.Array, sizes: tuple[int, ...], shards: int) -> list[jax.Array]:
     return [part.reshape(*y.shape[:2], -1) for part in parts]
 
 
-def put(mesh: Mesh | None, config: ModelConfig, path: str, array: np.ndarray) -> jax.Array:
+def put(
+    mesh: Mesh | None,
+    config: ModelConfig,
+    path: str,
+    array: np.ndarray,
+    *,
+    over_data: bool = False,
+) -> jax.Array:
     """Puts an array where it belongs: each device gets its own share alone.
 
     Args:
         mesh: None is the default device.
         config: the model, with `shards`.
         path, array: as in files.
+        over_data: see `sharding_of`.
     """
     if mesh is None:
         return jax.device_put(array)
     array = arranged(config, path, array)
-    sharding = sharding_of(mesh, config, path, array.shape)
-    return _put_shares(array, sharding)
+    sharding = sharding_of(mesh, config, path, array.shape, over_data=over_data)
+    return put_shares(array, sharding)
 
 
-def _put_shares(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def put_shares(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Gives each device its share of an array that every host has as a whole."""
     return jax.make_array_from_callback(array.shape, sharding, lambda share: array[share])
 
@@ -208,25 +310,34 @@ def place_draft(mesh: Mesh | None, config: ModelConfig, draft: Any) -> Any:
     if mesh is None:
         return draft
 
-    def place(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        name = "/".join(
-            str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path
-        )
-        return _from_every_host(x, sharding_of(mesh, config, name, x.shape))
-
-    return jax.tree_util.tree_map_with_path(place, draft)
+    return jax.tree.map(_from_every_host, draft, shardings_of(mesh, config, draft))
 
 
-def share_bytes(mesh: Mesh | AbstractMesh, config: ModelConfig, arrays: Mapping[str, Any]) -> int:
+def on_host(tree: Any) -> Any:
+    """The arrays of a PyTree as numpy arrays; of several hosts, each gets the whole ones."""
+
+    def fetch(x: Any) -> np.ndarray:
+        if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec())))
+
+    return jax.tree.map(fetch, tree)
+
+
+def share_bytes(
+    mesh: Mesh | AbstractMesh,
+    config: ModelConfig,
+    arrays: Mapping[str, Any],
+    *,
+    over_data: bool = False,
+) -> int:
     """Bytes that each device needs for arrays, or their shapes, in memory, by path."""
-    return num_bytes(
-        {
-            path: jax.ShapeDtypeStruct(
-                sharding_of(mesh, config, path, x.shape).shard_shape(x.shape), x.dtype
-            )
-            for path, x in arrays.items()
-        }
-    )
+
+    def share(path: str, x: Any) -> jax.ShapeDtypeStruct:
+        sharding = sharding_of(mesh, config, path, x.shape, over_data=over_data)
+        return jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
+
+    return num_bytes({path: share(path, x) for path, x in arrays.items()})
 
 
 def bytes_here(arrays: Any) -> int:
@@ -285,7 +396,7 @@ def _from_every_host(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _from_every_host(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    return _put_shares(np.asarray(x), sharding)
+    return put_shares(np.asarray(x), sharding)
 
 
 def _state_axes(shape: tuple[int, ...]) -> tuple[str | None, ...]:

@@ -22,7 +22,7 @@ QUANTIZATIONS = {
 }
 KV_CACHES = {"int8": "a scale for each token and key head (nn.rounded)"}
 _LAYER_MATRICES = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
-_IN_MEMORY = {"kv_cache", "shards"}  # fields of ModelConfig that say nothing of the model itself
+_IN_MEMORY = {"kv_cache", "shards", "over_data"}  # fields about arrays in memory, not the model
 # Upper bounds, so that a corrupt config fails fast.
 MAX_SIZE, MAX_LAYERS, MAX_HEAD_DIM = 2**31 - 1, 4096, 2**16
 
@@ -144,6 +144,8 @@ class ModelConfig(Record):
             Whoever decodes chooses it; never stored. Training has float caches.
         shards: into how many parts the rows of fused matrices, and the key heads, are arranged in
             memory (`nn.sharding`), one for each device along an axis of a mesh. Never stored.
+        over_data: matrices lie divided along the axis `data` of a mesh too, as in training, and
+            each product gathers its own. Never stored.
     """
 
     vocab_size: int = option(least=1, most=MAX_SIZE)
@@ -181,6 +183,7 @@ class ModelConfig(Record):
     exact_sums: bool | None = None
     kv_cache: str | None = None
     shards: int = option(1, least=1)
+    over_data: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

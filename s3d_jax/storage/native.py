@@ -155,7 +155,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
         self.config = config
-        self._expected = _expected_arrays(config.replace(shards=1))
+        self._expected = _expected_arrays(config.replace(shards=1, over_data=False))
         self._arrays = ArrayWriter(folder / "weights")
 
     @under_usual_jax_settings
@@ -288,6 +288,7 @@ def load(
     dtype: str | None = None,
     *,
     mesh: "Mesh | None" = None,
+    over_data: bool = False,
     progress: bool = False,
 ) -> Checkpoint:
     """Reads a checkpoint onto the default device, or onto those of a mesh.
@@ -301,6 +302,7 @@ def load(
             dtype, but for bfloat16 on GPUs before Ampere, which have no fast one: float16, or
             float32 for models that overflow in it.
         mesh: from `build_mesh`; the config of the result has its `shards`.
+        over_data: on a mesh, matrices are divided along `data` too, as training needs them.
         progress: show a bar on a terminal if loading takes more than a second.
 
     Raises:
@@ -333,8 +335,9 @@ def load(
     if mesh is not None:
         shape = shape_of(mesh)
         shape.check_divides(config)
-        config = config.replace(shards=shape.model)
-        needed = taken_here(mesh, share_bytes(mesh, config, _expected_arrays(config)))
+        config = config.replace(shards=shape.model, over_data=over_data)
+        share = share_bytes(mesh, config, _expected_arrays(config), over_data=over_data)
+        needed = taken_here(mesh, share)
     what, advice = f"the weights of {path} in {config.precision} need", _smaller(stored)
     check_memory(needed, what, advice)
     explained = out_of_memory_explained(lambda: f"{what} {needed / 1e9:.2f} GB: {advice}")
@@ -374,7 +377,7 @@ def load(
                 except Overflow as error:
                     overflowing += error.names
                     break
-                params[where] = put(mesh, config, where, array)
+                params[where] = put(mesh, config, where, array, over_data=over_data)
                 bar.update(num_bytes(array))
     if overflowing:
         raise Overflow(overflowing, np.dtype(config.dtype))

@@ -13,7 +13,9 @@ import numpy as np
 
 from s3d_jax.keys import make_key
 from s3d_jax.machine import check_memory
+from s3d_jax.mesh import mesh_of, on_mesh
 from s3d_jax.nn.draft import DraftParams, bridge_name, untrained_draft
+from s3d_jax.nn.sharding import on_host, place_draft
 from s3d_jax.nn.streams import gap_streams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -64,19 +66,22 @@ def fitted_draft(
         f"fitting bridges with {inputs:,} inputs needs",
         "recall fewer layers (--recall), or leave out --fit-rows",
     )
-    draft = untrained_draft(config, params)
+    mesh = mesh_of(params)
+    draft = place_draft(mesh, config, untrained_draft(config, params))
     for after in gaps(draft_config.skip):
         squares, products = np.zeros(()), np.zeros(())
         for i in tqdm(range(count), "fitting", unit=" batches", disable=not progress):
             key = jax.random.fold_in(make_key(seed), i)
             static = config, draft_config, after, adapter.recall
-            sums = _sums(*static, params, draft, batches(i), key)
-            squares = squares + np.asarray(sums[0], np.float64)
-            products = products + np.asarray(sums[1], np.float64)
+            with on_mesh(mesh):
+                sums = on_host(_sums(*static, params, draft, batches(i), key))
+            squares = squares + sums[0].astype(np.float64)
+            products = products + sums[1].astype(np.float64)
         factors = linear_factors(squares, products, adapter.bridge_rank)
         name = bridge_name(after, config.num_layers)
         draft = draft.replace(bridges={**draft.bridges, name: factors})
-    return draft
+        draft = place_draft(mesh, config, draft)
+    return draft if mesh is None else on_host(draft)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -10,11 +10,13 @@ import numpy as np
 
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.draft import DraftParams, bridge_name, mean_embedding, untrained_draft
+from s3d_jax.nn.sharding import as_in_files, in_memory
 from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import abstract_params
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
+from s3d_jax.storage.trees import flatten, unflatten
 from s3d_jax.train.bridges import gaps
 from s3d_jax.train.objective import (
     Mean,
@@ -41,7 +43,8 @@ def init_draft(
     """A draft that computes the same as the untrained one: every low-rank part starts with up = 0.
 
     Args:
-        config, params: the target; of `params` the embedding and the norms' type are used.
+        config, params: the target; of `params` the embedding and the norms' type are used. The
+            draft has the shapes that it has in files, whatever its `shards`.
         draft_config: γ - 1 mask embeddings are made, one at least.
         adapter: ranks.
         key: typed PRNG key.
@@ -65,7 +68,7 @@ def init_draft(
     deltas: dict[str, Any] = {}
     kept = [i for i, skipped in enumerate(draft_config.skip) if not skipped]
     if adapter.rank:
-        unquantized = abstract_params(config.unquantized())
+        unquantized = abstract_params(config.unquantized().replace(shards=1, over_data=False))
         for i in kept:
             layer = unquantized[f"layers_{i}"]
             deltas[f"layers_{i}"] = {
@@ -204,9 +207,9 @@ class DraftTask:
         self.loss_scale = 1024.0 if config.dtype == "float16" else 1.0
         self.remat = remat
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """The trained tree, float32."""
-        draft = init_draft(self.config, self.frozen, self.draft_config, self.adapter, key)
+    def init(self, key: jax.Array, frozen: Params) -> dict[str, Any]:
+        """The trained tree, float32, with arrays as in files."""
+        draft = init_draft(self.config, frozen, self.draft_config, self.adapter, key)
         if self.start is not None:
             draft = DraftParams(
                 mask_embeddings=_copied_into(draft.mask_embeddings, self.start.mask_embeddings),
@@ -220,18 +223,22 @@ class DraftTask:
         if self.mode == "full":
             kept = [f"layers_{i}" for i, s in enumerate(self.draft_config.skip) if not s]
             # Copies: the step donates the trained tree, and the frozen target must survive that.
-            tree["layers"] = jax.tree.map(
-                lambda x: jnp.array(x, jnp.float32, copy=True),
-                {name: dict(self.frozen[name]) for name in kept},
+            layers = flatten({name: dict(frozen[name]) for name in kept})
+            tree["layers"] = unflatten(
+                {
+                    path: jnp.array(as_in_files(self.config, path, x), jnp.float32, copy=True)
+                    for path, x in layers.items()
+                }
             )
         return tree
 
-    def merged(self, tree: Mapping[str, Any], frozen: Params) -> tuple[Params, DraftParams]:
-        """(target, draft): the target with its trained layers, if any, in its own dtype."""
-        dtype = float_dtype(frozen)
+    def arranged(self, tree: Mapping[str, Any], dtype: Any) -> tuple[Params, DraftParams]:
+        """(trained layers, draft), as the model needs them; layers of that type, {} without any."""
         layers = jax.tree.map(lambda x: x.astype(dtype), tree.get("layers", {}))
+        layers = in_memory(self.config, layers, over_data=True)
+        draft = in_memory(self.config, tree["draft"], over_data=False)
         # The vocabulary is not trained, and its ids are no numbers for the optimizer.
-        return {**frozen, **layers}, tree["draft"].replace(vocabulary=self.vocabulary)
+        return layers, draft.replace(vocabulary=self.vocabulary)
 
     def losses(
         self,
@@ -248,7 +255,8 @@ class DraftTask:
             batch: {"tokens": int [B, T], "learn": bool [B, T]}.
             key: of the anchors.
         """
-        params, draft = self.merged(tree, frozen)
+        layers, draft = self.arranged(tree, float_dtype(frozen))
+        params = {**frozen, **layers}
         return draft_losses(
             self.config,
             params,

@@ -2,7 +2,7 @@
 
 options.json        the settings; a run resumes only with the same (except for its pace)
 metrics.jsonl       one JSON object per line: the losses of a step, or a validation
-states/<step>/      orbax checkpoints of the whole state; the last few
+states/<step>/      orbax checkpoints of the whole state, of no particular mesh; the last few
 curves.png          loss and acceptance (needs matplotlib)
 """
 
@@ -13,17 +13,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from s3d_jax.errors import TrainingError
-from s3d_jax.machine import default_device
+from s3d_jax.mesh import is_first_host
 from s3d_jax.storage.staging import write_atomically
 from s3d_jax.storage.trees import flatten
 from s3d_jax.train.state import TrainState
 
 # A run may resume with other values of these; metrics.jsonl then notes where they changed.
 _PLAN = ("steps", "learning_rate", "schedule", "warmup_steps", "final_fraction", "clip_norm")
-_MAY_CHANGE = (*_PLAN, "log_every", "save_every", "validate_every", "keep_states", "remat")
+_PACE = ("log_every", "save_every", "validate_every", "keep_states", "remat", "mesh")
+_MAY_CHANGE = (*_PLAN, *_PACE)
 
 
 class RunFolder:
@@ -51,12 +50,13 @@ class RunFolder:
         self._resume_step = None if isinstance(resume, bool) else resume
         self._options = json.dumps(options, indent=1, sort_keys=True) + "\n"
         self._changes = {}
+        self._writes = is_first_host()
         try:
             if self._options_file.exists() and _states(path):
                 old, new = json.loads(self._options_file.read_text()), json.loads(self._options)
                 self._changes = _changes(old, new, path)
             path.mkdir(parents=True, exist_ok=True)
-            if not self._options_file.exists():
+            if self._writes and not self._options_file.exists():
                 write_atomically(self._options_file, self._options)
         except OSError as error:
             raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
@@ -74,32 +74,36 @@ class RunFolder:
         """The steps whose states are kept."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, begin: Callable[[], TrainState]) -> TrainState:
-        """The state to resume from, or the first one; metrics and states after it are removed."""
+    def restore(
+        self, begin: Callable[[], TrainState], shapes: Callable[[], TrainState]
+    ) -> TrainState:
+        """The state to resume from, or the first one; metrics and states after it are removed.
+
+        Args:
+            begin: makes the first one.
+            shapes: of a state, with shardings, which need not be those of the devices that wrote
+                it.
+        """
         step = self._manager.latest_step() if self._resume_step is None else self._resume_step
         lines = self.lines() if step is not None else []
         if step is not None and not self._metrics.exists():
             raise TrainingError(f"{self._metrics} is missing: this run cannot resume")
-        state = begin() if step is None else self._restored(step, begin)
+        state = begin() if step is None else self._restored(step, shapes())
         kept = [line for line in lines if step is not None and line["step"] <= step]
         note = {"step": step, "changed": self._changes}
         if self._changes and kept[-1:] != [note]:
             kept.append(note)
-        # The options come last: after a kill before that, the change is noted again.
-        write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        write_atomically(self._options_file, self._options)
+        if self._writes:
+            # The options come last: after a kill before that, the change is noted again.
+            write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            write_atomically(self._options_file, self._options)
         return state
 
-    def _restored(self, step: int, begin: Callable[[], TrainState]) -> TrainState:
+    def _restored(self, step: int, shapes: TrainState) -> TrainState:
         """The state of a step; newer ones are removed."""
         import orbax.checkpoint as ocp
 
-        abstract = jax.eval_shape(begin)
-        device = jax.sharding.SingleDeviceSharding(default_device())
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-        )
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
         for newer in reversed([other for other in self.steps() if other > step]):
             self._manager.delete(newer)
         return state
@@ -113,6 +117,8 @@ class RunFolder:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line to the metrics."""
+        if not self._writes:
+            return
         with self._metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -124,7 +130,11 @@ class RunFolder:
         """Draws the curves; warns once where matplotlib is missing."""
         from s3d_jax.train.curves import draw_curves
 
-        if not draw_curves(self.lines(), self.path / "curves.png") and not self._warned:
+        if (
+            self._writes
+            and not draw_curves(self.lines(), self.path / "curves.png")
+            and not self._warned
+        ):
             warnings.warn(
                 "no curves.png without matplotlib: pip install 's3d-jax[plots]'", stacklevel=3
             )

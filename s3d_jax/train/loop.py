@@ -15,12 +15,14 @@ import numpy as np
 
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
-from s3d_jax.machine import out_of_memory_explained
+from s3d_jax.machine import default_device, out_of_memory_explained
+from s3d_jax.mesh import DATA, constrained, is_first_host, on_mesh, told_by_first_host
 from s3d_jax.settings.training import LoopConfig
 from s3d_jax.train.folder import RunFolder
 from s3d_jax.train.health import DOUBTFUL, check_healthy, lost_gain, next_running
 from s3d_jax.train.objective import Mean
 from s3d_jax.train.optimizer import make_optimizer
+from s3d_jax.train.placement import Placement
 from s3d_jax.train.state import TrainState
 
 
@@ -38,8 +40,8 @@ class Task(Protocol):
     loss_weights: dict[str, float]
     loss_scale: float
 
-    def init(self, key: jax.Array) -> Any:
-        """The trained tree, float32."""
+    def init(self, key: jax.Array, frozen: Any) -> Any:
+        """The trained tree, float32, with arrays as in files."""
 
     def losses(
         self, tree: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
@@ -48,20 +50,45 @@ class Task(Protocol):
 
 
 @under_usual_jax_settings
-def begin(task: Task, config: LoopConfig) -> TrainState:
-    """The state before the first update."""
-    tree = task.init(make_key(config.seed))
-    average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
-    optimizer = make_optimizer(config.optimizer)
-    return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(5))
+def begin(task: Task, config: LoopConfig, place: Placement | None = None) -> TrainState:
+    """The state before the first update, on one device or where it is placed."""
+    make = _maker(task, config)
+    if place is None:
+        return make(task.frozen)
+    shardings = place.of(jax.eval_shape(make, task.frozen))
+    with on_mesh(place.mesh):  # each device makes its share
+        return jax.jit(make, out_shardings=shardings)(task.frozen)
+
+
+def _maker(task: Task, config: LoopConfig) -> Callable[[Any], TrainState]:
+    """Makes the first state, of the frozen arrays."""
+
+    def make(frozen: Any) -> TrainState:
+        tree = task.init(make_key(config.seed), frozen)
+        average = jax.tree.map(jnp.copy, tree) if config.ema_decay else ()
+        optimizer = make_optimizer(config.optimizer)
+        return TrainState(jnp.int32(0), tree, average, optimizer.init(tree), jnp.zeros(5))
+
+    return make
+
+
+def _to_restore(task: Task, config: LoopConfig, place: Placement | None) -> TrainState:
+    """The shapes of a state, and where its arrays are to lie."""
+    shapes = jax.eval_shape(_maker(task, config), task.frozen)
+    device = jax.sharding.SingleDeviceSharding(default_device())
+    where = jax.tree.map(lambda _: device, shapes) if place is None else place.of(shapes)
+    return jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, where
+    )
 
 
 @under_usual_jax_settings
-def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
+def make_step(task: Task, config: LoopConfig, place: Placement | None = None) -> Callable[..., Any]:
     """The compiled update: (state, frozen, batch) -> (state, metrics). It donates the state.
 
     A batch is a dict of arrays with a leading axis of `batch_size`; metrics are the task's, "loss",
-    "gradient_norm" and "running" (see TrainState).
+    "gradient_norm" and "running" (see TrainState). On a mesh it is traced, and so first called,
+    under `on_mesh`.
     """
     optimizer = make_optimizer(config.optimizer)
     key = make_key(config.seed)
@@ -71,7 +98,9 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
         import optax
 
         keys = jax.random.split(jax.random.fold_in(key, state.step), config.accumulate)
-        parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(
+            lambda x: constrained(x.reshape(config.accumulate, -1, *x.shape[1:]), None, DATA), batch
+        )
 
         def minimized(tree: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
             means = task.losses(tree, frozen, part, key)
@@ -80,6 +109,8 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
 
         def gradient(part: Any, key: jax.Array) -> tuple[Any, dict[str, Mean]]:
             scaled, means = jax.grad(minimized, has_aux=True)(state.tree, part, key)
+            if place is not None:  # each device needs those of its share alone
+                scaled = jax.lax.with_sharding_constraint(scaled, place.of(scaled))
             return jax.tree.map(lambda x: x / task.loss_scale, scaled), means
 
         if config.accumulate == 1:
@@ -100,7 +131,11 @@ def make_step(task: Task, config: LoopConfig) -> Callable[..., Any]:
             average = jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, tree)
         running = next_running(state, metrics["loss"], config.optimizer.warmup)
         metrics["running"] = running
-        return TrainState(state.step + 1, tree, average, optimizer_state, running), metrics
+        after = TrainState(state.step + 1, tree, average, optimizer_state, running)
+        if place is not None:  # where it was before, so that one program serves all steps
+            after = jax.lax.with_sharding_constraint(after, place.of(after))
+            metrics = jax.lax.with_sharding_constraint(metrics, place.whole)
+        return after, metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -130,6 +165,7 @@ def fit(
     *,
     options: Mapping[str, Any],
     validate: Callable[[Any], dict[str, Any]] | None = None,
+    place: Placement | None = None,
     resume: bool | int = False,
     progress: bool = False,
 ) -> tuple[Any, list[dict[str, Any]]]:
@@ -143,6 +179,8 @@ def fit(
         options: JSON, all that the run depends on; a run with other options is not resumed.
         validate: trained tree -> JSON, called at the start, every `validate_every` steps, and at
             the end.
+        place: the devices of a mesh, where `task.frozen` lies too; None is the default device. A
+            run may continue on others.
         resume: continue from the newest state in `run`, or start where it has none; a number
             continues from the state of that step, and removes newer ones.
         progress: show a bar.
@@ -160,9 +198,11 @@ def fit(
 
     folder = RunFolder(Path(run), options, resume, config.keep_states)
     try:
-        state = folder.restore(lambda: begin(task, config))
+        state = folder.restore(
+            lambda: begin(task, config, place), lambda: _to_restore(task, config, place)
+        )
         first, last = int(state.step), config.optimizer.steps
-        step_program = make_step(task, config)
+        step_program = make_step(task, config, place)
         pending: tuple[int, Any] | None = None
         lost = 0.0
 
@@ -185,13 +225,20 @@ def fit(
                 folder.draw()
 
         with tqdm(
-            total=last, initial=first, desc="training", unit=" steps", disable=not progress
+            total=last,
+            initial=first,
+            desc="training",
+            unit=" steps",
+            disable=not (progress and is_first_host()),
         ) as bar:
             if first == 0:
                 validated()
             for number in range(first + 1, last + 1):
-                batch = batches(number - 1)
-                with out_of_memory_explained(lambda: _less_memory(config)):
+                batch = batches(number - 1) if place is None else place.batch(batches(number - 1))
+                with (
+                    out_of_memory_explained(lambda: _less_memory(config)),
+                    on_mesh(None if place is None else place.mesh),
+                ):
                     state, metrics = step_program(state, task.frozen, batch)
                     settle()  # the step before; the device computes this one meanwhile
                 pending = number, metrics
@@ -206,7 +253,7 @@ def fit(
                     else:
                         folder.write({"step": number, "not_saved": {"gain_lost": round(lost, 3)}})
         folder.draw()
-        lines = folder.lines()
+        lines = told_by_first_host(folder.lines() if is_first_host() else None)
         return state.result, [line["validation"] for line in lines if "validation" in line]
     finally:
         folder.close()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s3d_jax.errors import ConfigError
+from s3d_jax.nn.sharding import in_memory
 from s3d_jax.nn.streams import target_stream
 from s3d_jax.nn.transformer import init_params
 from s3d_jax.settings.drafting import DraftConfig
@@ -24,7 +25,7 @@ class PretrainTask:
     DraftParams} as well.
 
     Args:
-        config: the model.
+        config: the model, with the `shards` of a mesh that it is trained on.
         draft_config, draft_weight, objective, adapter, remat: as in `PretrainConfig`.
         compute_dtype: of matrix products and activations, "float32" or "bfloat16" (mixed
             precision: weights, optimizer, losses and sums stay float32).
@@ -64,10 +65,12 @@ class PretrainTask:
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array, frozen: Any = None) -> dict[str, Any]:
         """Random weights, N(0, 0.02²); at the end of residual branches they are √(2L) smaller."""
         key, draft_key = jax.random.split(key)
-        params: Any = init_params(self.config.replace(dtype="float32"), key)
+        params: Any = init_params(
+            self.config.replace(dtype="float32", shards=1, over_data=False), key
+        )
         shrink = (2 * self.config.num_layers) ** -0.5
         for i in range(self.config.num_layers):
             layer = params[f"layers_{i}"]
@@ -80,12 +83,21 @@ class PretrainTask:
             )
         return tree
 
+    def arranged(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The trained tree as the model needs it."""
+        found = {"params": in_memory(self.config, tree["params"], over_data=True)}
+        if "draft" in tree:
+            found["draft"] = in_memory(self.config, tree["draft"], over_data=False)
+        return found
+
     def losses(
         self, tree: Mapping[str, Any], frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> dict[str, Mean]:
         """The losses of one batch; see `DraftTask.losses`."""
         tokens, learn = batch["tokens"], batch["learn"]
         params = jax.tree.map(lambda x: x.astype(self.compute_dtype), tree["params"])
+        tree = self.arranged({**tree, "params": params})
+        params = tree["params"]
         if self.draft_config is None:
             logits, _ = target_stream(
                 self.config, params, tokens, tokens.shape[1], remat=self.remat

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from s3d_jax.drafters.stored import (
     DEFAULT_NAME,
@@ -24,9 +25,11 @@ from s3d_jax.drafters.stored import (
 )
 from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.lm import LM, default_draft, load
+from s3d_jax.lm import LM, default_draft, tokenizer_or_none
 from s3d_jax.machine import default_device
+from s3d_jax.mesh import is_first_host, on_mesh, wait_for_hosts
 from s3d_jax.nn.draft import DraftParams, recalled_layers, untrained_draft
+from s3d_jax.nn.sharding import on_host, shape_of
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
@@ -37,6 +40,7 @@ from s3d_jax.train.data import Batches, concatenate, pack, row_length_for
 from s3d_jax.train.draft import NO_ADAPTER, DraftTask, check_trainable, frequent_tokens
 from s3d_jax.train.folder import check_run, has_states
 from s3d_jax.train.loop import fit
+from s3d_jax.train.placement import Placement, mesh_for
 from s3d_jax.train.pretrain import PretrainTask
 from s3d_jax.train.session import Corpus, Files, check_row_length, read_corpus
 from s3d_jax.train.tokenizer import end_token_ids, tokenizer_for, tokenizer_of_run
@@ -46,7 +50,7 @@ from s3d_jax.train.validation import (
     perplexity,
     warn_if_useless,
 )
-from s3d_jax.weights.trees import Params
+from s3d_jax.weights.trees import Params, float_dtype
 
 
 @under_usual_jax_settings
@@ -57,6 +61,7 @@ def train_draft(
     config: TrainDraftConfig = TrainDraftConfig(),
     *,
     valid: Files = (),
+    mesh: Any = None,
     resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -69,6 +74,11 @@ def train_draft(
         run: a folder for states, metrics and curves.
         config: what is trained, and how.
         valid: held-out files; without them a share of `data` is held out.
+        mesh: several devices, as in `load`; None is one. The rows of a step are divided over
+            `data`, which must divide them, and so are matrices, trained ones and frozen ones, and
+            what the optimizer keeps. A run may continue on another mesh, or on one device. Of
+            several hosts each calls this, with the same arguments and folders; the first one
+            writes. See docs/sharding.md.
         resume: continue the run in `run` from its newest state; a number names the step of an
             older state, and newer ones are removed.
         overwrite: replace a draft of that name (the `out` of mode "full").
@@ -81,7 +91,7 @@ def train_draft(
         InputError, ConfigError, CheckpointError: files, settings or folders that do not fit.
         TrainingError: see `fit`; or the trained draft is worse than the untrained one, or than the
             one that it would replace: it is not stored, and the run is kept.
-        DeviceError: there is no device.
+        DeviceError: there is no device, or fewer than the mesh needs.
     """
     _check_destination(model, config, overwrite)
     check_run(run, resume)
@@ -89,14 +99,17 @@ def train_draft(
     if config.mode == "full":  # of what is stored: CPUs hold blocks as floats
         check_trainable(stored.config)
     check_row_length(config.row_length, stored.config)
-    lm = load(model, dtype=config.dtype, progress=progress, use_draft=False)
-    draft, adapter, start = _beginning(model, lm.config, config)
+    devices = mesh_for(mesh, stored.config, config.loop)
+    replaces = config.out is None and config.name in draft_names(model)
+    lm = checkpoint.load(model, config.dtype, mesh=devices, over_data=True, progress=progress)
+    tokenizer, ends = tokenizer_or_none(stored.path), stored.eos_token_ids
+    draft, adapter, start = _beginning(model, lm.config.replace(shards=1, over_data=False), config)
     limit = stored.config.max_position_embeddings
     corpus = read_corpus(
         data,
         valid,
-        lm.tokenizer,
-        lm.eos_token_ids[0] if lm.eos_token_ids else None,
+        tokenizer,
+        ends[0] if ends else None,
         lm.config,
         config,
         lambda documents: pack(documents, config.row_length or row_length_for(documents, limit)),
@@ -127,11 +140,19 @@ def train_draft(
             seed=config.loop.seed,
             progress=progress,
         )
-    make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=lm.eos_token_ids)
+    make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=ends)
     decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
+    place = None if devices is None else Placement(devices, lm.config)
+    # In a program on a mesh, so that all that decodes lies where decoding expects it.
+    arranged = task.arranged if place is None else jax.jit(task.arranged, static_argnames="dtype")
+
+    def merged(tree: Mapping[str, Any]) -> tuple[Params, DraftParams]:
+        with on_mesh(devices):
+            layers, trained = arranged(tree, dtype=float_dtype(lm.params))
+        return {**lm.params, **layers}, trained
 
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
-        params, trained = task.merged(_cast(dict(tree), stored.config.dtype), lm.params)
+        params, trained = merged(_cast(dict(tree), stored.config.dtype))
         trained = _cast(trained, lm.config.dtype)
         report = decoding.measure(params, trained)
         if config.mode == "full":
@@ -148,6 +169,7 @@ def train_draft(
         "loss_weights": task.loss_weights,
         "dtype": lm.config.dtype,
         "target_crc32": checkpoint.weights_checksum(model),
+        "mesh": _in_words(devices),
     }
     options = corpus.options(config, more)
     tree, validations = fit(
@@ -157,6 +179,7 @@ def train_draft(
         run,
         options=options,
         validate=validate,
+        place=place,
         resume=resume,
         progress=progress,
     )
@@ -170,8 +193,8 @@ def train_draft(
         )
     tau = reached["tokens_per_iteration"]
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
-    if config.out is None and config.name in draft_names(model):
-        old = read_draft(model, config.name, lm.config)
+    if replaces:
+        old = read_draft(model, config.name, lm.config, mesh=devices)
         # τ grows with γ. So the old draft proposes no more than the new one.
         old_config = old.config.replace(gamma=min(old.config.gamma, draft.gamma))
         make_old = functools.partial(make_lm, draft_config=old_config)
@@ -186,26 +209,34 @@ def train_draft(
         "reached": reached,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(tree)),
     }
-    report |= _about_vocabulary(task, tree, corpus, decoding, stored.config.dtype)
-    if config.out is None:
-        trained = task.merged(tree, lm.params)[1]
+    if task.vocabulary is not None:
+        report |= _about_vocabulary(
+            corpus, decoding, merged(_cast(dict(tree), stored.config.dtype)), lm.config.dtype
+        )
+    tree = on_host(tree)
+    trained = tree["draft"].replace(vocabulary=task.vocabulary)
+    if config.out is not None:
+        del report["target_crc32"]  # it is for the weights next to which it is stored
+    if not is_first_host():
+        pass
+    elif config.out is None:
         save_draft(model, config.name, draft, trained, report, overwrite=True)
     else:
-        del report["target_crc32"]  # it is for the weights next to which it is stored
-        as_stored = lm.config.dtype == stored.config.dtype
-        params, trained = task.merged(
-            tree, lm.params if as_stored else checkpoint.load(model, stored.config.dtype).params
-        )
+        layers = _cast(tree["layers"], stored.config.dtype)
         _save_model(
             config.out,
             stored.config,
-            params,
+            {
+                name: layers.get(name) or checkpoint.read_group(stored, name)
+                for name in stored.groups
+            },
             (config.name, draft, trained, report),
             source={"target": stored.source, "changed_by": "s3d train --mode full"},
             generation_config=stored.generation_config,
             tokenizer=model,
             overwrite=overwrite,
         )
+    wait_for_hosts("the draft is stored")
     # Last, so that nothing is lost where warnings are errors.
     warn_if_useless(untrained["tokens_per_iteration"], tau, draft.gamma)
     return report
@@ -220,6 +251,7 @@ def pretrain(
     config: PretrainConfig = PretrainConfig(),
     *,
     valid: Files = (),
+    mesh: Any = None,
     resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -232,8 +264,8 @@ def pretrain(
         run: a folder for states, metrics, curves and the tokenizer.
         model: the model; its dtype is what is written, the trained weights are float32.
         config: how it is trained, and whether it also learns to draft.
-        valid, resume, overwrite, progress: as in `train_draft`; `overwrite` replaces `out`. A draft
-            that is worse than the untrained one is not stored with the model.
+        valid, mesh, resume, overwrite, progress: as in `train_draft`; `overwrite` replaces `out`. A
+            draft that is worse than the untrained one is not stored with the model.
 
     Returns:
         JSON: the options and what was reached.
@@ -245,6 +277,10 @@ def pretrain(
     check_replaceable(out, overwrite)
     check_run(run, resume)
     check_row_length(config.row_length, model)
+    devices = mesh_for(mesh, model, config.loop)
+    if config.tokenizer is None and is_first_host():
+        tokenizer_of_run(data, model.vocab_size, run)
+    wait_for_hosts("the tokenizer is trained")
     vocabulary = config.tokenizer or tokenizer_of_run(data, model.vocab_size, run)
     tokenizer = tokenizer_for(vocabulary, model.vocab_size)
     ends = end_token_ids(tokenizer)
@@ -261,9 +297,13 @@ def pretrain(
         learns_text=True,
     )
     _show(corpus, progress)
-    draft, trained_model = config.draft, model.replace(dtype="float32")
+    draft, place, on_devices = config.draft, None, model
+    if devices is not None:
+        on_devices = model.replace(shards=shape_of(devices).model, over_data=True)
+        place = Placement(devices, on_devices)
+    trained_model = on_devices.replace(dtype="float32")
     task = PretrainTask(
-        model,
+        on_devices,
         draft_config=draft,
         draft_weight=config.draft_weight,
         objective=config.objective,
@@ -276,8 +316,11 @@ def pretrain(
         make_lm = functools.partial(LM, trained_model, draft_config=draft, eos_token_ids=ends)
         decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
 
+    arranged = task.arranged if place is None else jax.jit(task.arranged)
+
     def as_stored(tree: Mapping[str, Any]) -> dict[str, Any]:
-        return _cast(_cast(dict(tree), model.dtype), "float32")
+        with on_mesh(devices):
+            return arranged(_cast(_cast(dict(tree), model.dtype), "float32"))
 
     def validate(tree: Mapping[str, Any]) -> dict[str, Any]:
         tree = as_stored(tree)
@@ -291,6 +334,7 @@ def pretrain(
         "draft": None if draft is None else draft.to_dict() | {"weight": config.draft_weight},
         "adapter": dataclasses.asdict(config.adapter),
         "compute_dtype": config.compute_dtype,
+        "mesh": _in_words(devices),
     }
     options = corpus.options(config, more)
     tree, validations = fit(
@@ -300,27 +344,31 @@ def pretrain(
         run,
         options=options,
         validate=validate,
+        place=place,
         resume=resume,
         progress=progress,
     )
-    tree, reached = as_stored(tree), validations[-1]
+    reached = validations[-1]
     report = options | {"reached": reached}
     worse = None
     if decoding:
-        params = tree["params"]
-        untrained = decoding.measure(params, untrained_draft(model, params))
+        params = as_stored(tree)["params"]
+        untrained = decoding.measure(params, untrained_draft(trained_model, params))
         taus = untrained["tokens_per_iteration"], reached["tokens_per_iteration"]
         worse = made_worse(*taus, "the untrained one", run)
-    _save_model(
-        out,
-        model,
-        _cast(tree["params"], model.dtype),
-        (DEFAULT_NAME, draft, tree["draft"], report) if draft and not worse else None,
-        source={"trained_by": "s3d pretrain", **report},
-        generation_config={"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends},
-        tokenizer=vocabulary,
-        overwrite=overwrite,
-    )
+    tree = on_host(tree)
+    if is_first_host():
+        _save_model(
+            out,
+            model,
+            _cast(tree["params"], model.dtype),
+            (DEFAULT_NAME, draft, tree["draft"], report) if draft and not worse else None,
+            source={"trained_by": "s3d pretrain", **report},
+            generation_config={"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends},
+            tokenizer=vocabulary,
+            overwrite=overwrite,
+        )
+    wait_for_hosts("the model is written")
     if worse:
         warnings.warn(f"{worse}. The model itself is in {out}", stacklevel=2)
     elif draft:
@@ -430,30 +478,29 @@ def _vocabulary(
 
 
 def _about_vocabulary(
-    task: DraftTask,
-    tree: Mapping[str, Any],
-    corpus: Corpus,
-    decoding: HeldOutDecoding,
-    dtype: str,
+    corpus: Corpus, decoding: HeldOutDecoding, merged: tuple[Params, DraftParams], dtype: str
 ) -> dict[str, Any]:
-    """What a vocabulary of its own costs the draft; JSON, empty without one."""
-    if task.vocabulary is None:
-        return {}
-    params, trained = task.merged(_cast(dict(tree), dtype), task.frozen)
-    whole = _cast(trained.replace(vocabulary=None), task.config.dtype)
-    report = decoding.measure(params, whole)
+    """What a vocabulary of its own costs the draft, whose arrays are cast to `dtype`: JSON."""
+    params, trained = merged
+    report = decoding.measure(params, _cast(trained.replace(vocabulary=None), dtype))
     rows, coverage = corpus.held_out, None
     if rows.num_learnt:
-        coverage = float(np.isin(rows.tokens[rows.learn], task.vocabulary).mean())
+        vocabulary = np.asarray(trained.vocabulary)
+        coverage = float(np.isin(rows.tokens[rows.learn], vocabulary).mean())
     return {
         "vocabulary_coverage": coverage,
         "tokens_per_iteration_with_all_tokens": report["tokens_per_iteration"],
     }
 
 
+def _in_words(mesh: Mesh | None) -> str | None:
+    """The mesh as options name it."""
+    return None if mesh is None else str(shape_of(mesh))
+
+
 def _show(corpus: Corpus, progress: bool) -> None:
     """Says before the training what there is to learn."""
-    if progress:
+    if progress and is_first_host():
         from tqdm import tqdm
 
         tqdm.write(corpus.summary, file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
+from s3d_jax.mesh import mesh_of, on_mesh
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.streams import target_stream
 from s3d_jax.settings.model import ModelConfig
@@ -174,6 +175,7 @@ def perplexity(config: ModelConfig, params: Params, rows: Rows, batch_size: int 
         missing = batch_size - len(tokens)  # padded, so that one program serves all passes
         tokens = np.pad(tokens, ((0, missing), (0, 0)))
         learn = np.pad(learn, ((0, missing), (0, 0)))
-        mean = _next_token_loss(config, params, tokens, learn)
+        with on_mesh(mesh_of(params)):
+            mean = _next_token_loss(config, params, tokens, learn)
         total, count = total + float(mean.total), count + float(mean.weight)
     return math.exp(total / max(count, 1))

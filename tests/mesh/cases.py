@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import s3d_jax
+from benchmarks.sharding import collectives
 from s3d_jax.commands.main import main
 from s3d_jax.drafters import stored
 from s3d_jax.drafters.stored import save_draft
@@ -238,20 +239,6 @@ def texts(monkeypatch) -> dict[tuple[str, str | None], str]:
     return found
 
 
-_SENT = re.compile(
-    r"= (?P<what>.*?) (?P<how>all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
-    r"(-start)?\(.*op_name=\"(?P<where>[^\"]*)\""
-)
-
-
-def sent(text: str) -> list[tuple[str, str, str]]:
-    """(kind, place in the model or "", result) of each collective of a program."""
-    matches = [m for line in text.splitlines() if (m := _SENT.search(line))]
-    assert len(matches) >= len(re.findall(r" all-(?:reduce|gather)(?:-start)?\(", text))
-    places = [re.search(r"layers_\d+/\w+/\w+|embed", m["where"]) for m in matches]
-    return [(m["how"], p[0] if p else "", m["what"]) for m, p in zip(matches, places, strict=True)]
-
-
 @pytest.mark.parametrize(("mesh", "rows"), [("model=4", 1), ("data=2,model=2", 2)])
 def test_two_all_reduces_per_layer(mesh, rows, texts, tmp_path):
     config = config_of("llama", num_kv_heads=4, vocab_size=256, num_layers=3)
@@ -267,21 +254,17 @@ def test_two_all_reduces_per_layer(mesh, rows, texts, tmp_path):
 
     drafted = [place for place in layers(3) if "layers_1" not in place]
     for drafter, places in ((None, layers(3)), ("s3d", sorted(layers(3) + drafted))):
-        found = sent(texts["decode", drafter])
+        found = collectives(texts["decode", drafter])
         passes = 1 if drafter is None else 2
-        in_model = [(how, place) for how, place, _ in found if place]
+        places_of = [re.search(r"layers_\d+/\w+/\w+|embed", sent.where) for sent in found]
+        in_model = [(sent.how, p[0]) for sent, p in zip(found, places_of, strict=True) if p]
         assert sorted(in_model) == sorted(
             [("all-reduce", place) for place in places] + [("all-reduce", "embed")] * passes
         )
         # Elsewhere token ids, and the best of each device's share of the vocabulary: no weights, no
         # keys or values, and no logits.
-        for _, place, result in found:
-            sizes = [np.prod([int(n) for n in x.split(",") if n]) for x in _dims(result)]
-            assert place or max(sizes) <= 2 * 64 * rows, result
-
-
-def _dims(result: str) -> list[str]:
-    return re.findall(r"\[([\d,]*)\]", result)
+        for sent, place in zip(found, places_of, strict=True):
+            assert place or max(sent.sizes) <= 2 * 64 * rows, sent
 
 
 def test_each_device_gets_its_share_alone(tmp_path, monkeypatch):

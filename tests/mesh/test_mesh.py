@@ -2,18 +2,24 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import s3d_jax
 from s3d_jax.storage import native
-from tests.tiny import tiny_config, tiny_params
+from tests.mesh.tiny_run import assert_close, config_of, losses, train
+from tests.tiny import tiny_params
 
 CASES = Path(__file__).with_name("cases.py")
+TRAINING = CASES.with_name("training.py")
 
 
 def with_devices(count: int) -> dict[str, str]:
@@ -22,11 +28,11 @@ def with_devices(count: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(CASES.parents[2])}
 
 
-def run(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+def run(file: Path, devices: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(
         [*command, *arguments],
-        env=with_devices(8),
+        env=with_devices(devices),
         cwd=CASES.parents[2],
         capture_output=True,
         text=True,
@@ -35,40 +41,82 @@ def run(*arguments: str) -> None:
 
 
 def test_on_eight_devices():
-    run("-m", "not exhaustive")
+    run(CASES, 8, "-m", "not exhaustive")
 
 
 @pytest.mark.exhaustive
 def test_all_on_eight_devices():
-    run("-m", "exhaustive")
+    run(CASES, 8, "-m", "exhaustive")
 
 
-def test_two_hosts_give_the_tokens_of_one(tmp_path):
-    config = tiny_config(num_heads=8, num_kv_heads=2, vocab_size=32, num_layers=2)
-    native.save(tmp_path / "model", config, tiny_params(config))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    script = str(CASES.with_name("hosts.py"))
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(i), str(tmp_path / "model")],
-            env=with_devices(2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [host.communicate(timeout=600) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
+def test_training_on_four_devices():
+    run(TRAINING, 4, "-m", "not exhaustive")
+
+
+@pytest.mark.exhaustive
+def test_all_training_on_four_devices():
+    run(TRAINING, 4, "-m", "exhaustive")
+
+
+@pytest.fixture
+def start():
+    """Starts a program twice, as two hosts: (arguments of host i) -> both processes."""
+    started = []
+
+    def begin(arguments: Callable[[int, int], list[str]]) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        hosts = [
+            subprocess.Popen(
+                [sys.executable, *arguments(port, i)],
+                env=with_devices(2),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        started.extend(hosts)
+        return hosts
+
+    yield begin
+    for host in started:
+        host.kill()
+        host.wait()
+
+
+def outputs_of(hosts: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    said = [host.communicate(timeout=600) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
-    outputs = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return said
+
+
+def test_two_hosts_compute_what_one_does(tmp_path, start):
+    """Ten steps, in the seventh of which both are killed; and texts."""
+    config = config_of()
+    native.save(tmp_path / "model", config, tiny_params(config))
+
+    def arguments(port: int, i: int) -> list[str]:
+        return [str(CASES.with_name("hosts.py")), str(port), str(i), str(tmp_path)]
+
+    hosts, deadline = start(arguments), time.monotonic() + 300
+    train(tmp_path / "model", tmp_path / "one")  # meanwhile
+    metrics = tmp_path / "run/metrics.jsonl"
+    # A step is noted while the next one is computed, and the seventh one's batch never comes.
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline and all(host.poll() is None for host in hosts)
+        time.sleep(0.05)
+    for host in hosts:
+        host.send_signal(signal.SIGKILL)
+        host.wait()
+    assert [state.name for state in (tmp_path / "run/states").iterdir()] == ["4"]
+    outputs = [json.loads(out.splitlines()[-1]) for out, _ in outputs_of(start(arguments))]
     assert outputs[0] == outputs[1]
-    *found, refusal = outputs[0]
+    *found, refusal, learnt = outputs[0]
+    assert_close(losses(tmp_path / "run"), losses(tmp_path / "one"))
+    trained = train(tmp_path / "model", tmp_path / "one", resume=True)["draft"].bridges
+    np.testing.assert_allclose(learnt, trained["final_norm"]["up"], atol=2e-5)
     lm = s3d_jax.load(tmp_path / "model")
     plain, sampled = (
         [r.tokens for r in lm.generate([[1, 2, 3], [4, 5]], max_new_tokens=12, **options)]

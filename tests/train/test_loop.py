@@ -41,7 +41,7 @@ class Line:
         self.loss_scale = 4.0
         self.noise = noise
 
-    def init(self, key):
+    def init(self, key, frozen):
         return {"w": jax.random.normal(key, (3, 2)), "b": jnp.zeros(2)}
 
     def losses(self, tree, frozen, batch, key):

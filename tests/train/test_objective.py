@@ -337,7 +337,7 @@ def test_gradients_reach_all_trained_arrays_and_are_finite(mode, objective):
         objective=ObjectiveConfig(objective, 0.8, 4),
         adapter=AdapterConfig(2, 2, 2),
     )
-    tree = task.init(jax.random.key(0))
+    tree = task.init(jax.random.key(0), task.frozen)
     batch = {
         "tokens": jax.random.randint(jax.random.key(1), (2, 16), 0, 31),
         "learn": jnp.ones((2, 16), bool).at[1, 9:].set(False),
@@ -376,7 +376,7 @@ def test_gradients_survive_float16():
             objective=ObjectiveConfig(hop=False),
         )
         gradient = jax.jit(jax.grad(lambda *a, t=task: t.loss_scale * minimized(t)(*a)[0]))
-        tree = gradient(task.init(jax.random.key(0)), params, batch, jax.random.key(1))
+        tree = gradient(task.init(jax.random.key(0), task.frozen), params, batch, jax.random.key(1))
         found.append(tree["draft"].mask_embeddings / task.loss_scale)
     error = jnp.linalg.norm(found[1] - found[0]) / jnp.linalg.norm(found[0])
     # Rounding, whatever the scale: 0.0011 with AVX2, 0.0034 where the CPU computes in float16.
@@ -404,7 +404,7 @@ def test_recomputed_activations_give_the_same_gradients(mode):
             remat=remat,
         )
         assert task.objective.hop
-        tree = task.init(jax.random.key(0))
+        tree = task.init(jax.random.key(0), task.frozen)
         if mode == "adapter":  # else no gradient reaches the "down" of its pairs
             tree = {"draft": noisy_draft(config, params, task.draft_config)}
         gradient = jax.jit(jax.grad(minimized(task), has_aux=True))
