@@ -7,17 +7,20 @@ communication. `constrained` tells it where arrays are to lie; it changes no val
 
 import contextlib
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from s3d_jax.errors import S3DError
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 DATA, MODEL = AXES = ("data", "model")
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -83,21 +86,38 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_hosts(what: str) -> None:
-    """Returns once each host has called this, with the same text."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def by_first_host(function: Callable[[], T]) -> T | None:
+    """Calls it on the first host alone, while the others wait; each host must call this.
 
-        multihost_utils.sync_global_devices(what)
+    Returns:
+        What it returns, on the first host; None on the others.
+
+    Raises:
+        S3DError, OSError: what it raises, on the first host; the others raise an S3DError then.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result, failure = None, None
+    if is_first_host():
+        try:
+            result = function()
+        except (S3DError, OSError) as error:  # else the others would wait for nobody
+            failure = error
+    said = told_by_first_host(failure and str(failure))
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise S3DError(f"the first host stopped: {said}")
+    return result
 
 
 def told_by_first_host(value: Any) -> Any:
     """The value that the first host has, which is JSON; each host must call this."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
+    from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first_host() else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    sent = np.resize(np.asarray(text, np.uint8), size) if is_first_host() else np.zeros(size, "u1")
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(broadcast_one_to_all(np.int32(len(text))))
+    sent = text if is_first_host() else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(broadcast_one_to_all(sent), np.uint8).tobytes())

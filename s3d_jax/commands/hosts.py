@@ -65,7 +65,8 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
             jax.distributed.initialize(options.hosts, options.host_count, options.host_id)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(
-            f"the hosts do not find each other (--hosts {options.hosts}): {error!s:.300}"
+            f"this host does not join the others (--hosts {options.hosts}; on the first host "
+            f"another program may listen on that port): {error!s:.300}"
         ) from error
     from s3d_jax.mesh import is_first_host
 
@@ -95,7 +96,7 @@ def _check(options: HostsOptions, has_mesh: bool) -> None:
             raise InputError(f"--hosts {_AUTO} takes no --host-count and no --host-id")
         return
     address, _, port = options.hosts.rpartition(":")
-    if not address or not port.isdecimal():
+    if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(
             f'--hosts takes an address and a port, "10.0.0.1:1234", got {options.hosts!r:.80}'
         )

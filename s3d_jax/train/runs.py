@@ -27,7 +27,7 @@ from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, tokenizer_or_none
 from s3d_jax.machine import default_device
-from s3d_jax.mesh import is_first_host, on_mesh, wait_for_hosts
+from s3d_jax.mesh import by_first_host, is_first_host, on_mesh
 from s3d_jax.nn.draft import DraftParams, recalled_layers, untrained_draft
 from s3d_jax.nn.sharding import on_host, shape_of
 from s3d_jax.settings.drafting import DraftConfig
@@ -99,6 +99,8 @@ def train_draft(
     if config.mode == "full":  # of what is stored: CPUs hold blocks as floats
         check_trainable(stored.config)
     check_row_length(config.row_length, stored.config)
+    default_device()  # before files are read for minutes
+    progress = progress and is_first_host()
     devices = mesh_for(mesh, stored.config, config.loop)
     replaces = config.out is None and config.name in draft_names(model)
     lm = checkpoint.load(model, config.dtype, mesh=devices, over_data=True, progress=progress)
@@ -217,11 +219,11 @@ def train_draft(
     trained = tree["draft"].replace(vocabulary=task.vocabulary)
     if config.out is not None:
         del report["target_crc32"]  # it is for the weights next to which it is stored
-    if not is_first_host():
-        pass
-    elif config.out is None:
-        save_draft(model, config.name, draft, trained, report, overwrite=True)
-    else:
+
+    def store() -> None:
+        if config.out is None:
+            save_draft(model, config.name, draft, trained, report, overwrite=True)
+            return
         layers = _cast(tree["layers"], stored.config.dtype)
         _save_model(
             config.out,
@@ -236,7 +238,8 @@ def train_draft(
             tokenizer=model,
             overwrite=overwrite,
         )
-    wait_for_hosts("the draft is stored")
+
+    by_first_host(store)
     # Last, so that nothing is lost where warnings are errors.
     warn_if_useless(untrained["tokens_per_iteration"], tau, draft.gamma)
     return report
@@ -274,13 +277,13 @@ def pretrain(
         InputError, ConfigError, CheckpointError, TrainingError, DeviceError: as `train_draft`.
     """
     default_device()  # before files are read for minutes
+    progress = progress and is_first_host()
     check_replaceable(out, overwrite)
     check_run(run, resume)
     check_row_length(config.row_length, model)
     devices = mesh_for(mesh, model, config.loop)
-    if config.tokenizer is None and is_first_host():
-        tokenizer_of_run(data, model.vocab_size, run)
-    wait_for_hosts("the tokenizer is trained")
+    if config.tokenizer is None:  # the first host writes it into the run
+        by_first_host(lambda: tokenizer_of_run(data, model.vocab_size, run))
     vocabulary = config.tokenizer or tokenizer_of_run(data, model.vocab_size, run)
     tokenizer = tokenizer_for(vocabulary, model.vocab_size)
     ends = end_token_ids(tokenizer)
@@ -357,8 +360,8 @@ def pretrain(
         taus = untrained["tokens_per_iteration"], reached["tokens_per_iteration"]
         worse = made_worse(*taus, "the untrained one", run)
     tree = on_host(tree)
-    if is_first_host():
-        _save_model(
+    by_first_host(
+        lambda: _save_model(
             out,
             model,
             _cast(tree["params"], model.dtype),
@@ -368,7 +371,7 @@ def pretrain(
             tokenizer=vocabulary,
             overwrite=overwrite,
         )
-    wait_for_hosts("the model is written")
+    )
     if worse:
         warnings.warn(f"{worse}. The model itself is in {out}", stacklevel=2)
     elif draft:
@@ -500,7 +503,7 @@ def _in_words(mesh: Mesh | None) -> str | None:
 
 def _show(corpus: Corpus, progress: bool) -> None:
     """Says before the training what there is to learn."""
-    if progress and is_first_host():
+    if progress:
         from tqdm import tqdm
 
         tqdm.write(corpus.summary, file=sys.stderr)

@@ -14,7 +14,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, number)
 
 import s3d_jax  # noqa: E402  jax must know the hosts before anything uses it
-from s3d_jax.mesh import told_by_first_host  # noqa: E402
+from s3d_jax.mesh import by_first_host, told_by_first_host  # noqa: E402
 from s3d_jax.nn.sharding import on_host  # noqa: E402
 from tests.mesh.tiny_run import train  # noqa: E402
 
@@ -22,6 +22,20 @@ MESH = "data=2,model=2"
 resume = (folder / "run/metrics.jsonl").exists()
 tree = train(folder / "model", folder / "run", MESH, resume=resume, hangs_at=None if resume else 7)
 assert told_by_first_host({"number": number}) == {"number": 0}
+assert by_first_host(lambda: "done") == ("done" if number == 0 else None)
+
+
+def fails():
+    raise s3d_jax.InputError(f"no text on host {number}")
+
+
+try:  # neither waits for the other
+    by_first_host(fails)
+except s3d_jax.S3DError as error:
+    expected = "no text on host 0" if number == 0 else "the first host stopped: no text on host 0"
+    assert str(error) == expected, error
+else:
+    raise AssertionError("nothing was raised")
 
 found = []
 lm = s3d_jax.load(folder / "model", mesh=MESH)

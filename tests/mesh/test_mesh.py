@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import s3d_jax
+from s3d_jax.commands.main import main
 from s3d_jax.storage import native
 from tests.mesh.tiny_run import assert_close, config_of, losses, train
 from tests.tiny import tiny_params
@@ -124,3 +125,23 @@ def test_two_hosts_compute_what_one_does(tmp_path, start):
     )
     assert found == [plain, plain, sampled]
     assert "has 2 devices, and the 2 hosts have 4: each must be in the mesh" in refusal
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--host-id 0", "--host-count and --host-id are of --hosts: give that too"),
+        ("--hosts localhost:1234", "--hosts needs --mesh, a mesh of all devices"),
+        ("--mesh data=2 --hosts auto --host-id 0", "--hosts auto takes no --host-count"),
+        ("--mesh data=2 --hosts localhost", 'an address and a port, "10.0.0.1:1234", got'),
+        ("--mesh data=2 --hosts localhost:99999", "an address and a port"),
+        ("--mesh data=2 --hosts localhost:1234 --host-count 2", "needs --host-count, how many"),
+        (
+            "--mesh data=2 --hosts localhost:1234 --host-count 2 --host-id 2",
+            "--host-id 2: 2 hosts are 0 to 1",
+        ),
+    ],
+)
+def test_hosts_that_do_not_fit_together_are_refused_before_anything_else(words, message, capsys):
+    assert main(["generate", "text", *words.split()]) == 2
+    assert message in capsys.readouterr().err
