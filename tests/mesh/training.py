@@ -90,10 +90,11 @@ def test_a_model_from_scratch(tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
-@pytest.mark.parametrize("mode", ["mask", "full", "pretrain"])
-@pytest.mark.parametrize("mesh", ["data=4", "model=4", "data=2,model=2"])
-def test_all_modes_and_optimizers(mesh, mode, optimizer, model, tmp_path):
+@pytest.mark.parametrize(
+    "mesh, mode, optimizer",
+    [("data=4", "mask", "lion"), ("model=4", "full", "adafactor"), ("data=4", "pretrain", "adamw")],
+)
+def test_modes_and_optimizers(mesh, mode, optimizer, model, tmp_path):
     found = []
     for where in (None, mesh):
         run = tmp_path / f"run-{where}"
