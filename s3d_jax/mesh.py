@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 DATA, MODEL = AXES = ("data", "model")
-T = TypeVar("T")
+_Result = TypeVar("_Result")
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
-def by_first_host(function: Callable[[], T]) -> T | None:
+def by_first_host(function: Callable[[], _Result]) -> _Result | None:
     """Calls it on the first host alone, while the others wait; each host must call this.
 
     Returns:
