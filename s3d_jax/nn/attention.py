@@ -17,6 +17,7 @@ from s3d_jax.nn.rope import Rotary, rotate
 from s3d_jax.nn.rounded import Rounded, Stored
 from s3d_jax.nn.sharding import split
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.weights.exact import settled
 from s3d_jax.weights.exact import softmax as exact_softmax
 from s3d_jax.weights.formats import exact_sums
 
@@ -139,6 +140,8 @@ def attend(
         x = x.reshape(b, kv, t, n // kv, -1) * scale
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
+        if exact:
+            x = settled(x)
         return jnp.where(mask[:, None, :, None], x, jnp.finfo(jnp.float32).min)
 
     def mix(weights: jax.Array, values: Stored) -> jax.Array:
@@ -239,7 +242,7 @@ def attention_mix(weights: jax.Array, values: Stored, exact: bool = False) -> ja
     Args:
         weights: [B, K, Q, S]; rounded to the type of the values, if these are floats.
         values: [B, K, S, H].
-        exact: as in `attention_scores`.
+        exact: as in `attention_scores`, for at most 256 queries.
 
     Returns:
         float32 [B, K, Q, H].
@@ -251,13 +254,35 @@ def attention_mix(weights: jax.Array, values: Stored, exact: bool = False) -> ja
     plain = functools.partial(_batched, "bkqs,bksh->bkqh")
 
     def padded(weights: jax.Array, values: jax.Array) -> jax.Array:
-        return plain(_two_or_more(weights), values)[:, :, :count]
+        return plain(_two_or_more(weights), values)[:, :, : weights.shape[2]]
 
-    if exact:
-        return padded(weights, values)
+    if exact and count <= _MOST_EXACT:
+        return _exact_mix(padded, weights, values)
     if count > 1 or weights.dtype == jnp.float32:
         return plain(weights, values)
     return jax.lax.platform_dependent(weights, values, cpu=padded, default=plain)
+
+
+def _exact_mix(
+    mix: Callable[[jax.Array, jax.Array], jax.Array], weights: jax.Array, values: jax.Array
+) -> jax.Array:
+    """The sums in pieces of a size at which XLA's order of summing depends on nothing."""
+
+    def by_slots(weights: jax.Array) -> jax.Array:
+        starts = range(0, weights.shape[-1], _EXACT_SLOTS)
+        cuts = [slice(start, start + _EXACT_SLOTS) for start in starts]
+        first, *others = [mix(weights[..., cut], values[:, :, cut]) for cut in cuts]
+        for other in others:
+            first = first + jax.lax.optimization_barrier(other)
+        return first
+
+    starts = range(0, weights.shape[2], _EXACT_QUERIES)
+    parts = [by_slots(weights[:, :, start : start + _EXACT_QUERIES]) for start in starts]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+
+
+_EXACT_SLOTS, _EXACT_QUERIES = 256, 32
+_MOST_EXACT = 256  # queries; a prompt has more, and nothing has to be equal to it
 
 
 def _two_or_more(rows: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ from s3d_jax.nn.rope import Rotary, rotary_table
 from s3d_jax.nn.rounded import Stored
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import num_bytes
-from s3d_jax.weights.formats import head_format
+from s3d_jax.weights.exact import settled
+from s3d_jax.weights.formats import exact_sums, head_format
 from s3d_jax.weights.trees import Params
 
 
@@ -30,9 +31,9 @@ def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
     """What attention or MLP adds to the residual stream, computed from its output."""
     if cfg.post_norms:
         y = RMSNorm(cfg, name=norm)(y)
-    if cfg.residual_scale == 1.0:
-        return y
-    return (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype)
+    if cfg.residual_scale != 1.0:
+        y = (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype)
+    return settled(y) if exact_sums(cfg) else y
 
 
 class Block(nn.Module):
@@ -125,6 +126,8 @@ class Transformer(nn.Module):
             x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
         if cfg.embedding_scale != 1.0:
             x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
+        if exact_sums(cfg):
+            x = settled(x)
 
         # Layers of equal window and slots share a layout. Layers of equal rotary settings share a
         # table.

@@ -52,6 +52,15 @@ _SUMMED_BITS, _SUMMED = 22, 256  # a sum of so many numbers is at most 2^30
 _LOW_BITS = 15  # of such a sum: the sums of its high and low parts over the row fit as well
 
 
+def settled(x: jax.Array) -> jax.Array:
+    """The same numbers, for a sum; -infinity becomes the least number.
+
+    Where a product goes into a sum, compilers may or may not round it before, by the shape of the
+    loop. Here another operation, which they cannot leave out, comes between.
+    """
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
+
+
 @jax.custom_jvp
 def softmax(x: jax.Array) -> jax.Array:
     """Softmax over the last axis, float32. Its derivative ignores rounding.

@@ -17,13 +17,14 @@ import numpy as np
 from s3d_jax.machine import is_before_ampere
 from s3d_jax.mesh import MODEL, axis_size
 from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
-from s3d_jax.weights.exact import row_max
+from s3d_jax.weights.exact import row_max, settled
 from s3d_jax.weights.rotation import block_of, rotate, rotate_rounded
 
 LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
 _WIDE, _WIDE_PER_ROW = 512, 64  # with more inputs, transposing the result costs less than it saves
 _COLUMNS = 4  # what a sum is made for at the cost of one
-_SHORT, _TALL = 1024, 4  # a tall matrix of short rows is better packed than multiplied first
+_SHORT, _TALL, _TALLEST = 1024, 4, 32  # inputs; outputs for each of them, of feed-forward and head
+_ANY_COLUMNS = jax.__version_info__ >= (0, 11)  # XLA's sums for 3, 5, 6 or 7 columns cost no more
 AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 
 
@@ -169,7 +170,7 @@ def _w8a8(
     step = step if unit is None else step * unit
     # A barrier as in `exact.norm`: XLA might multiply step and scale first, for some shapes only.
     found = sums(rounded, weight).astype(jnp.float32)
-    return jax.lax.optimization_barrier(found * step) * scale
+    return settled(jax.lax.optimization_barrier(found * step) * scale)
 
 
 def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -181,11 +182,15 @@ def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
         folds = 1  # outputs cannot be joined to long rows where the rows are divided
     if weight_first and folds > 1 and outputs % folds == 0:
         return _folded_sums(rows, weight, folds)
-    if weight_first and count > 2 and inputs < _SHORT and outputs >= _TALL * inputs:
-        weight_first = count >= 8
+    tall = outputs // inputs if inputs < _SHORT else 0
+    if weight_first and count > 2 and tall >= _TALL:
+        # Rather packed than multiplied first: a vocabulary by recent versions of XLA.
+        weight_first = tall < _TALLEST if _ANY_COLUMNS else count >= 8
     padded = count
     if count == 1:
         padded = 2  # one row takes up to 16 times the time of two
+    elif weight_first and _ANY_COLUMNS:
+        padded += -count % _COLUMNS if tall >= _TALL else 0
     elif weight_first and 4 < count < 8:
         padded = 8  # eight rows take less time than five
     rows = jnp.pad(rows, ((0, padded - count), (0, 0)))

@@ -1,10 +1,13 @@
 """Sums whose bits do not depend on the order: as exact as those of floats, with derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from s3d_jax.nn.attention import attention_mix, attention_scores
 from s3d_jax.weights import exact
 
 
@@ -68,3 +71,22 @@ def test_zeros_behind_the_others_change_no_bit_of_a_sum(count):
         padded = np.zeros((400, slots), np.float32)
         padded[:, :count] = x
         np.testing.assert_array_equal(run(jnp.asarray(padded), 1.0), sums)
+
+
+@pytest.mark.parametrize("head_size", [16, 128])
+@pytest.mark.parametrize("slots", [192, 1024])
+def test_a_query_gets_the_same_bits_beside_any_number_of_others(head_size, slots):
+    """Recent versions of XLA sum long or many rows in another order than few short ones."""
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.normal(size=(1, 2, slots, head_size)), jnp.float32)
+    queries = jnp.asarray(rng.normal(size=(1, 2, 192, head_size)), jnp.float32)
+    weights = jnp.asarray(rng.uniform(size=(1, 2, 192, slots)), jnp.float32)
+    weights = weights.at[..., slots // 2 :].set(0)  # slots that are not in use yet
+    for product, rows in ((attention_scores, queries), (attention_mix, weights)):
+        run = jax.jit(functools.partial(product, exact=True))
+        alone = np.asarray(run(rows[:, :, :1], values))
+        for count in (2, 3, 7, 12, 40, 56, 64, 192):
+            np.testing.assert_array_equal(run(rows[:, :, :count], values)[:, :, :1], alone)
+    half = slice(slots // 2)
+    fewer = run(weights[:, :, :12, half], values[:, :, half])
+    np.testing.assert_array_equal(run(weights[:, :, :12], values), fewer)
