@@ -29,6 +29,8 @@ from s3d_jax.weights.trees import Params
 
 def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
     """What attention or MLP adds to the residual stream, computed from its output."""
+    if not cfg.post_norms and cfg.residual_scale == 1.0:
+        return y
     if cfg.post_norms:
         y = RMSNorm(cfg, name=norm)(y)
     if cfg.residual_scale != 1.0:

@@ -23,8 +23,9 @@ from s3d_jax.weights.rotation import block_of, rotate, rotate_rounded
 LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
 _WIDE, _WIDE_PER_ROW = 512, 64  # with more inputs, transposing the result costs less than it saves
 _COLUMNS = 4  # what a sum is made for at the cost of one
-_SHORT, _TALL, _TALLEST = 1024, 4, 32  # inputs; outputs for each of them, of feed-forward and head
-_ANY_COLUMNS = jax.__version_info__ >= (0, 11)  # XLA's sums for 3, 5, 6 or 7 columns cost no more
+_SHORT = 1024  # inputs; the order of matrices with fewer depends on how tall they are
+_TALL, _TALLEST = 4, 32  # outputs for each input: of a feed-forward layer; of a vocabulary
+_ANY_COLUMNS = jax.__version_info__ >= (0, 11)  # its XLA is fast for 3, 5, 6 and 7 columns too
 AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 
 
@@ -184,7 +185,8 @@ def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
         return _folded_sums(rows, weight, folds)
     tall = outputs // inputs if inputs < _SHORT else 0
     if weight_first and count > 2 and tall >= _TALL:
-        # Rather packed than multiplied first: a vocabulary by recent versions of XLA.
+        # XLA packs its second operand. That is cheaper for a vocabulary, and before jax 0.11 for
+        # few rows of any tall matrix.
         weight_first = tall < _TALLEST if _ANY_COLUMNS else count >= 8
     padded = count
     if count == 1:
