@@ -224,7 +224,14 @@ def attention_scores(rows: jax.Array, keys: Stored, exact: bool = False) -> jax.
     count, slots = rows.shape[2], keys.shape[2]
     plain = functools.partial(_batched, "bkqh,bksh->bkqs")
     if exact:
-        return plain(_two_or_more(rows), keys)[:, :, :count]
+        rows = _two_or_more(rows)
+
+        def in_pieces(rows: jax.Array, keys: jax.Array) -> jax.Array:
+            cuts = _cuts(rows.shape[3], _EIGEN_PIECE)
+            return _in_turn([plain(rows[..., cut], keys[..., cut]) for cut in cuts])
+
+        cpu = in_pieces if _EIGEN else plain
+        return jax.lax.platform_dependent(rows, keys, cpu=cpu, default=plain)[:, :, :count]
     if count > 4 and slots < 64 * count:
         return plain(rows, keys)
 
@@ -272,21 +279,33 @@ def _exact_mix(
     slots, size = values.shape[2:]
     # All slots at once are up to four times as fast, and right for narrow heads (docs/log).
     piece = slots if size <= 64 else 512 if size <= 128 else 256
-
-    def by_slots(weights: jax.Array) -> jax.Array:
-        cuts = [slice(start, start + piece) for start in range(0, slots, piece)]
-        first, *others = [mix(weights[..., cut], values[:, :, cut]) for cut in cuts]
-        for other in others:
-            first = first + jax.lax.optimization_barrier(other)
-        return first
-
-    starts = range(0, weights.shape[2], _EXACT_QUERIES)
-    parts = [by_slots(weights[:, :, start : start + _EXACT_QUERIES]) for start in starts]
+    cuts = _cuts(slots, _EIGEN_PIECE if _EIGEN else piece)
+    parts = [
+        _in_turn([mix(weights[:, :, queries, cut], values[:, :, cut]) for cut in cuts])
+        for queries in _cuts(weights.shape[2], _EXACT_QUERIES)
+    ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
 
 
 _EXACT_QUERIES = 32
 _MOST_EXACT = 256  # queries; a prompt has more, and nothing has to be equal to it
+
+# Before 0.10, jax multiplied with Eigen on CPUs, whose order depends on the number of threads as
+# well, unless the sums are this short.
+_EIGEN = jax.__version_info__ < (0, 10)
+_EIGEN_PIECE = 64
+
+
+def _cuts(length: int, piece: int) -> list[slice]:
+    return [slice(start, start + piece) for start in range(0, length, piece)]
+
+
+def _in_turn(parts: list[jax.Array]) -> jax.Array:
+    """The sum of arrays, added one after the other."""
+    total, *others = parts
+    for other in others:
+        total = total + jax.lax.optimization_barrier(other)
+    return total
 
 
 def _two_or_more(rows: jax.Array) -> jax.Array:
