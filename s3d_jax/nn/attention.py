@@ -356,7 +356,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = _norm_heads(cfg, "q_norm", q), _norm_heads(cfg, "k_norm", k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate(q, *rotary, exact_sums(cfg)), rotate(k, *rotary, exact_sums(cfg))
         # NaN in a value reaches queries that do not see its slot, as 0 · NaN is NaN. So it moves to
         # the key, which the mask hides from them.
         is_number = jnp.isfinite(v)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.settings.model import RopeConfig
+from s3d_jax.weights.exact import settled
 
 Rotary = tuple[jax.Array, jax.Array]  # cosines and sines of a pass, see `rotary_table`
 
@@ -118,12 +119,13 @@ def same_keys(rope: RopeConfig, before: int, after: int) -> bool:
     return rope.turning_point is None or (before > original) == (after > original)  # type: ignore[operator]
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, exact: bool = False) -> jax.Array:
     """Rotates the leading R entries of each head, first half against second half (the HF layout).
 
     Args:
         x: [B, T, heads, H].
         cos, sin: float32 [B, T, R/2].
+        exact: a token's result has the same bits for any T (weights/exact.py).
 
     Returns:
         The rotated heads, in the shape and dtype of `x`.
@@ -132,7 +134,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     pairs = x[..., : 2 * half].astype(jnp.float32).reshape(*x.shape[:-1], 2, half)
     cos, sin = cos[:, :, None, None], jnp.stack([-sin, sin], axis=-2)[:, :, None]
     # Exchanging the halves instead of joining two rotated ones lets XLA vectorise it on CPUs.
-    rotated = pairs * cos + jnp.flip(pairs, axis=-2) * sin
+    # Settled before as well: XLA might multiply the tables by the factors of a norm first.
+    pairs = settled(pairs) if exact else pairs
+    first, second = pairs * cos, jnp.flip(pairs, axis=-2) * sin
+    rotated = settled(first) + settled(second) if exact else first + second
     rotated = rotated.reshape(*x.shape[:-1], 2 * half).astype(x.dtype)
     if 2 * half == x.shape[-1]:
         return rotated

@@ -17,38 +17,67 @@ def row_max(x: jax.Array) -> jax.Array:
 
     Takes a third of the time of XLA's maximum of floats, which checks for NaN.
     """
-    largest = jnp.max(_in_order(jax.lax.bitcast_convert_type(x, jnp.int32)), axis=-1, keepdims=True)
-    return jax.lax.bitcast_convert_type(_in_order(largest), jnp.float32)
+    bits = _in_order(jax.lax.bitcast_convert_type(x, jnp.int32))
+    return jax.lax.bitcast_convert_type(_in_order(_largest(bits, _LEAST)), jnp.float32)
+
+
+def row_max_abs(x: jax.Array) -> jax.Array:
+    """As `row_max`, of the absolute values."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & _ALL_BUT_SIGN
+    return jax.lax.bitcast_convert_type(_largest(bits, 0), jnp.float32)
+
+
+def _largest(whole: jax.Array, least: int) -> jax.Array:
+    parts = jnp.max(_parts(whole, least), axis=-1)
+    # Without a barrier XLA joins both maxima. GPUs are faster so; CPUs then divide the row in their
+    # own way, see `_parts`.
+    parts = jax.lax.platform_dependent(
+        parts, cpu=jax.lax.optimization_barrier, default=lambda parts: parts
+    )
+    return jnp.max(parts, axis=-1, keepdims=True)
 
 
 def _in_order(bits: jax.Array) -> jax.Array:
     """Bits of floats <-> integers in the same order as the floats."""
-    return bits ^ (jnp.right_shift(bits, 31) & 0x7FFFFFFF)
+    return bits ^ (jnp.right_shift(bits, 31) & _ALL_BUT_SIGN)
+
+
+def _parts(x: jax.Array, fill: int) -> jax.Array:
+    """Cuts the last axis, [..., n] -> [..., parts, 32], the last part filled up.
+
+    XLA for CPUs computes the numbers of a longer axis in a loop of its own before it reduces them
+    in two more.
+    """
+    missing = -x.shape[-1] % _PART
+    if missing:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=fill)
+    return x.reshape(*x.shape[:-1], -1, _PART)
+
+
+_PART = 32
+_ALL_BUT_SIGN = 0x7FFFFFFF
+_LEAST = -(2**31)
 
 
 def row_sum(x: jax.Array, bound: float) -> jax.Array:
     """The sum over the last axis, float32 [..., n] -> [..., 1], of numbers from 0 to `bound`.
 
     Each number is rounded to a multiple of bound / 2^22. It is off by at most bound / 2^23, and the
-    sum by at most n times that. 256 numbers fit into an integer. Appended zeros change nothing.
+    sum by at most n times that. Appended zeros change nothing.
 
     Args:
-        x: float32 [..., n], n below 2^24.
+        x: float32 [..., n], n below 2^21.
         bound: a power of two.
     """
-    count, unit = x.shape[-1], 2.0**_SUMMED_BITS / bound
-    whole = jnp.round(x * unit).astype(jnp.int32)
-    if count <= _SUMMED:
-        return jnp.sum(whole, axis=-1, keepdims=True).astype(jnp.float32) / unit
-    whole = jnp.pad(whole, [(0, 0)] * (x.ndim - 1) + [(0, -count % _SUMMED)])
-    whole = jnp.sum(whole.reshape(*x.shape[:-1], -1, _SUMMED), axis=-1)
-    high = jnp.sum(jnp.right_shift(whole, _LOW_BITS), axis=-1, keepdims=True)
-    low = jnp.sum(whole & (2**_LOW_BITS - 1), axis=-1, keepdims=True)
+    unit = 2.0**_SUMMED_BITS / bound
+    sums = jnp.sum(_parts(jnp.round(x * unit).astype(jnp.int32), 0), axis=-1)
+    high = jnp.sum(jnp.right_shift(sums, _LOW_BITS), axis=-1, keepdims=True)
+    low = jnp.sum(sums & (2**_LOW_BITS - 1), axis=-1, keepdims=True)
     # The product is exact, so it does not matter whether XLA rounds it before the addition.
     return (high.astype(jnp.float32) * 2.0**_LOW_BITS + low.astype(jnp.float32)) / unit
 
 
-_SUMMED_BITS, _SUMMED = 22, 256  # a sum of so many numbers is at most 2^30
+_SUMMED_BITS = 22  # a sum of 32 such numbers is at most 2^27
 _LOW_BITS = 15  # of such a sum: the sums of its high and low parts over the row fit as well
 
 
@@ -92,11 +121,13 @@ def norm(x: jax.Array, eps: float) -> jax.Array:
     apart from the scale that multiplies it; XLA removes the barrier before it fuses loops.
     """
     # The power of two below the largest number; 1 if that number is 0 or the power out of range.
-    exponent = exponent_of(row_max(jnp.abs(x)))
+    exponent = exponent_of(row_max_abs(x))
     exponent = jnp.where(jnp.abs(exponent) < 60, exponent, 0)
     part, count = x * power_of_two(-exponent), x.shape[-1]
     total = row_sum(part * part, 4.0) + count * eps * power_of_two(-2 * exponent)
-    return jax.lax.optimization_barrier(part * jax.lax.rsqrt(total / count))
+    # Not rsqrt, which is another approximation in loops that are not vectorised; nor a root in the
+    # divisor itself, of which XLA makes rsqrt.
+    return jax.lax.optimization_barrier(part / settled(jnp.sqrt(total / count)))
 
 
 @norm.defjvp

@@ -17,7 +17,7 @@ import numpy as np
 from s3d_jax.machine import is_before_ampere
 from s3d_jax.mesh import MODEL, axis_size
 from s3d_jax.weights.base import INIT_DEVIATION, Arrays, Init
-from s3d_jax.weights.exact import row_max, settled
+from s3d_jax.weights.exact import row_max_abs, settled
 from s3d_jax.weights.rotation import block_of, rotate, rotate_rounded
 
 LARGEST = 127  # -128 is not used, so that a weight and its negative round alike
@@ -166,7 +166,7 @@ def _w8a8(
     rows, unit = rows.astype(jnp.float32), None
     if rotated:
         rows, unit = rotate_rounded(rows)
-    step = row_max(jnp.abs(rows)) / LARGEST
+    step = row_max_abs(rows) / LARGEST
     rounded = jnp.round(rows * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int8)
     step = step if unit is None else step * unit
     # A barrier as in `exact.norm`: XLA might multiply step and scale first, for some shapes only.

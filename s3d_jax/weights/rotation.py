@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.mesh import MODEL, axis_size
-from s3d_jax.weights.exact import exponent_of, power_of_two, row_max
+from s3d_jax.weights.exact import exponent_of, power_of_two, row_max_abs
 
 _LARGEST, _INNER = 512, 64  # of a block; of a matrix product
 _EXACT_BITS = 24  # whole numbers up to 2^24 are exact in float32
@@ -81,7 +81,7 @@ def rotate_rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         (whole, unit): whole numbers as float32 [..., n], and what they count, float32 [..., 1].
     """
     bits = _EXACT_BITS - block_of(x.shape[-1]).bit_length() + 1
-    exponent = jnp.clip(exponent_of(row_max(jnp.abs(x))), -_RANGE, _RANGE) + 1 - bits
+    exponent = jnp.clip(exponent_of(row_max_abs(x)), -_RANGE, _RANGE) + 1 - bits
     return rotate(jnp.round(x * power_of_two(-exponent))), power_of_two(exponent)
 
 

@@ -57,6 +57,7 @@ CASES = {
     "project": (dense.multiply, ("bfloat16 B T I", "bfloat16 O I", jnp.float32), "float32 B T O"),
     "int8": (int8.multiply, ("bfloat16 B T I", *INT8, jnp.bfloat16), "bfloat16 B T O"),
     "row_max": (exact.row_max, ("float32 B T S",), "float32 B T 1"),
+    "row_max_abs": (exact.row_max_abs, ("float32 B T S",), "float32 B T 1"),
     "row_sum": (partial(exact.row_sum, bound=1.0), ("float32 B T S",), "float32 B T 1"),
     "softmax": (exact.softmax, ("float32 B T S",), "float32 B T S"),
     "norm": (partial(exact.norm, eps=1e-5), ("float32 B T D",), "float32 B T D"),

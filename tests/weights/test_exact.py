@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from s3d_jax.nn.attention import attention_mix, attention_scores
+from s3d_jax.nn.rope import rotate
 from s3d_jax.weights import exact
 
 
@@ -31,6 +32,8 @@ def test_sums_and_norms_are_those_of_numpy(count):
     x = rng.normal(size=(4, count)) * 10.0 ** rng.integers(-9, 9, (4, 1))
     x = x.astype(np.float32)
     np.testing.assert_array_equal(exact.row_max(jnp.asarray(x))[:, 0], x.max(axis=1))
+    np.testing.assert_array_equal(exact.row_max(jnp.asarray(-np.abs(x)))[:, 0], -np.abs(x).min(1))
+    np.testing.assert_array_equal(exact.row_max_abs(jnp.asarray(x))[:, 0], np.abs(x).max(axis=1))
     expected = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-12)
     np.testing.assert_allclose(exact.norm(jnp.asarray(x), 1e-12), expected, rtol=1e-5)
     assert not exact.norm(jnp.zeros((2, count)), 1e-6).any()
@@ -90,3 +93,19 @@ def test_a_query_gets_the_same_bits_beside_any_number_of_others(head_size, slots
     half = slice(slots // 2)
     fewer = run(weights[:, :, :12, half], values[:, :, half])
     np.testing.assert_array_equal(run(weights[:, :, :12], values), fewer)
+
+
+@pytest.mark.parametrize("head_size", [16, 64, 128])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_token_is_rotated_to_the_same_bits_beside_any_number_of_others(heads, head_size):
+    """Of a sum of two products XLA rounds the first before it adds, or the second, or both."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 24, heads, head_size)), jnp.float32)
+    angles = rng.uniform(0, 6, size=(1, 24, head_size // 2))
+    tables = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    run = jax.jit(functools.partial(rotate, exact=True))
+    together = np.asarray(run(x, *tables))
+    for count in (1, 2, 5):
+        parts = [slice(start, start + count) for start in range(0, 20, count)]
+        alone = [run(x[:, part], *(table[:, part] for table in tables)) for part in parts]
+        np.testing.assert_array_equal(np.concatenate(alone, axis=1), together[:, :20])
