@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, and a draft that is fitted to
-# them and then trained on them.
+# Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, a draft that is fitted to them
+# and then trained on them, and more training on the answers in answers.xz.
 #
 #   recipes/smollm2_draft/make.sh PROMPTS.jsonl WORK_DIR [ANSWERS [MORE_ANSWERS]]
 #
@@ -30,4 +30,14 @@ if [ -f "$work/run/options.json" ]; then resume=--resume; fi
   --batch-size 8 --row-length 256 --seed 1 --save-every 50 --validate-every 0 \
   --valid-prompts 16 --valid-tokens 96
 
-[ -d "$work/draft" ] || s3d draft export trained "$work/draft" --model "$work/model"
+[ -f "$work/more.jsonl" ] || python "$(dirname "$0")/answers.py" "$work/model" "$prompts" \
+  "$work/more.jsonl"
+resume=
+if [ -f "$work/more_run/options.json" ]; then resume=--resume; fi
+[ -d "$work/model/drafts/continued" ] || s3d train $resume --model "$work/model" \
+  --data "$work/more.jsonl" --run "$work/more_run" --name continued --start trained \
+  --objective kl --steps 700 --learning-rate 0.0004 --warmup-steps 30 --anchors 48 \
+  --batch-size 8 --row-length 256 --seed 15 --save-every 50 --validate-every 0 \
+  --valid-prompts 16 --valid-tokens 96
+
+[ -d "$work/draft" ] || s3d draft export continued "$work/draft" --model "$work/model"
