@@ -14,6 +14,11 @@ GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$work"
 
 [ -d "$work/model" ] || python -m benchmarks.smollm2 "$work/model" --dtype bfloat16
+# First of all, since it fails with other prompts.
+[ -f "$work/more.jsonl" ] || {
+  python "$(dirname "$0")/answers.py" "$work/model" "$prompts" "$work/more.part"
+  mv "$work/more.part" "$work/more.jsonl"
+}
 [ -f "$work/own.jsonl" ] || s3d distill --model "$work/model" --dtype float32 --prompts "$prompts" \
   --out "$work/own.jsonl" --limit "$answers" --max-new-tokens 192 --sampled-fraction 0.25 \
   --temperature 0.7 --batch-size 16
@@ -30,8 +35,6 @@ if [ -f "$work/run/options.json" ]; then resume=--resume; fi
   --batch-size 8 --row-length 256 --seed 1 --save-every 50 --validate-every 0 \
   --valid-prompts 16 --valid-tokens 96
 
-[ -f "$work/more.jsonl" ] || python "$(dirname "$0")/answers.py" "$work/model" "$prompts" \
-  "$work/more.jsonl"
 resume=
 if [ -f "$work/more_run/options.json" ]; then resume=--resume; fi
 [ -d "$work/model/drafts/continued" ] || s3d train $resume --model "$work/model" \

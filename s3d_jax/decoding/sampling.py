@@ -17,6 +17,7 @@ from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.mesh import DATA, constrained
 from s3d_jax.nn.largest import largest
 from s3d_jax.settings.sampling import SamplingConfig
+from s3d_jax.weights.exact import settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def penalize(
     repetition = params.repetition_penalty[:, None, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(repeated, scaled, logits)
-    logits = logits - params.frequency_penalty[:, None, None] * output_counts
+    logits = logits - settled(params.frequency_penalty[:, None, None] * output_counts)
     return logits - params.presence_penalty[:, None, None] * in_output
 
 

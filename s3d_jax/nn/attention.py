@@ -220,7 +220,8 @@ def attention_scores(rows: jax.Array, keys: Stored, exact: bool = False) -> jax.
         float32 [B, K, Q, S].
     """
     if isinstance(keys, Rounded):
-        return attention_scores(rows, keys.operand, exact) * keys.by_slot
+        scores = attention_scores(rows, keys.operand, exact) * keys.by_slot
+        return settled(scores) if exact else scores
     count, slots = rows.shape[2], keys.shape[2]
     plain = functools.partial(_batched, "bkqh,bksh->bkqs")
     if exact:
@@ -275,7 +276,6 @@ def _exact_mix(
     mix: Callable[[jax.Array, jax.Array], jax.Array], weights: jax.Array, values: jax.Array
 ) -> jax.Array:
     """The sums in pieces of a size at which XLA's order of summing depends on nothing."""
-
     slots, size = values.shape[2:]
     # All slots at once are up to four times as fast, and right for narrow heads (docs/log).
     piece = slots if size <= 64 else 512 if size <= 128 else 256

@@ -155,7 +155,8 @@ class MLP(nn.Module):
         linear = Linear(cfg, 2 * cfg.intermediate_size, cfg.mlp_bias, name="gate_up")
         sizes = (cfg.intermediate_size,) * 2
         gate, up = split(linear(x, deltas.get("gate_up")), sizes, cfg.shards)
-        hidden = _ACTIVATIONS[cfg.activation](gate) * up
+        hidden = _ACTIVATIONS[cfg.activation](gate)
+        hidden = (exact.settled(hidden) if exact_sums(cfg) else hidden) * up
         linear = Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")
         return linear(hidden, deltas.get("down"))
 

@@ -89,7 +89,7 @@ def rotary_table(
         assert original is not None  # RopeConfig checks it
         rotary_dim = 2 * frequencies.shape[0]
         length = jnp.maximum(jnp.maximum(positions + 1, prompt_length[:, None]), original)
-        growth = rope.factor * length.astype(jnp.float32) / original - (rope.factor - 1)
+        growth = settled(rope.factor * length.astype(jnp.float32) / original) - (rope.factor - 1)
         base = rope.theta * growth ** (rotary_dim / (rotary_dim - 2))
         exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
         frequencies = 1.0 / base[..., None] ** exponents
@@ -99,11 +99,11 @@ def rotary_table(
         frequencies = jnp.where(
             is_long, inverse_frequencies(rope, head_dim, long=True), frequencies
         )
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = settled(positions[..., None].astype(jnp.float32) * frequencies)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.attention_factor != 1.0:
         cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-    return cos, sin
+    return settled(cos), settled(sin)
 
 
 def same_keys(rope: RopeConfig, before: int, after: int) -> bool:

@@ -33,6 +33,7 @@ def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
         return y
     if cfg.post_norms:
         y = RMSNorm(cfg, name=norm)(y)
+        y = settled(y) if exact_sums(cfg) else y
     if cfg.residual_scale != 1.0:
         y = (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype)
     return settled(y) if exact_sums(cfg) else y
@@ -123,6 +124,8 @@ class Transformer(nn.Module):
         """The inputs of the first layer, [B, T·(1+num_masks), D], and what all layers share."""
         cfg = self.config
         x = constrained(self.embed(tokens), DATA)
+        if exact_sums(cfg):
+            x = settled(x)
         if num_masks:
             assert draft is not None
             x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))

@@ -29,8 +29,8 @@ def row_max_abs(x: jax.Array) -> jax.Array:
 
 def _largest(whole: jax.Array, least: int) -> jax.Array:
     parts = jnp.max(_parts(whole, least), axis=-1)
-    # Without a barrier XLA joins both maxima. GPUs are faster so; CPUs then divide the row in their
-    # own way, see `_parts`.
+    # Without a barrier XLA joins both maxima. GPUs are faster so; CPUs then take three kernels, see
+    # `_parts`.
     parts = jax.lax.platform_dependent(
         parts, cpu=jax.lax.optimization_barrier, default=lambda parts: parts
     )
@@ -82,10 +82,11 @@ _LOW_BITS = 15  # of such a sum: the sums of its high and low parts over the row
 
 
 def settled(x: jax.Array) -> jax.Array:
-    """The same numbers, for a sum; -infinity becomes the least number.
+    """The same numbers, rounded before they go on; -infinity becomes the least number.
 
     Where a product goes into a sum, compilers may or may not round it before, by the shape of the
-    loop. Here another operation, which they cannot leave out, comes between.
+    loop; where it goes into a product, they may multiply in another order; and of a root in a
+    divisor they make rsqrt. Here another operation, which they cannot leave out, comes between.
     """
     return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
@@ -117,8 +118,8 @@ def norm(x: jax.Array, eps: float) -> jax.Array:
     most for 4,096 numbers.
 
     XLA reorders products of three floats, and may or may not round a product before an addition.
-    Therefore only exact products, by a power of two, are added. A barrier keeps the last product
-    apart from the scale that multiplies it; XLA removes the barrier before it fuses loops.
+    Therefore only exact products, by a power of two, are added. A barrier keeps the quotient apart
+    from the scale that multiplies it; XLA removes the barrier before it fuses loops.
     """
     # The power of two below the largest number; 1 if that number is 0 or the power out of range.
     exponent = exponent_of(row_max_abs(x))

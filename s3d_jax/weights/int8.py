@@ -163,7 +163,7 @@ def _w8a8(
     rotated: bool,
     sums: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    rows, unit = rows.astype(jnp.float32), None
+    rows, unit = settled(rows.astype(jnp.float32)), None
     if rotated:
         rows, unit = rotate_rounded(rows)
     step = row_max_abs(rows) / LARGEST

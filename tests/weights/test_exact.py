@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from s3d_jax.nn.attention import attention_mix, attention_scores
-from s3d_jax.nn.rope import rotate
+from s3d_jax.nn.rope import rotary_table, rotate
+from s3d_jax.settings.model import RopeConfig
 from s3d_jax.weights import exact
 
 
@@ -63,9 +64,9 @@ def test_sums_do_not_depend_on_the_order():
     assert len(sums) == 1 and abs(sums.pop() / weights.sum(dtype=np.float64) - 1) < 1e-6
 
 
-@pytest.mark.parametrize("count", [1, 192, 256, 300])
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 300])
 def test_zeros_behind_the_others_change_no_bit_of_a_sum(count):
-    """Whatever part of the cache is read: of up to 256 numbers the sum is taken in another way."""
+    """Whatever part of the cache is read."""
     x = np.random.default_rng(count).uniform(size=(400, count)) ** 4
     x[0], x[1] = 0, 1
     run = jax.jit(exact.row_sum, static_argnums=1)
@@ -109,3 +110,29 @@ def test_a_token_is_rotated_to_the_same_bits_beside_any_number_of_others(heads, 
         parts = [slice(start, start + count) for start in range(0, 20, count)]
         alone = [run(x[:, part], *(table[:, part] for table in tables)) for part in parts]
         np.testing.assert_array_equal(np.concatenate(alone, axis=1), together[:, :20])
+
+
+ROPES = {
+    "plain": RopeConfig(),
+    "dynamic": RopeConfig("dynamic", factor=3.0, original_max_position_embeddings=8),
+    "scaled": RopeConfig(attention_factor=1.1),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_normed_heads_are_rotated_to_the_same_bits_beside_any_number_of_others(heads, rope):
+    """Factors of a norm, angles and a growing base in one program."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 24, heads, 16)), jnp.float32)
+    weight = jnp.asarray(rng.uniform(0.5, 2, size=16), jnp.float32)
+    positions = jnp.arange(3, 27)[None]
+
+    @jax.jit
+    def run(x, positions):
+        tables = rotary_table(ROPES[rope], 16, positions, jnp.ones(1, jnp.int32))
+        return rotate(exact.norm(x, 1e-5) * weight, *tables, exact=True)
+
+    together = np.asarray(run(x, positions))
+    alone = [run(x[:, i : i + 1], positions[:, i : i + 1]) for i in range(24)]
+    np.testing.assert_array_equal(np.concatenate(alone, axis=1), together)
