@@ -129,6 +129,11 @@ def rms_norm(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def settle(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """`exact.settled` of x in a model whose sums are exact, else x."""
+    return exact.settled(x) if exact_sums(config) else x
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
 
@@ -155,8 +160,7 @@ class MLP(nn.Module):
         linear = Linear(cfg, 2 * cfg.intermediate_size, cfg.mlp_bias, name="gate_up")
         sizes = (cfg.intermediate_size,) * 2
         gate, up = split(linear(x, deltas.get("gate_up")), sizes, cfg.shards)
-        hidden = _ACTIVATIONS[cfg.activation](gate)
-        hidden = (exact.settled(hidden) if exact_sums(cfg) else hidden) * up
+        hidden = settle(cfg, _ACTIVATIONS[cfg.activation](gate)) * up
         linear = Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")
         return linear(hidden, deltas.get("down"))
 

@@ -17,13 +17,12 @@ from s3d_jax.mesh import DATA, MODEL, constrained
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import DraftParams, bridge_name, recall, recalled_layers, with_head
-from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge
+from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge, settle
 from s3d_jax.nn.rope import Rotary, rotary_table
 from s3d_jax.nn.rounded import Stored
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import num_bytes
-from s3d_jax.weights.exact import settled
-from s3d_jax.weights.formats import exact_sums, head_format
+from s3d_jax.weights.formats import head_format
 from s3d_jax.weights.trees import Params
 
 
@@ -32,11 +31,10 @@ def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
     if not cfg.post_norms and cfg.residual_scale == 1.0:
         return y
     if cfg.post_norms:
-        y = RMSNorm(cfg, name=norm)(y)
-        y = settled(y) if exact_sums(cfg) else y
+        y = settle(cfg, RMSNorm(cfg, name=norm)(y))
     if cfg.residual_scale != 1.0:
-        y = (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype)
-    return settled(y) if exact_sums(cfg) else y
+        y = settle(cfg, (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype))
+    return y
 
 
 class Block(nn.Module):
@@ -123,16 +121,12 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Pass]:
         """The inputs of the first layer, [B, T·(1+num_masks), D], and what all layers share."""
         cfg = self.config
-        x = constrained(self.embed(tokens), DATA)
-        if exact_sums(cfg):
-            x = settled(x)
+        x = settle(cfg, constrained(self.embed(tokens), DATA))
         if num_masks:
             assert draft is not None
             x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
         if cfg.embedding_scale != 1.0:
-            x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
-        if exact_sums(cfg):
-            x = settled(x)
+            x = settle(cfg, x * jnp.asarray(cfg.embedding_scale, x.dtype))
 
         # Layers of equal window and slots share a layout. Layers of equal rotary settings share a
         # table.
