@@ -148,15 +148,16 @@ def test_a_conversation_gives_what_fresh_chats_give(lm):
 
 
 def test_an_answer_left_in_the_middle_stays_as_far_as_it_was_read(lm):
-    conversation = lm.conversation(max_new_tokens=30)
+    # Where drafts are judged by their time, timings decide how much a piece of the stream holds.
+    conversation = lm.conversation(max_new_tokens=30, adaptive=False)
     stream = conversation.stream(QUESTIONS[0])
     unread = conversation.stream(QUESTIONS[0])
     part = next(unread) + next(unread)
     assert conversation.messages[-1] == {"role": "assistant", "content": part}
-    # Not the second question: its answer has a near tie, which int8 breaks differently after keys
-    # that were computed one by one.
-    asked = [*conversation.messages, {"role": "user", "content": QUESTIONS[2]}]
-    result = conversation.send(QUESTIONS[2])
+    # The same question: answers to the others have near ties, which int8 breaks differently after
+    # keys that were computed one by one. Here the best token leads by at least 0.16.
+    asked = [*conversation.messages, {"role": "user", "content": QUESTIONS[0]}]
+    result = conversation.send(QUESTIONS[0])
     assert result.tokens == lm.chat(asked, max_new_tokens=30).tokens
     assert result.stats.cached_tokens > 10
     assert list(stream) == list(unread) == []  # they are over
