@@ -29,8 +29,7 @@ import numpy as np
 
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, Inputs, init_state
-from s3d_jax.decoding.step import verify_pass
+from s3d_jax.decoding.state import DecodeSpec, Inputs, init_state, verify_pass
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.keys import make_key
 from s3d_jax.lm import LM
@@ -181,8 +180,8 @@ def pass_runs(lm: LM, rows: tuple[int, ...], batch: int = 1, context: int = 128)
 
     def verify(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
         tokens = jnp.zeros((batch, drafted), jnp.int32)
-        logits, cache = verify_pass(spec, params, state, tokens)
-        return jnp.argmax(logits, axis=-1), state.replace(cache=cache)
+        verified = verify_pass(Inputs(spec, params, draft_params, state), tokens)
+        return jnp.argmax(verified.logits, axis=-1), state.replace(cache=verified.cache)
 
     def draft(params: Any, draft_params: Any, state: Any, drafted: int) -> Any:
         proposal = spec.drafter.propose(Inputs(spec, params, draft_params, state))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, DecodeState, Proposer
+from s3d_jax.decoding.state import Chunk, DecodeSpec, DecodeState, Proposer
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.sharding import state_constrained
-from s3d_jax.nn.transformer import fill_cache
+from s3d_jax.nn.transformer import fill_cache, hidden_states
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params
 
@@ -44,27 +44,47 @@ def prefill_chunk(
         offset: int scalar, the same for all rows.
         visible: static, slots to read, at least offset + T; None reads all.
     """
-    here = cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
-    here = fill_cache(config, params, tokens, here, visible=visible)
-    here = here.replace(length=jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1))
-    return state_constrained(here)
+    before = before_chunk(cache, offset)
+    cache = fill_cache(config, params, tokens, before, visible=visible)
+    return after_chunk(cache, offset, tokens)
 
 
-prefill_jit: Any = jax.jit(
-    prefill_chunk, static_argnames=("config", "visible"), donate_argnames="cache"
-)
-
-
-@functools.partial(jax.jit, static_argnames=("drafter", "visible"), donate_argnames="state")
-def _prefill_drafter(
-    drafter: Proposer,
-    params: Any,
+@under_usual_jax_settings
+def prefill_chunk_hidden(
+    config: ModelConfig,
+    params: Params,
     tokens: jax.Array,
-    state: Any,
+    cache: KVCache,
     offset: jax.Array,
-    visible: int,
-) -> Any:
-    return state_constrained(drafter.prefill(params, state, tokens, offset, visible))
+    visible: int | None = None,
+) -> tuple[KVCache, jax.Array]:
+    """`prefill_chunk`, and what the head would read, [B, T, D]."""
+    before = before_chunk(cache, offset)
+    hidden, cache = hidden_states(config, params, tokens, before, visible=visible)
+    return after_chunk(cache, offset, tokens), hidden
+
+
+def before_chunk(cache: KVCache, offset: jax.Array) -> KVCache:
+    """The cache as a pass over the chunk at `offset` takes it."""
+    return cache.replace(length=jnp.minimum(offset, cache.prompt_length - 1))
+
+
+def after_chunk(cache: KVCache, offset: jax.Array, tokens: jax.Array) -> KVCache:
+    """The cache with that chunk committed, as far as each row's prompt goes."""
+    length = jnp.minimum(offset + tokens.shape[1], cache.prompt_length - 1)
+    return state_constrained(cache.replace(length=length))
+
+
+_options: Any = dict(static_argnames=("config", "visible"), donate_argnames="cache")
+prefill_jit: Any = jax.jit(prefill_chunk, **_options)
+prefill_hidden_jit: Any = jax.jit(prefill_chunk_hidden, **_options)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "drafter", "visible"), donate_argnames="state"
+)
+def _prefill_drafter(drafter: Proposer, state: Any, **chunk: Any) -> Any:
+    return state_constrained(drafter.prefill(state, Chunk(**chunk)))
 
 
 def call_directly(function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
@@ -102,18 +122,19 @@ def prefill(
             block[b, : len(part)] = part
         # The first chunk sees itself alone.
         visible = plan.visible(offset + chunk) if offset else chunk
-        arrays = dict(params=params, tokens=block, cache=state.cache, offset=np.int32(offset))
-        cache = call(prefill_jit, dict(config=spec.config, visible=visible), arrays)
+        common = dict(params=params, tokens=block, offset=np.int32(offset))
+        static = dict(config=spec.config, visible=visible)
+        reads_hidden = spec.drafter is not None and spec.drafter.reads_hidden
+        function = prefill_hidden_jit if reads_hidden else prefill_jit
+        cache, hidden = call(function, static, dict(common, cache=state.cache)), None
+        if reads_hidden:
+            cache, hidden = cache
         state = state.replace(cache=cache)
         if state.drafter_state is not None:
-            assert spec.drafter is not None
             arrays = dict(
-                params=drafter_params,
-                tokens=block,
-                state=state.drafter_state,
-                offset=np.int32(offset),
+                common, state=state.drafter_state, drafter_params=drafter_params, hidden=hidden
             )
-            own = call(_prefill_drafter, dict(drafter=spec.drafter, visible=visible), arrays)
+            own = call(_prefill_drafter, dict(static, drafter=spec.drafter), arrays)
             state = state.replace(drafter_state=own)
         offset += chunk
     return state

@@ -5,7 +5,7 @@ Everything here is below `step` (which decodes) and below the drafters (which pr
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
@@ -17,6 +17,7 @@ from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, gumbel_n
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.nn.cache import KVCache, grown, init_cache
+from s3d_jax.nn.transformer import hidden_states, logits_of
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.trees import Params
 
@@ -76,12 +77,55 @@ class Proposal(NamedTuple):
     drafter_state: Any = None
 
 
+class Verified(NamedTuple):
+    """What verifying w proposed tokens gave.
+
+    Attributes:
+        logits: float32 [B, w+1, V], after x_n and after each token; biased and penalized.
+        cache: with the keys and values of x_n and the tokens after `length`.
+        hidden: [B, w+1, D], what the head made the logits of.
+        extra: what a drafter with a pass of its own made in it (`Proposer.verify`), or None.
+    """
+
+    logits: jax.Array
+    cache: KVCache
+    hidden: jax.Array
+    extra: Any = None
+
+
+class Chunk(NamedTuple):
+    """A chunk of the prompts, as a drafter gets it.
+
+    Attributes:
+        config: the target.
+        params: the target's parameters.
+        drafter_params: the drafter's.
+        tokens: int32 [B, T], at positions offset … offset+T-1; anything after a row's prompt.
+        hidden: [B, T, D], what the target's head would read; None where not `reads_hidden`.
+        offset: int scalar.
+        visible: static, slots that are read.
+    """
+
+    config: ModelConfig
+    params: Params
+    drafter_params: Any
+    tokens: jax.Array
+    hidden: jax.Array | None
+    offset: jax.Array
+    visible: int
+
+
 class Proposer:
     """What decoding asks of a drafter: a static, hashable value with pure functions.
 
     Proposals need not be correct: verification guarantees the target's output. What a proposer
     writes into caches after the committed tokens is scratch.
+
+    Attributes:
+        reads_hidden: whether `prefill` needs the target's hidden states.
     """
+
+    reads_hidden: ClassVar[bool] = False
 
     @property
     def gamma(self) -> int:
@@ -101,32 +145,30 @@ class Proposer:
         """
         return None
 
-    def prefill(
-        self, params: Any, state: Any, tokens: jax.Array, offset: jax.Array, visible: int
-    ) -> Any:
-        """The state after a chunk of the prompts; called only if there is a state.
-
-        Args:
-            params: the proposer's own parameters.
-            state: before the chunk.
-            tokens: int32 [B, T], at positions offset … offset+T-1.
-            offset: int scalar.
-            visible: static, slots that are read.
-        """
+    def prefill(self, state: Any, chunk: Chunk) -> Any:
+        """The state after a chunk of the prompts; called only if there is a state."""
         return state
 
     def propose(self, inputs: "Inputs") -> Proposal:
         """γ draft tokens for each row."""
         raise NotImplementedError
 
-    def update(self, state: DecodeState, accepted: jax.Array) -> Any:
+    def verify(self, inputs: "Inputs", tokens: jax.Array) -> Verified:
+        """The target's pass over x_n and the proposed tokens, int32 [B, γ].
+
+        A drafter may let rows of its own ride in this pass.
+        """
+        return verify_pass(inputs, tokens)
+
+    def update(self, inputs: "Inputs", verified: Verified, accepted: jax.Array) -> Any:
         """The proposer's state after an iteration was committed.
 
         Args:
-            state: after the commit.
+            inputs: of the iteration, with the state after the commit.
+            verified: of all proposed tokens; of none (w = 0) where no row drafted.
             accepted: int32 [B], accepted draft tokens.
         """
-        return state.drafter_state
+        return inputs.state.drafter_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,3 +348,12 @@ def process(
 def last_token(state: DecodeState) -> jax.Array:
     """x_n of each row, int32 [B, 1]."""
     return jnp.take_along_axis(state.tokens, state.cache.length[:, None], axis=1)
+
+
+def verify_pass(inputs: Inputs, proposed_tokens: jax.Array) -> Verified:
+    """The full model over x_n and w proposed tokens."""
+    config, params, state = inputs.spec.config, inputs.params, inputs.state
+    block = jnp.concatenate([last_token(state), proposed_tokens], axis=1)
+    hidden, cache = hidden_states(config, params, block, state.cache, visible=inputs.visible)
+    logits = process(inputs.spec, logits_of(config, params, hidden), state, proposed_tokens)
+    return Verified(logits, cache, hidden)

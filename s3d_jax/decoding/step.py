@@ -17,28 +17,13 @@ from s3d_jax.decoding.state import (
     DecodeSpec,
     DecodeState,
     Inputs,
+    Verified,
     choice_noise,
-    last_token,
-    process,
+    verify_pass,
 )
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.sharding import state_constrained
-from s3d_jax.nn.transformer import forward
 from s3d_jax.weights.trees import Params
-
-
-def verify_pass(
-    spec: DecodeSpec,
-    params: Params,
-    state: DecodeState,
-    proposed_tokens: jax.Array,
-    visible: int | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """The full model over x_n and w proposed tokens: logits float32 [B, w+1, V], and cache."""
-    block = jnp.concatenate([last_token(state), proposed_tokens], axis=1)
-    logits, cache = forward(spec.config, params, block, state.cache, visible=visible)
-    return process(spec, logits, state, proposed_tokens), cache
 
 
 def leading_numbers(logits: jax.Array) -> jax.Array:
@@ -131,7 +116,7 @@ def step(
             all.
     """
     if spec.drafter is None:
-        return _plain_step(spec, params, state, visible)
+        return _plain_step(spec, params, drafter_params, state, visible)
     noise = choice_noise(spec, state, spec.gamma + 1)
     inputs = Inputs(spec, params, drafter_params, state, visible, noise)
     proposal = spec.drafter.propose(inputs)
@@ -139,26 +124,32 @@ def step(
     if proposal.drafter_state is not None:
         state = state.replace(drafter_state=proposal.drafter_state)
     drafting_rows = None if state.budget is None else state.budget.drafting_rows
-    tokens = state_constrained(proposal.tokens)
-    return _verify_and_commit(inputs._replace(state=state), tokens, drafting_rows)
+    tokens, inputs = state_constrained(proposal.tokens), inputs._replace(state=state)
+    return _accept_and_commit(inputs, tokens, spec.drafter.verify(inputs, tokens), drafting_rows)
 
 
 def _plain_step(
-    spec: DecodeSpec, params: Params, state: DecodeState, visible: int | None
+    spec: DecodeSpec,
+    params: Params,
+    drafter_params: Any,
+    state: DecodeState,
+    visible: int | None,
 ) -> DecodeState:
     """An iteration in which no row drafts."""
     nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
     drafting_rows = None if state.budget is None else jnp.zeros_like(state.done)
-    inputs = Inputs(spec, params, None, state, visible, choice_noise(spec, state, 1))
-    return _verify_and_commit(inputs, nothing, drafting_rows)
+    inputs = Inputs(spec, params, drafter_params, state, visible, choice_noise(spec, state, 1))
+    return _accept_and_commit(inputs, nothing, verify_pass(inputs, nothing), drafting_rows)
 
 
-def _verify_and_commit(
-    inputs: Inputs, proposed_tokens: jax.Array, drafting_rows: jax.Array | None
+def _accept_and_commit(
+    inputs: Inputs,
+    proposed_tokens: jax.Array,
+    verified: Verified,
+    drafting_rows: jax.Array | None,
 ) -> DecodeState:
-    spec, state = inputs.spec, inputs.state
-    logits, cache = verify_pass(spec, inputs.params, state, proposed_tokens, inputs.visible)
-    state = state.replace(cache=cache)
+    spec, logits = inputs.spec, verified.logits
+    state = inputs.state.replace(cache=verified.cache)
     target = state_constrained(choose(logits, state.sampling, spec.features, inputs.noise))
     accepted, bonus = accept(proposed_tokens, target, drafting_rows)
     budget = state.budget
@@ -167,7 +158,8 @@ def _verify_and_commit(
     usable = state_constrained(leading_numbers(logits))
     state = commit(spec, state, proposed_tokens, accepted, bonus, drafting_rows, usable)
     if spec.drafter is not None:
-        state = state.replace(drafter_state=spec.drafter.update(state, accepted))
+        inputs = inputs._replace(state=state)
+        state = state.replace(drafter_state=spec.drafter.update(inputs, verified, accepted))
     return state_constrained(state.replace(budget=budget))
 
 
@@ -217,7 +209,7 @@ def decode(
 
     def decode_plainly(carry: Carry) -> Carry:
         i, state = carry
-        return i + 1, _plain_step(spec, params, state, visible)
+        return i + 1, _plain_step(spec, params, drafter_params, state, visible)
 
     def alternate(carry: Carry) -> Carry:
         # Two loops instead of a conditional: XLA copies the cache around a conditional in every

@@ -9,7 +9,7 @@ import numpy as np
 
 from s3d_jax.decoding.prefill import prefill_chunk
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import Inputs, Proposal
+from s3d_jax.decoding.state import Chunk, Inputs, Proposal
 from s3d_jax.drafters.base import Drafter, Target
 from s3d_jax.drafters.token_by_token import draft_token_by_token
 from s3d_jax.errors import ConfigError
@@ -52,10 +52,9 @@ class TwoModel(Drafter):
         model = self.settings.model
         return init_cache(model, len(lengths), plan.slots, lengths, plan.largest_block)
 
-    def prefill(
-        self, params: Any, state: KVCache, tokens: jax.Array, offset: jax.Array, visible: int
-    ) -> KVCache:
-        return prefill_chunk(self.settings.model, params, tokens, state, offset, visible)
+    def prefill(self, state: KVCache, chunk: Chunk) -> KVCache:
+        model, params = self.settings.model, chunk.drafter_params
+        return prefill_chunk(model, params, chunk.tokens, state, chunk.offset, chunk.visible)
 
     def propose(self, inputs: Inputs) -> Proposal:
         params, state, visible = inputs.drafter_params, inputs.state, inputs.visible

@@ -299,9 +299,7 @@ class Runner:
     def _prefill_call(
         self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]
     ) -> Any:
-        params = arrays["params"]
-        of_target = params is self._target.params
-        known = {"params": self._signatures["params" if of_target else "drafter_params"]}
+        known = {name: x for name, x in self._signatures.items() if name in arrays}
         new = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray | np.generic)}
         arrays = {**arrays, **place_state(self._mesh, new)}
         program = self._program(function, static, arrays, known)

@@ -50,8 +50,8 @@ class Counting(Drafter):
     def init(self, plan):
         return {"iterations": jnp.int32(0), "prefilled": jnp.zeros(len(plan.lengths), jnp.int32)}
 
-    def prefill(self, params, state, tokens, offset, visible):
-        return state | {"prefilled": state["prefilled"] + tokens.shape[1]}
+    def prefill(self, state, chunk):
+        return state | {"prefilled": state["prefilled"] + chunk.tokens.shape[1]}
 
     def propose(self, inputs):
         state = inputs.state
@@ -59,8 +59,9 @@ class Counting(Drafter):
         tokens = (last_token(state) + steps) % inputs.drafter_params["vocab"]
         return Proposal(tokens, state.cache)
 
-    def update(self, state, accepted):
-        return state.drafter_state | {"iterations": state.drafter_state["iterations"] + 1}
+    def update(self, inputs, verified, accepted):
+        state = inputs.state.drafter_state
+        return state | {"iterations": state["iterations"] + 1}
 
 
 @pytest.fixture
