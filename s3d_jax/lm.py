@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -10,7 +10,13 @@ import numpy as np
 
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.base import SecondModel, Target
-from s3d_jax.drafters.stored import choose_draft, is_merged, merge_deltas, read_draft
+from s3d_jax.drafters.stored import (
+    StoredFeatures,
+    choose_draft,
+    is_merged,
+    merge_deltas,
+    read_draft,
+)
 from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.costs import Experiences
 from s3d_jax.engine.options import GenerateOptions, checked_ids
@@ -23,8 +29,9 @@ from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
+from s3d_jax.nn.features import FeatureDraft
 from s3d_jax.nn.sharding import build_mesh, place_draft
-from s3d_jax.settings.drafting import DraftConfig, Tuning, symmetric_skip
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, Tuning, symmetric_skip
 from s3d_jax.settings.model import ModelConfig, check_kv_cache
 from s3d_jax.settings.records import is_integer, plain
 from s3d_jax.storage import native as checkpoint
@@ -125,6 +132,7 @@ def load(
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
+        feature_drafts=StoredFeatures(path, config, loaded.params) if use_draft else None,
         # What one device gains says little of several.
         tuning=read_tuning(path, config, name) if devices is None else None,
     )
@@ -151,6 +159,8 @@ class LM:
         tokenizer: a transformers tokenizer, or None (then only ids go in and come out).
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
+        feature_drafts: by kind ("eagle", "medusa"), settings and arrays of drafts that read hidden
+            states; the methods of these names use them. May be set later.
         draft_model: the second model of the method "two-model", or None. May be set later.
         tuning: γ and skip that `s3d tune` chose, used instead of the draft's; None without tuning.
         programs: the compiled programs that are kept (see `keep_programs`).
@@ -174,6 +184,7 @@ class LM:
         eos_token_ids: Sequence[int] = (),
         max_length: int | None = None,
         draft_model: "LM | None" = None,
+        feature_drafts: Mapping[str, tuple[FeatureConfig, FeatureDraft]] | None = None,
         tuning: Tuning | None = None,
     ) -> None:
         self.config = config
@@ -189,6 +200,7 @@ class LM:
         if not is_integer(length) or length < 2:
             raise ConfigError(f"max_length must be an integer >= 2, got {max_length!r}")
         self.max_length: int = length
+        self.feature_drafts = {} if feature_drafts is None else feature_drafts
         self.draft_model = draft_model
         if tuning is not None:
             DraftConfig(tuning.skip).validate_for(config)
@@ -236,6 +248,7 @@ class LM:
             eos_token_ids=self.eos_token_ids,
             draft_config=self.draft_config,
             draft_params=self.draft_params,
+            feature_drafts=self.feature_drafts,
             draft_model=None if second is None else SecondModel(second.config, second.params),
             tuning=self.tuning,
         )

@@ -252,7 +252,7 @@ def _memory_rows(ledgers: list["Ledger"]) -> Iterator[str]:
 def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
     import jax
 
-    from s3d_jax.drafters.stored import KINDS, draft_kind, read_draft
+    from s3d_jax.drafters.stored import KINDS, S3D, draft_kind, read_draft
     from s3d_jax.nn.draft import recalled_layers
     from s3d_jax.storage.trees import unflatten
 
@@ -261,16 +261,21 @@ def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
     draft = read_draft(header.path, name, header.config, weights=False)
     arrays = {path: jax.ShapeDtypeStruct(x, "float32") for path, x in draft.shapes.items()}
     reached = draft.training.get("reached", {})
-    return {
+    common = {
         "kind": kind,
         **draft.config.to_dict(),
-        "draft_depth": draft.config.draft_depth,
         "parameters": draft.num_params,
         "vocabulary": draft.shapes.get("vocabulary", [None])[0],
+        "tokens_per_iteration": reached.get("tokens_per_iteration"),
+    }
+    if kind != S3D:
+        return common
+    return {
+        **common,
+        "draft_depth": draft.config.draft_depth,
         "chain_rank": draft.shapes.get("chain/down", [0, 0])[1],
         "recall": recalled_layers(header.config, unflatten(arrays).get("bridges", {})),
         "mode": draft.training.get("mode"),
-        "tokens_per_iteration": reached.get("tokens_per_iteration"),
     }
 
 
@@ -285,21 +290,22 @@ def _draft_rows(
         return [("draft", f"untrained, {shape} (s3d train makes one)")]
     rows = []
     for name, facts in drafts.items():
-        if "skip" not in facts:
+        if "parameters" not in facts:
             unknown = f"{name}: of the kind {facts['kind']!r}, which is not known here"
             rows.append(("draft", unknown))
             continue
         tau = facts["tokens_per_iteration"]
         chosen = facts["vocabulary"]
         parts = f", drafts {chosen:,} tokens" if chosen else ""
-        parts += f", chain of rank {facts['chain_rank']}" if facts["chain_rank"] else ""
-        if count := facts["recall"]:
+        parts += f", chain of rank {facts['chain_rank']}" if facts.get("chain_rank") else ""
+        if count := facts.get("recall"):
             parts += f", recalls {count} layer{'s' * (count > 1)}"
+        what = layers(facts["skip"]) if "skip" in facts else f"of the kind {facts['kind']!r}"
         reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
         rows.append(
             (
                 "draft",
-                f"{name}: {layers(facts['skip'])}, gamma {facts['gamma']}, "
+                f"{name}: {what}, gamma {facts['gamma']}, "
                 f"{facts['parameters']:,} parameters{parts}{reached}",
             )
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from s3d_jax.commands.training import add_files, add_training, run_settings
 from s3d_jax.settings.arguments import RAW, add_options, build, given, refuse
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.settings.training import AdapterConfig, DraftOptions, TrainDraftConfig
 
 _DESCRIPTION = """\
@@ -13,7 +14,11 @@ Teaches a model to draft for itself, and stores the draft in its checkpoint, whe
 finds it. The target is not changed (except in mode full), so S3D generates the same text as plain
 decoding; training raises the share of the draft that is accepted.
 
-modes:
+kinds:
+  s3d      the model itself drafts, all tokens in one pass (the default)
+  eagle    a layer over the model's last hidden state drafts token by token
+  medusa   a head for each position over that state
+modes of kind s3d:
   adapter  mask embeddings, low-rank deltas on the layers that the draft runs, and a low-rank
            bridge over the skipped ones (the default); with --chain-rank a chain from each draft
            token to the next
@@ -33,7 +38,17 @@ examples:
   s3d train --model models/m --data own.jsonl --run runs/m --steps 2000 --resume
   s3d train --model models/m --data own.jsonl --run runs/m7 --gamma 7 --skip 2-5 --name g7"""
 
-_OWN = ("mode", "name", "start", "out", "dtype", "vocabulary", "fit_rows", "next_token_weight")
+_OWN = (
+    "kind",
+    "mode",
+    "name",
+    "start",
+    "out",
+    "dtype",
+    "vocabulary",
+    "fit_rows",
+    "next_token_weight",
+)
 
 
 def add_command(commands: Any) -> None:
@@ -66,7 +81,20 @@ def run(arguments: argparse.Namespace) -> int:
     if config.mode != "full":
         reason = f"belongs to --mode full, not {config.mode}"
         refuse(arguments, reason, {TrainDraftConfig: ["next_token_weight"]})
-    if config.start is None:
+    draft: DraftConfig | FeatureConfig
+    adapter: AdapterConfig | None
+    if config.kind != "s3d":
+        reason = f"belong to --kind s3d, not {config.kind}"
+        own = {AdapterConfig: None, DraftOptions: ["skip", "block_attention"]}
+        refuse(arguments, reason, own)
+        chosen = given(DraftOptions, arguments)
+        if config.start is not None and not chosen:
+            choose_draft(arguments.model, config.start, config.kind)
+            draft = read_draft(arguments.model, config.start, model, weights=False).config
+        else:
+            draft = FeatureConfig(**chosen)
+        adapter = None
+    elif config.start is None:
         draft = build(DraftOptions, arguments).config(model.num_layers)
         adapter = build(AdapterConfig, arguments)
     else:
@@ -111,5 +139,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if "perplexity" in after:
         print(f"perplexity: {before['perplexity']:.3f} before, {after['perplexity']:.3f} now")
-    print(f"draft {config.name!r} is in {config.out or arguments.model}")
+    print(f"draft {config.draft_name!r} is in {config.out or arguments.model}")
     return 0

@@ -12,8 +12,9 @@ from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.features import FeatureDraft
 from s3d_jax.nn.largest import largest
-from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, PassCosts, Tuning
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.trees import Params
@@ -35,6 +36,7 @@ class Target:
         max_length: tokens (prompt and output) that a row may have.
         eos_token_ids: tokens that end a text.
         draft_config, draft_params: S3D's draft, trained or not.
+        feature_drafts: trained drafts that read hidden states, by their kind ("eagle", "medusa").
         draft_model: a second model, or None.
         tuning: what `s3d tune` chose for this device, or None.
     """
@@ -45,6 +47,9 @@ class Target:
     eos_token_ids: tuple[int, ...]
     draft_config: DraftConfig
     draft_params: DraftParams
+    feature_drafts: Mapping[str, tuple[FeatureConfig, FeatureDraft]] = dataclasses.field(
+        default_factory=dict
+    )
     draft_model: SecondModel | None = None
     tuning: Tuning | None = None
 

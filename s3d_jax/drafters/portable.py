@@ -2,7 +2,7 @@
 
     config.json        {"format": "s3d_jax portable draft", "version": 3, "kind": "s3d",
                         "draft": {...}, "target": {...}, "training": {...}, "arrays": {...}}
-    draft.safetensors  mask_embeddings, deltas, bridges, chain, vocabulary
+    draft.safetensors  the arrays, as in a checkpoint (`drafters.stored`)
 
 "target" has the settings and a checksum of the model that the draft was trained for. A draft fits
 every model of these settings, whatever its dtype and weight format; one with other weights (a
@@ -30,7 +30,7 @@ from s3d_jax.drafters.stored import (
 )
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.nn.draft import DraftParams
-from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.nn.features import FeatureDraft
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import ArrayRecord, crc32, index_from_json, index_to_json
 from s3d_jax.storage.json_files import read_json_object, write_json
@@ -115,7 +115,8 @@ def add_draft(
     folder, header = Path(folder), read_header(model)
     fields = _read_fields(folder)
     try:
-        config = DraftConfig.from_dict(fields["draft"])
+        kind = fields["kind"]
+        config = KINDS[kind][0].from_dict(fields["draft"])
         index = index_from_json(fields["arrays"])
         trained_for = fields["target"]["weights_crc32"]
         target = ModelConfig.from_dict(fields["target"]["settings"])
@@ -126,7 +127,7 @@ def add_draft(
             f"the draft in {folder} is for another architecture than {model}: get a draft for this "
             f"model, or train one (s3d train)\n{bullets(differences)}"
         )
-    params = _read_params(folder, index)
+    params = _read_params(folder, index, kind)
     check_vocabulary(params, header.config.vocab_size, folder, _AGAIN)
     if trained_for != weights_checksum(header.path):
         warnings.warn(
@@ -136,7 +137,7 @@ def add_draft(
             stacklevel=2,
         )
     training = {**(fields.get("training") or {}), "target_crc32": trained_for}
-    return save_draft(model, name, config, params, training, overwrite=overwrite)
+    return save_draft(model, name, config, params, training, kind=kind, overwrite=overwrite)
 
 
 def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
@@ -174,8 +175,10 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_params(folder: Path, index: dict[str, ArrayRecord]) -> DraftParams:
-    """The arrays.
+def _read_params(
+    folder: Path, index: dict[str, ArrayRecord], kind: str
+) -> DraftParams | FeatureDraft:
+    """The arrays of a draft of that kind.
 
     Raises:
         CheckpointError: they are missing or damaged.
@@ -193,6 +196,6 @@ def _read_params(folder: Path, index: dict[str, ArrayRecord]) -> DraftParams:
         wrong = [name for name in names if found.get(name) != index.get(name)]
         raise CheckpointError(f"{path} is damaged ({', '.join(wrong)}): {_AGAIN}")
     try:
-        return DraftParams(**unflatten({name: jnp.asarray(x) for name, x in arrays.items()}))
+        return KINDS[kind][1](**unflatten({name: jnp.asarray(x) for name, x in arrays.items()}))
     except TypeError as error:
         raise CheckpointError(f"{path} is no draft ({error}): {_AGAIN}") from error

@@ -32,6 +32,14 @@ _BUILT_IN = {  # where each drafter is, and what it does
         "s3d_jax.drafters.token_by_token:EarlyExit",
         "the model without its last layers, token by token",
     ),
+    "eagle": (
+        "s3d_jax.drafters.features:Eagle",
+        "a trained layer over the model's last hidden state, token by token",
+    ),
+    "medusa": (
+        "s3d_jax.drafters.features:Medusa",
+        "a trained head for each position over the model's last hidden state",
+    ),
     "two-model": ("s3d_jax.drafters.two_model:TwoModel", "a second, smaller model"),
 }
 _registered: dict[str, "type[Drafter]"] = {}

@@ -3,7 +3,7 @@
     drafts/<name>/config.json    {"format": "s3d_jax draft", "version": 4, "kind": "s3d",
                                  "draft": {...}, "training": {...}, "arrays": {...}}
     drafts/<name>/weights/       one orbax checkpoint: mask_embeddings, deltas, bridges, chain,
-                                 vocabulary
+                                 vocabulary; of the kinds "eagle" and "medusa" weights, vocabulary
 
 "kind" names the drafter that uses the draft. "arrays" holds shape and CRC-32 of each array.
 """
@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.machine import default_device
 from s3d_jax.mesh import mesh_of
-from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.draft import DraftParams, OwnVocabulary
+from s3d_jax.nn.features import FeatureDraft, in_memory
 from s3d_jax.nn.sharding import put
-from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import ArrayWriter, cast, index_from_json, index_to_json, read_array
 from s3d_jax.storage.json_files import read_json_object, write_json
@@ -40,7 +41,12 @@ from s3d_jax.weights.trees import Params, store_tree, widen_tree
 
 FORMAT, VERSION = "s3d_jax draft", 4
 _READABLE_VERSIONS = (1, 2, 3, 4)
-KINDS = ("s3d",)  # a draft of version 1 names no kind, and is of the first
+S3D = "s3d"  # a draft of version 1 names no kind, and is of this one
+KINDS: dict[str, tuple[type[DraftConfig | FeatureConfig], type[DraftParams | FeatureDraft]]] = {
+    S3D: (DraftConfig, DraftParams),
+    "eagle": (FeatureConfig, FeatureDraft),
+    "medusa": (FeatureConfig, FeatureDraft),
+}
 DEFAULT_NAME = "default"  # the draft that is used unless another is requested
 _AGAIN = "train it again, or restore it from a copy"
 
@@ -52,7 +58,7 @@ class StoredDraft:
     Attributes:
         name: its name in the checkpoint.
         kind: the drafter that uses it.
-        config: skip, γ, block attention.
+        config: skip, γ, block attention; of the other kinds γ.
         params: its arrays, in the target's dtype; None if only the settings were read.
         training: how it was trained, and what it reached (free form, JSON).
         num_params: parameters in addition to the target's.
@@ -61,8 +67,8 @@ class StoredDraft:
 
     name: str
     kind: str
-    config: DraftConfig
-    params: DraftParams | None
+    config: Any
+    params: Any
     training: dict[str, Any]
     num_params: int
     shapes: Mapping[str, tuple[int, ...]]
@@ -71,20 +77,21 @@ class StoredDraft:
 def save_draft(
     model: str | os.PathLike[str],
     name: str,
-    config: DraftConfig,
-    params: DraftParams,
+    config: DraftConfig | FeatureConfig,
+    params: DraftParams | FeatureDraft,
     training: Mapping[str, Any],
     *,
+    kind: str = S3D,
     overwrite: bool = False,
 ) -> Path:
-    """Adds an S3D draft to a checkpoint; it appears whole or not at all.
+    """Adds a draft to a checkpoint; it appears whole or not at all.
 
     Args:
         model: the native checkpoint folder.
         name: letters, digits, ".", "-" and "_".
-        config: skip, γ, block attention.
-        params: arrays of any float dtype; they are stored in the target's.
+        config, params: of the kind; arrays of any float dtype are stored in the target's.
         training: how it was trained (JSON).
+        kind: the drafter that uses it.
         overwrite: replace a draft of that name.
 
     Returns:
@@ -99,7 +106,7 @@ def save_draft(
     config.validate_for(header.config)
     folder = header.path / "drafts" / name
     with staged_folder(folder, overwrite=overwrite) as partial:
-        write_draft(partial, header.config, config, params, training)
+        write_draft(partial, header.config, config, params, training, kind)
     return folder
 
 
@@ -107,21 +114,22 @@ def save_draft(
 def write_draft(
     folder: Path,
     model: ModelConfig,
-    config: DraftConfig,
-    params: DraftParams,
+    config: DraftConfig | FeatureConfig,
+    params: DraftParams | FeatureDraft,
     training: Mapping[str, Any],
+    kind: str = S3D,
 ) -> None:
-    """Writes the files of an S3D draft into a folder that is being staged.
+    """Writes the files of a draft into a folder that is being staged.
 
     Args:
         folder: drafts/<name> of a checkpoint that is being written.
         model: the target's settings.
-        config, params, training: as in `save_draft`.
+        config, params, training, kind: as in `save_draft`.
 
     Raises:
         CheckpointError: the deltas are merged into layers, which cannot be stored.
     """
-    if params.layers:
+    if isinstance(params, DraftParams) and params.layers:
         raise CheckpointError(
             "the draft's deltas are merged into its layers, as load does for small models, and "
             "cannot be stored: save the draft that read_draft returns"
@@ -135,7 +143,7 @@ def write_draft(
     fields = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": KINDS[0],
+        "kind": kind,
         "draft": config.to_dict(),
         "training": dict(training),
         "arrays": index_to_json(writer.index),
@@ -149,29 +157,43 @@ def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in folder.glob("*/config.json") if _is_name(p.parent)))
 
 
-def choose_draft(model: str | os.PathLike[str], name: str | None) -> str | None:
-    """The draft to use: `name`; if that is None, the draft called "default", or the only one.
+def choose_draft(model: str | os.PathLike[str], name: str | None, kind: str = S3D) -> str | None:
+    """The draft of a kind to use: `name`; if that is None, the default, or the only one.
+
+    The default is called "default"; of other kinds than S3D it has the name of the kind.
 
     Returns:
-        Its name, or None if the checkpoint has no draft.
+        Its name, or None if the checkpoint has no draft of the kind.
 
     Raises:
-        CheckpointError: no draft has that name; or there are several, and none is the default.
+        CheckpointError: no draft has that name, or it is of another kind; there are several, and
+            none is the default; or a draft is damaged.
     """
     names = draft_names(model)
     if name is not None and name not in names:
         known = f"it has {', '.join(names)}" if names else "it has no trained draft"
         raise CheckpointError(f"{model} has no draft {name!r}: {known}")
-    if name is not None or not names:
+    if name is not None:
+        found = draft_kind(model, name)
+        if found != kind and found in KINDS:
+            raise CheckpointError(
+                f"the draft {name!r} of {model} is of the kind {found!r}: method={found!r} "
+                f"(--method {found}) uses it"
+            )
         return name
-    if DEFAULT_NAME in names:
-        return DEFAULT_NAME
+    default = DEFAULT_NAME if kind == S3D else kind
+    if default in names:
+        return default
+    # One that cannot be read counts, so that reading it says what is wrong.
+    names = tuple(n for n in names if _kind_or_none(model, n) not in KINDS.keys() - {kind})
+    if kind != S3D:
+        names = tuple(n for n in names if _kind_or_none(model, n) == kind)
     if len(names) > 1:
         raise CheckpointError(
-            f"{model} has the drafts {', '.join(names)}, and none is called {DEFAULT_NAME!r}: "
+            f"{model} has the drafts {', '.join(names)}, and none is called {default!r}: "
             "choose one (--draft NAME, draft=...)"
         )
-    return names[0]
+    return names[0] if names else None
 
 
 @under_usual_jax_settings
@@ -206,7 +228,8 @@ def read_draft(
             "(use_draft=False)"
         )
     try:
-        draft = DraftConfig.from_dict(fields["draft"])
+        settings, arrays_of = KINDS[kind]
+        draft = settings.from_dict(fields["draft"])
         draft.validate_for(config)
         index = index_from_json(fields["arrays"])
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -224,13 +247,43 @@ def read_draft(
             for path, record in index.items()
         }
         placed = {path: put(mesh, config, path, x) for path, x in arrays.items()}
-        params = DraftParams(**unflatten(placed))
+        params = arrays_of(**unflatten(placed))
         check_vocabulary(params, config.vocab_size, folder)
     return StoredDraft(name, kind, draft, params, fields.get("training") or {}, count, shapes)
 
 
+class StoredFeatures(Mapping[str, tuple[FeatureConfig, FeatureDraft]]):
+    """The drafts of a checkpoint that read hidden states, by kind; each is read when it is needed.
+
+    Args:
+        model: the native checkpoint folder.
+        config, params: the target, as it is in memory.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], config: ModelConfig, params: Params) -> None:
+        self._model, self._config, self._params = model, config, params
+        self._read: dict[str, tuple[FeatureConfig, FeatureDraft]] = {}
+
+    def __getitem__(self, kind: str) -> tuple[FeatureConfig, FeatureDraft]:
+        if kind not in self._read:
+            name = choose_draft(self._model, None, kind) if kind in self._kinds else None
+            if name is None:
+                raise KeyError(kind)
+            draft = read_draft(self._model, name, self._config)
+            self._read[kind] = draft.config, in_memory(self._config, self._params, draft.params)
+        return self._read[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return (kind for kind in self._kinds if choose_draft(self._model, None, kind))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    _kinds = tuple(KINDS.keys() - {S3D})
+
+
 def check_vocabulary(
-    params: DraftParams, vocab_size: int, folder: Path, advice: str = _AGAIN
+    params: OwnVocabulary, vocab_size: int, folder: Path, advice: str = _AGAIN
 ) -> None:
     """Raises CheckpointError unless the draft's tokens are some of the target's, ascending."""
     if params.vocabulary is None:
@@ -258,6 +311,13 @@ def draft_kind(model: str | os.PathLike[str], name: str) -> str:
     return str(_read_config(Path(model) / "drafts" / name)["kind"])
 
 
+def _kind_or_none(model: str | os.PathLike[str], name: str) -> str | None:
+    try:
+        return draft_kind(model, name)
+    except CheckpointError:
+        return None
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """A draft's config.json, with a kind."""
     fields = read_json_object(folder / "config.json", advice=_AGAIN)
@@ -265,7 +325,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is no draft of format version {VERSION}: train it again, or update s3d_jax"
         )
-    return {"kind": KINDS[0]} | fields
+    return {"kind": S3D} | fields
 
 
 # Deltas are merged into layer copies up to this size, in bytes; above it the extra products are
@@ -342,15 +402,10 @@ def _add_delta(
     }
 
 
-def draft_tree(params: DraftParams) -> dict[str, Any]:
+def draft_tree(params: DraftParams | FeatureDraft) -> dict[str, Any]:
     """A draft's arrays as a nested dict, without empty parts."""
-    parts = {
-        "mask_embeddings": params.mask_embeddings,
-        "deltas": params.deltas,
-        "bridges": params.bridges,
-        "chain": params.chain,
-        "vocabulary": params.vocabulary,
-    }
+    names = ("mask_embeddings", "deltas", "bridges", "chain", "weights", "vocabulary")
+    parts = {name: getattr(params, name) for name in names if hasattr(params, name)}
     return {
         name: part
         for name, part in parts.items()

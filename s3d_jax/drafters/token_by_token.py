@@ -14,7 +14,8 @@ from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import forward
 from s3d_jax.settings.drafting import DraftConfig, symmetric_skip
 
-OnePass = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
+# (tokens [B, 1], how many draft tokens come before, what is carried) -> (logits [B, 1, V], carried)
+OnePass = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,13 @@ class SelfSpeculative(Drafter):
         spec, params, state, visible = inputs.spec, inputs.params, inputs.state, inputs.visible
         skip = self.settings.skip
 
-        def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        def one_pass(
+            block: jax.Array, before: jax.Array, cache: KVCache
+        ) -> tuple[jax.Array, KVCache]:
+            cache = cache.replace(length=state.cache.length + before)
             return forward(spec.config, params, block, cache, skip=skip, visible=visible)
 
-        logits, cache = one_pass(last_token(state), state.cache)
+        logits, cache = one_pass(last_token(state), jnp.int32(0), state.cache)
         tokens, cache = draft_token_by_token(inputs, one_pass, logits, cache)
         return Proposal(tokens, cache.replace(length=state.cache.length))
 
@@ -84,22 +88,26 @@ class EarlyExit(SelfSpeculative):
 
 
 def draft_token_by_token(
-    inputs: Inputs, one_pass: OnePass, logits: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
+    inputs: Inputs,
+    one_pass: OnePass,
+    logits: jax.Array,
+    carried: Any,
+    vocabulary: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
     """γ draft tokens, each of which sees the ones before it.
 
     Args:
         inputs: of the iteration.
-        one_pass: (tokens [B, 1], cache) -> (logits [B, 1, V], cache).
+        one_pass: of the model that drafts.
         logits: float32 [B, 1, V], of the first draft token.
-        cache: of the model that drafts; holds what these logits have seen.
+        carried: from pass to pass, a PyTree: the cache with what these logits have seen.
+        vocabulary: see `pick_tokens`.
 
     Returns:
-        The tokens, int32 [B, γ], and the cache.
+        The tokens, int32 [B, γ], and what is carried.
     """
     spec, state = inputs.spec, inputs.state
-    n = state.cache.length
-    rows = jnp.arange(n.shape[0])
+    rows = jnp.arange(logits.shape[0])
 
     def pick(logits: jax.Array, i: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The draft token i, int32 [B, 1], and the counts with it."""
@@ -107,20 +115,20 @@ def draft_token_by_token(
         if noise is not None:
             noise = jax.lax.dynamic_slice_in_dim(noise, i, 1, axis=1)
         here = inputs._replace(state=state.replace(output_counts=counts))
-        token = pick_tokens(here, logits, noise)
+        token = pick_tokens(here, logits, noise, vocabulary)
         if spec.features.penalized:
             counts = counts.at[rows, token[:, 0]].add(1)
         return token, counts
 
     def body(
-        carry: tuple[jax.Array, KVCache, jax.Array], i: jax.Array
-    ) -> tuple[tuple[jax.Array, KVCache, jax.Array], jax.Array]:
-        token, cache, counts = carry
-        logits, cache = one_pass(token, cache.replace(length=n + i))
+        carry: tuple[jax.Array, Any, jax.Array], i: jax.Array
+    ) -> tuple[tuple[jax.Array, Any, jax.Array], jax.Array]:
+        token, carried, counts = carry
+        logits, carried = one_pass(token, i, carried)
         token, counts = pick(logits, i, counts)
-        return (token, cache, counts), token[:, 0]
+        return (token, carried, counts), token[:, 0]
 
     token, counts = pick(logits, jnp.int32(0), state.output_counts)
     steps = jnp.arange(1, spec.gamma, dtype=jnp.int32)
-    (_, cache, _), tokens = jax.lax.scan(body, (token, cache, counts), steps)
-    return jnp.concatenate([token, tokens.T], axis=1), cache
+    (_, carried, _), tokens = jax.lax.scan(body, (token, carried, counts), steps)
+    return jnp.concatenate([token, tokens.T], axis=1), carried

@@ -60,7 +60,10 @@ class TwoModel(Drafter):
         params, state, visible = inputs.drafter_params, inputs.state, inputs.visible
         model, n = self.settings.model, state.cache.length
 
-        def one_pass(block: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        def one_pass(
+            block: jax.Array, before: jax.Array, cache: KVCache
+        ) -> tuple[jax.Array, KVCache]:
+            cache = cache.replace(length=n + before)
             return forward(model, params, block, cache, visible=visible)
 
         # The first pass takes the last two tokens: if the last draft was accepted completely, this
@@ -69,7 +72,7 @@ class TwoModel(Drafter):
         first = jnp.maximum(n - 1, 0)
         at = first[:, None] + jnp.arange(2)
         block = jnp.take_along_axis(state.tokens, at, axis=1)
-        logits, cache = one_pass(block, state.drafter_state.replace(length=first))
+        logits, cache = one_pass(block, first - n, state.drafter_state)
         logits = jnp.take_along_axis(logits, (n - first)[:, None, None], axis=1)
         tokens, cache = draft_token_by_token(inputs, one_pass, logits, cache)
         return Proposal(tokens, state.cache, cache)

@@ -6,7 +6,7 @@ from each draft token to the next.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import flax.struct
 import jax
@@ -30,38 +30,20 @@ CANDIDATES = 16  # of each row, which the token before can move
 _PART = 256  # rows of the table at once
 
 
-class DraftParams(flax.struct.PyTreeNode):
-    """The arrays that a draft pass has in addition to the target's weights.
+class OwnVocabulary:
+    """What drafts share that propose some of the target's tokens alone.
 
     Attributes:
-        mask_embeddings: [M, D], inputs of the mask tokens; the i-th of a block is row min(i, M-1).
-        deltas: low-rank additions to linear layers of kept layers, under the paths of the
-            parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. May be
-            empty.
-        bridges: low-rank stand-ins for gaps of skipped layers, by the name of the module after the
-            gap (`bridge_name`): {down [D, r], up [r, D]}; down is [D+F, r] in all of them if they
-            also read what the cache holds of the token before x_n (`recall`). May be empty.
-        chain: corrects a row by the token that is drafted before it (`chained`): {down [2·D, r],
-            up [r, D]}. May be empty.
         vocabulary: int32 [V'], the tokens that can be drafted, ascending. None is all.
-        layers: kept layers whose weights include the deltas (`merge_deltas`). They replace the
-            target's layers of the same names. May be empty. Never stored.
         head: the rows of the target's head that belong to `vocabulary` (`with_head`), as the weight
             format stores them. May be empty. Never stored.
     """
 
-    mask_embeddings: jax.Array
-    deltas: Mapping[str, Any] = flax.struct.field(default_factory=dict)
-    bridges: Mapping[str, Any] = flax.struct.field(default_factory=dict)
-    chain: Mapping[str, Any] = flax.struct.field(default_factory=dict)
-    vocabulary: jax.Array | None = None
-    layers: Mapping[str, Any] = flax.struct.field(default_factory=dict)
-    head: Arrays = ()
+    vocabulary: jax.Array | None
+    head: Arrays
+    if TYPE_CHECKING:
 
-    def masks(self, count: int) -> jax.Array:
-        """The first `count` mask embeddings, [count, D]."""
-        rows = np.minimum(np.arange(count), self.mask_embeddings.shape[0] - 1)
-        return self.mask_embeddings[rows]
+        def replace(self, **fields: Any) -> Self: ...
 
     def ids(self, indices: jax.Array) -> jax.Array:
         """The token ids of indices into the draft's vocabulary, int32 of the same shape."""
@@ -81,6 +63,41 @@ class DraftParams(flax.struct.PyTreeNode):
         return jnp.full(vocab_size, -1, jnp.int32).at[self.vocabulary].set(count)[ids]
 
 
+Draft = TypeVar("Draft", bound=OwnVocabulary)
+
+
+class DraftParams(flax.struct.PyTreeNode, OwnVocabulary):
+    """The arrays that a draft pass has in addition to the target's weights.
+
+    Attributes:
+        mask_embeddings: [M, D], inputs of the mask tokens; the i-th of a block is row min(i, M-1).
+        deltas: low-rank additions to linear layers of kept layers, under the paths of the
+            parameter tree: layers_i/attention/qkv/{down [in, r], up [r, out]} and so on. May be
+            empty.
+        bridges: low-rank stand-ins for gaps of skipped layers, by the name of the module after the
+            gap (`bridge_name`): {down [D, r], up [r, D]}; down is [D+F, r] in all of them if they
+            also read what the cache holds of the token before x_n (`recall`). May be empty.
+        chain: corrects a row by the token that is drafted before it (`chained`): {down [2·D, r],
+            up [r, D]}. May be empty.
+        vocabulary, head: see `OwnVocabulary`.
+        layers: kept layers whose weights include the deltas (`merge_deltas`). They replace the
+            target's layers of the same names. May be empty. Never stored.
+    """
+
+    mask_embeddings: jax.Array
+    deltas: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    bridges: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    chain: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    vocabulary: jax.Array | None = None
+    layers: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    head: Arrays = ()
+
+    def masks(self, count: int) -> jax.Array:
+        """The first `count` mask embeddings, [count, D]."""
+        rows = np.minimum(np.arange(count), self.mask_embeddings.shape[0] - 1)
+        return self.mask_embeddings[rows]
+
+
 def head_matrix(config: ModelConfig, params: Params) -> Arrays:
     """The matrix of the target's head [V, D], as the weight format stores it."""
     parts = head_format(config).parts
@@ -93,7 +110,7 @@ def _matrix(config: ModelConfig, params: Params, module: str, parts: Sequence[st
 
 
 @under_usual_jax_settings
-def with_head(config: ModelConfig, params: Params, draft: DraftParams) -> DraftParams:
+def with_head(config: ModelConfig, params: Params, draft: Draft) -> Draft:
     """The draft with its rows of the head, if it has a vocabulary of its own.
 
     Reading them from the whole matrix in every draft pass would cost more than they save.

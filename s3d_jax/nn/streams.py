@@ -43,10 +43,18 @@ def target_stream(
         (logits, cache): float32 [B, T, V], or [B, T, V'] of the draft's vocabulary; and the cache
         with T committed tokens.
     """
+    hidden, cache = text_states(config, params, tokens, slots, remat=remat)
+    return logits_of(config, params, hidden, head), cache
+
+
+def text_states(
+    config: ModelConfig, params: Params, tokens: jax.Array, slots: int, *, remat: bool = False
+) -> tuple[jax.Array, KVCache]:
+    """`target_stream` before the head: what it reads, [B, T, D], and the cache."""
     cache = text_cache(config, params, tokens, slots)
     visible = tokens.shape[1]
     hidden, cache = hidden_states(config, params, tokens, cache, visible=visible, remat=remat)
-    return logits_of(config, params, hidden, head), _committed(cache, tokens)
+    return hidden, _committed(cache, tokens)
 
 
 def gap_streams(

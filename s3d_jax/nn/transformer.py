@@ -16,7 +16,14 @@ from s3d_jax.keys import make_key
 from s3d_jax.mesh import DATA, MODEL, constrained
 from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
 from s3d_jax.nn.cache import KVCache, init_cache
-from s3d_jax.nn.draft import DraftParams, bridge_name, recall, recalled_layers, with_head
+from s3d_jax.nn.draft import (
+    DraftParams,
+    OwnVocabulary,
+    bridge_name,
+    recall,
+    recalled_layers,
+    with_head,
+)
 from s3d_jax.nn.layers import MLP, Embedding, Linear, RMSNorm, bridge, settle
 from s3d_jax.nn.rope import Rotary, rotary_table
 from s3d_jax.nn.rounded import Stored
@@ -212,7 +219,7 @@ class Transformer(nn.Module):
         )
         return constrained(x, DATA), cache.replace(keys=tuple(keys), values=tuple(values))
 
-    def head(self, x: jax.Array, draft: DraftParams | None = None) -> jax.Array:
+    def head(self, x: jax.Array, draft: OwnVocabulary | None = None) -> jax.Array:
         """Logits float32 [B, T, V] of what the final norm gives, [B, T, D].
 
         A draft with a vocabulary of its own, and its head, gives [B, T, V'].
@@ -320,12 +327,12 @@ def forward(
 
 
 def logits_of(
-    config: ModelConfig, params: Params, hidden: jax.Array, draft: DraftParams | None = None
+    config: ModelConfig, params: Params, hidden: jax.Array, draft: OwnVocabulary | None = None
 ) -> jax.Array:
     """Logits of `hidden_states`, see `forward`."""
     if draft is not None:
         draft = with_head(config, params, draft)
-    return bound(config, params, draft).head(hidden, draft)
+    return bound(config, params).head(hidden, draft)
 
 
 @under_usual_jax_settings

@@ -198,7 +198,42 @@ class TwoModelConfig(Record):
         _check_gamma(self.gamma)
 
 
-DrafterSettings = DraftConfig | PromptLookupConfig | TwoModelConfig
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig(Record):
+    """How a draft that reads the target's hidden states drafts (`nn.features`).
+
+    Attributes:
+        gamma: draft tokens proposed per iteration (γ), at least 1.
+    """
+
+    gamma: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+
+    def validate_for(self, config: ModelConfig) -> None:
+        """Every model has hidden states."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSettings(Record):
+    """`FeatureConfig` in use.
+
+    Attributes:
+        layer: the settings of the arrays that the draft adds (`nn.features.layer_config`).
+        gamma: see FeatureConfig.
+    """
+
+    layer: ModelConfig
+    gamma: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.gamma)
+
+
+DrafterSettings = DraftConfig | PromptLookupConfig | TwoModelConfig | FeatureSettings
 
 
 def _check_gamma(gamma: Any) -> None:

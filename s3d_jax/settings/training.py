@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from s3d_jax.settings.drafting import DraftConfig, parse_skip, symmetric_skip
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, parse_skip, symmetric_skip
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.options import option
 from s3d_jax.settings.records import Checked, check
@@ -133,13 +133,19 @@ class TrainDraftConfig(RunConfig):
 
     Attributes:
         draft: skip, γ and block attention; None is the draft of `start`, else the middle half,
-            γ = 4, causal.
+            γ = 4, causal. Of other kinds than "s3d" a FeatureConfig.
         adapter: ranks of mode "adapter"; None is `AdapterConfig()`. With `start`, None or a rank of
             0 takes the ranks of that draft; higher ranks add to it.
     """
 
+    kind: Literal["s3d", "eagle", "medusa"] = option("s3d", "the drafter that it is for, see above")
     mode: Literal["adapter", "mask", "full"] = option("adapter", "what is trained, see above")
-    name: str = option("default", "of the draft in the checkpoint", metavar="NAME")
+    name: str | None = option(
+        None,
+        "of the draft in the checkpoint",
+        metavar="NAME",
+        shown='"default", or the --kind if that is not s3d',
+    )
     start: str | None = option(
         None,
         "continue from this draft of the model, with its skip, block attention and vocabulary; a "
@@ -161,15 +167,20 @@ class TrainDraftConfig(RunConfig):
     fit_rows: int = option(
         0,
         "rows of the data by which new bridges are fitted, by least squares, to the layers that "
-        "they stand for, before training, in half as many directions as --bridge-rank; 0: they "
-        "start without effect",
+        "they stand for, before training, in half as many directions as --bridge-rank, or what "
+        "joins the inputs of kind eagle; 0: bridges start without effect",
         least=0,
     )
     next_token_weight: float = option(
         1.0, "mode full: of the target's own loss, added to the draft's", metavar="W", least=0
     )
-    draft: DraftConfig | None = None
+    draft: DraftConfig | FeatureConfig | None = None
     adapter: AdapterConfig | None = None
+
+    @property
+    def draft_name(self) -> str:
+        """`name`, or what stands for it."""
+        return self.name or ("default" if self.kind == "s3d" else self.kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bridges that begin as the best linear stand-in for the layers of their gap.
+"""Drafts that begin by least squares: bridges as the best linear stand-in for their gap.
 
 A least-squares fit over a few hundred rows takes a minute, and gives a draft that training by
 gradients would need many hundred steps for.
@@ -15,6 +15,7 @@ from s3d_jax.keys import make_key
 from s3d_jax.machine import check_memory
 from s3d_jax.mesh import mesh_of, on_mesh
 from s3d_jax.nn.draft import DraftParams, bridge_name, untrained_draft
+from s3d_jax.nn.features import eagle_targets
 from s3d_jax.nn.sharding import on_host, place_draft
 from s3d_jax.nn.streams import gap_streams
 from s3d_jax.settings.drafting import DraftConfig
@@ -106,8 +107,54 @@ def _sums(
     x, y = gap_streams(config, params, draft_config, draft, tokens, anchors, after, recalls)
     root = jnp.sqrt(weights)[..., None]
     x, y = ((a.astype(jnp.float32) * root).reshape(-1, a.shape[-1]) for a in (x, y))
-    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return exact(x.T, x), exact(x.T, y)
+    return _exact(x.T, x), _exact(x.T, y)
+
+
+def fitted_fuse(
+    config: ModelConfig,
+    params: Params,
+    batches: Callable[[int], Mapping[str, np.ndarray]],
+    count: int,
+    *,
+    progress: bool = False,
+) -> np.ndarray:
+    """The matrix that joins hidden state and token for EAGLE's layer: float32 [D, 2·D].
+
+    By least squares it gives the layer, which begins as a copy of the target's last one, what that
+    one is given.
+
+    Args:
+        config, params: the target.
+        batches, count, progress: as in `fitted_draft`.
+    """
+    from tqdm import tqdm
+
+    squares, products = np.zeros(()), np.zeros(())
+    for i in tqdm(range(count), "fitting", unit=" batches", disable=not progress):
+        sums = jax.device_get(_sums_of_fuse(config, params, batches(i)))
+        squares = squares + sums[0].astype(np.float64)
+        products = products + sums[1].astype(np.float64)
+    return _solution(squares, products).T.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums_of_fuse(
+    config: ModelConfig, params: Params, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Of one batch: Σ xᵀx [2·D, 2·D] and Σ xᵀy [2·D, D] over the tokens that are learnt."""
+    learnt = batch["learn"][..., None]
+    pairs = eagle_targets(config, params, batch["tokens"])
+    x, y = (jnp.where(learnt, a.astype(jnp.float32), 0).reshape(-1, a.shape[-1]) for a in pairs)
+    return _exact(x.T, x), _exact(x.T, y)
+
+
+def _solution(squares: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Of the ridge regression, float64 [K, D]."""
+    ridge = max(_RIDGE * np.trace(squares) / len(squares), 1e-30)
+    return np.linalg.solve(squares + ridge * np.eye(len(squares)), products)
+
+
+_exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def linear_factors(squares: np.ndarray, products: np.ndarray, rank: int) -> dict[str, jax.Array]:
@@ -125,8 +172,7 @@ def linear_factors(squares: np.ndarray, products: np.ndarray, rank: int) -> dict
     Returns:
         {"down": [K, r], "up": [r, D]}, float32, of r ≤ rank features: an even number, 2·D at most.
     """
-    ridge = max(_RIDGE * np.trace(squares) / len(squares), 1e-30)
-    solution = np.linalg.solve(squares + ridge * np.eye(len(squares)), products)
+    solution = _solution(squares, products)
     variances, directions = np.linalg.eigh(solution.T @ squares @ solution)
     kept = directions[:, ::-1][:, : rank // 2]
     # Features of about one in size, which training changes at the pace of other drafts.

@@ -1,7 +1,6 @@
 """The training task of a draft, in three modes: mask, adapter, full (see docs/training.md)."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,10 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.errors import ConfigError
-from s3d_jax.nn.draft import DraftParams, bridge_name, mean_embedding, untrained_draft
+from s3d_jax.nn.cache import KVCache
+from s3d_jax.nn.draft import (
+    DraftParams,
+    OwnVocabulary,
+    bridge_name,
+    mean_embedding,
+    untrained_draft,
+)
 from s3d_jax.nn.sharding import as_in_files, in_memory
-from s3d_jax.nn.streams import draft_stream, target_stream
-from s3d_jax.nn.transformer import abstract_params
+from s3d_jax.nn.streams import draft_stream, text_states
+from s3d_jax.nn.transformer import abstract_params, logits_of
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, ObjectiveConfig
@@ -256,10 +262,9 @@ class DraftTask:
             key: of the anchors.
         """
         layers, draft = self.arranged(tree, float_dtype(frozen))
-        params = {**frozen, **layers}
         return draft_losses(
             self.config,
-            params,
+            {**frozen, **layers},
             self.draft_config,
             draft,
             self.objective,
@@ -282,13 +287,63 @@ def draft_losses(
     target_is_trained: bool,
     remat: bool,
 ) -> dict[str, Mean]:
+    """`losses_at_anchors` of S3D's draft pass."""
+
+    def stream(
+        params: Params,
+        draft: DraftParams,
+        tokens: jax.Array,
+        anchors: jax.Array,
+        hidden: jax.Array,
+        cache: KVCache,
+    ) -> jax.Array:
+        return draft_stream(
+            config, params, draft_config, draft, tokens, anchors, cache, remat=remat
+        )
+
+    return losses_at_anchors(
+        config,
+        params,
+        draft_config.gamma,
+        draft,
+        stream,
+        objective,
+        batch,
+        key,
+        block_slots=draft_config.gamma,
+        target_is_trained=target_is_trained,
+        remat=remat,
+    )
+
+
+# (the target's parameters, the draft's, tokens [B, T], anchors [B, A], what the target's head reads
+# at the tokens [B, T, D], its cache of them) -> float32 [B, A·γ, V], as of `draft_stream`
+DraftStream = Callable[[Params, Any, jax.Array, jax.Array, jax.Array, KVCache], jax.Array]
+
+
+def losses_at_anchors(
+    config: ModelConfig,
+    params: Params,
+    gamma: int,
+    draft: OwnVocabulary,
+    stream: DraftStream,
+    objective: ObjectiveConfig,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    block_slots: int = 0,
+    target_is_trained: bool = False,
+    remat: bool = False,
+) -> dict[str, Mean]:
     """The losses of one batch.
 
     Args:
-        config, params, draft_config, draft: the target and its draft.
+        config, params, gamma, draft: the target, γ, and its draft.
+        stream: what the draft gives at the anchors.
         objective: which losses, at which anchors.
         batch: {"tokens": int [B, T], "learn": bool [B, T]}.
         key: of the anchors.
+        block_slots: of the cache, which the stream needs for each anchor.
         target_is_trained: gradients flow into `params` too, and the target has its own loss. The
             target's distributions stay constants of the draft's loss: the target is not trained
             to be easy to guess.
@@ -299,30 +354,23 @@ def draft_losses(
         trained.
     """
     tokens, learn = batch["tokens"], batch["learn"]
-    gamma = draft_config.gamma
     anchors = random_anchors(key, learn, min(objective.anchors, tokens.shape[1] - 1))
     # KL compares what the target gives to the tokens that can be drafted, so it needs no others.
     fewer = objective.objective == "kl" and not target_is_trained
-    logits, cache = target_stream(
-        config,
-        params,
-        tokens,
-        slots=tokens.shape[1] + anchors.shape[1] * gamma,
-        head=draft if fewer else None,
-        remat=remat,
-    )
+    slots = tokens.shape[1] + anchors.shape[1] * block_slots
+    hidden, cache = text_states(config, params, tokens, slots, remat=remat)
+    logits = logits_of(config, params, hidden, draft if fewer else None)
     if not target_is_trained:
-        cache = jax.lax.stop_gradient(cache)
-    stream = functools.partial(draft_stream, config, remat=remat)
+        hidden, cache = jax.lax.stop_gradient((hidden, cache))
     if objective.hop:
         _, targets, _ = block_targets(tokens, learn, anchors, gamma, objective.decay)
         targets = draft.indices(targets, config.vocab_size)
-        constant = jax.lax.stop_gradient((params, draft, cache))
-        q = stream(constant[0], draft_config, constant[1], tokens, anchors, constant[2])
+        constant = jax.lax.stop_gradient((params, draft, hidden, cache))
+        q = stream(*constant[:2], tokens, anchors, *constant[2:])
         anchors = next_anchors(anchors, q, targets, gamma, tokens.shape[1])
     rows, targets, weights = block_targets(tokens, learn, anchors, gamma, objective.decay)
     targets = draft.indices(targets, config.vocab_size)
-    q = stream(params, draft_config, draft, tokens, anchors, cache)
+    q = stream(params, draft, tokens, anchors, hidden, cache)
     log_p, learnt = None, weights
     if objective.objective != "ce":
         log_p = jnp.take_along_axis(jax.lax.stop_gradient(logits), rows[:, :, None], axis=1)

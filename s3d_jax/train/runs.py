@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from s3d_jax.drafters.stored import (
     DEFAULT_NAME,
+    S3D,
     check_name,
     choose_draft,
     draft_names,
@@ -28,16 +29,18 @@ from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM, default_draft, tokenizer_or_none
 from s3d_jax.machine import default_device
 from s3d_jax.mesh import by_first_host, is_first_host, on_mesh
-from s3d_jax.nn.draft import DraftParams, recalled_layers, untrained_draft
+from s3d_jax.nn.draft import DraftParams, OwnVocabulary, recalled_layers, untrained_draft
+from s3d_jax.nn.features import FeatureDraft
 from s3d_jax.nn.sharding import on_host, shape_of
-from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
-from s3d_jax.train.bridges import fitted_draft
+from s3d_jax.train.bridges import fitted_draft, fitted_fuse
 from s3d_jax.train.data import Batches, concatenate, pack, row_length_for
 from s3d_jax.train.draft import NO_ADAPTER, DraftTask, check_trainable, frequent_tokens
+from s3d_jax.train.features import FeatureTask
 from s3d_jax.train.folder import check_run, has_states
 from s3d_jax.train.loop import fit
 from s3d_jax.train.placement import Placement, mesh_for
@@ -101,11 +104,14 @@ def train_draft(
     check_row_length(config.row_length, stored.config)
     default_device()  # before files are read for minutes
     progress = progress and is_first_host()
+    if mesh is not None and config.kind != S3D:
+        raise ConfigError(f"a draft of kind {config.kind!r} is trained on one device: no mesh")
     devices = mesh_for(mesh, stored.config, config.loop)
-    replaces = config.out is None and config.name in draft_names(model)
+    replaces = config.out is None and config.draft_name in draft_names(model)
     lm = checkpoint.load(model, config.dtype, mesh=devices, over_data=True, progress=progress)
     tokenizer, ends = tokenizer_or_none(stored.path), stored.eos_token_ids
-    draft, adapter, start = _beginning(model, lm.config.replace(shards=1, over_data=False), config)
+    begin = _beginning if config.kind == S3D else _beginning_of_features
+    draft, adapter, start = begin(model, lm.config.replace(shards=1, over_data=False), config)
     limit = stored.config.max_position_embeddings
     corpus = read_corpus(
         data,
@@ -118,37 +124,50 @@ def train_draft(
         learns_text=config.mode == "full",
     )
     _show(corpus, progress)
-    task = DraftTask(
-        lm.config,
-        lm.params,
-        draft,
-        mode=config.mode,
+    common: dict[str, Any] = dict(
         objective=config.objective,
-        adapter=adapter,
         start=start,
         vocabulary=_vocabulary(config, start, corpus, lm.config.vocab_size),
-        next_token_weight=config.next_token_weight,
         remat=config.remat,
     )
-    if config.fit_rows and not has_states(run):
-        size = config.loop.batch_size // config.loop.accumulate
-        task.start = fitted_draft(
+    task: DraftTask | FeatureTask
+    if isinstance(draft, FeatureConfig):
+        task = FeatureTask(config.kind, lm.config, lm.params, draft, **common)
+    else:
+        task = DraftTask(
             lm.config,
             lm.params,
             draft,
-            adapter,
-            Batches(corpus.rows, size, config.loop.seed),
-            -(-min(config.fit_rows, len(corpus.rows)) // size),
-            seed=config.loop.seed,
-            progress=progress,
+            mode=config.mode,
+            adapter=adapter,
+            next_token_weight=config.next_token_weight,
+            **common,
         )
-    make_lm = functools.partial(LM, lm.config, draft_config=draft, eos_token_ids=ends)
-    decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
+    if config.fit_rows and not has_states(run):
+        size = config.loop.batch_size // config.loop.accumulate
+        batches = Batches(corpus.rows, size, config.loop.seed)
+        count = -(-min(config.fit_rows, len(corpus.rows)) // size)
+        if isinstance(task, FeatureTask):
+            task.fuse = fitted_fuse(lm.config, lm.params, batches, count, progress=progress)
+        else:
+            task.start = fitted_draft(
+                lm.config,
+                lm.params,
+                task.draft_config,
+                adapter,
+                batches,
+                count,
+                seed=config.loop.seed,
+                progress=progress,
+            )
+    make_lm = functools.partial(LM, lm.config, eos_token_ids=ends)
+    new_tokens = config.validation.new_tokens
+    decoding = HeldOutDecoding(corpus.prompts, new_tokens, make_lm, draft, config.kind)
     place = None if devices is None else Placement(devices, lm.config)
     # In a program on a mesh, so that all that decodes lies where decoding expects it.
     arranged = task.arranged if place is None else jax.jit(task.arranged, static_argnames="dtype")
 
-    def merged(tree: Mapping[str, Any]) -> tuple[Params, DraftParams]:
+    def merged(tree: Mapping[str, Any]) -> tuple[Params, Any]:
         with on_mesh(devices):
             layers, trained = arranged(tree, dtype=float_dtype(lm.params))
         return {**lm.params, **layers}, trained
@@ -162,9 +181,10 @@ def train_draft(
         return report
 
     more = {
+        "kind": config.kind,
         "mode": config.mode,
         "draft": draft.to_dict(),
-        "adapter": dataclasses.asdict(task.adapter),
+        "adapter": dataclasses.asdict(task.adapter) if isinstance(task, DraftTask) else None,
         "vocabulary": None if task.vocabulary is None else len(task.vocabulary),
         "start": config.start,
         "fit_rows": config.fit_rows,
@@ -189,19 +209,17 @@ def train_draft(
     # A smaller vocabulary accepts less, on purpose: all are compared with the new one's.
     same = {"vocabulary": task.vocabulary}
     untrained = before
-    if start is not None or config.fit_rows:
+    if config.kind == S3D and (start is not None or config.fit_rows):
         untrained = decoding.measure(
             lm.params, untrained_draft(lm.config, lm.params).replace(**same)
         )
     tau = reached["tokens_per_iteration"]
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
     if replaces:
-        old = read_draft(model, config.name, lm.config, mesh=devices)
+        old = read_draft(model, config.draft_name, lm.config, mesh=devices)
         # τ grows with γ. So the old draft proposes no more than the new one.
         old_config = old.config.replace(gamma=min(old.config.gamma, draft.gamma))
-        make_old = functools.partial(make_lm, draft_config=old_config)
-        held_out = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_old)
-        assert old.params is not None  # read_draft read the weights
+        held_out = HeldOutDecoding(corpus.prompts, new_tokens, make_lm, old_config, old.kind)
         replaced = held_out.measure(lm.params, old.params.replace(**same))["tokens_per_iteration"]
         worse = worse or made_worse(replaced, tau, "the one that it would replace", run)
     if worse:
@@ -222,8 +240,10 @@ def train_draft(
 
     def store() -> None:
         if config.out is None:
-            save_draft(model, config.name, draft, trained, report, overwrite=True)
+            name = config.draft_name
+            save_draft(model, name, draft, trained, report, kind=config.kind, overwrite=True)
             return
+        assert isinstance(draft, DraftConfig)  # `out` belongs to mode "full"
         layers = _cast(tree["layers"], stored.config.dtype)
         _save_model(
             config.out,
@@ -232,7 +252,7 @@ def train_draft(
                 name: layers.get(name) or checkpoint.read_group(stored, name)
                 for name in stored.groups
             },
-            (config.name, draft, trained, report),
+            (config.draft_name, draft, trained, report),
             source={"target": stored.source, "changed_by": "s3d train --mode full"},
             generation_config=stored.generation_config,
             tokenizer=model,
@@ -316,8 +336,9 @@ def pretrain(
     )
     decoding = None
     if draft is not None:
-        make_lm = functools.partial(LM, trained_model, draft_config=draft, eos_token_ids=ends)
-        decoding = HeldOutDecoding(corpus.prompts, config.validation.new_tokens, make_lm)
+        make_lm = functools.partial(LM, trained_model, eos_token_ids=ends)
+        new_tokens = config.validation.new_tokens
+        decoding = HeldOutDecoding(corpus.prompts, new_tokens, make_lm, draft)
 
     arranged = task.arranged if place is None else jax.jit(task.arranged)
 
@@ -383,7 +404,9 @@ def _check_destination(
     model: str | os.PathLike[str], config: TrainDraftConfig, overwrite: bool
 ) -> None:
     """Refuses early a draft or a model that cannot be stored where it is to go."""
-    check_name(config.name)
+    if config.kind != S3D and config.mode != "adapter":
+        raise ConfigError(f"mode {config.mode!r} belongs to kind 's3d', not {config.kind!r}")
+    check_name(config.draft_name)
     if config.mode == "full":
         if config.out is None:
             raise ConfigError("mode 'full' changes the target: say where the new one goes (out)")
@@ -393,13 +416,13 @@ def _check_destination(
         raise ConfigError(
             f"mode {config.mode!r} adds a draft to the checkpoint itself: it takes no out"
         )
-    elif config.name in draft_names(model) and not overwrite:
+    elif config.draft_name in draft_names(model) and not overwrite:
         raise CheckpointError(
-            f"{model} has a draft {config.name!r} already: choose another name, or replace it "
-            "(--overwrite, overwrite=True)"
+            f"{model} has a draft {config.draft_name!r} already: choose another name, or replace "
+            "it (--overwrite, overwrite=True)"
         )
     else:
-        check_replaceable(Path(model) / "drafts" / config.name, overwrite)
+        check_replaceable(Path(model) / "drafts" / config.draft_name, overwrite)
 
 
 def _beginning(
@@ -407,10 +430,9 @@ def _beginning(
 ) -> tuple[DraftConfig, AdapterConfig, DraftParams | None]:
     """The settings and ranks of the draft to train, and the arrays of the draft it starts from."""
     wanted = config.vocabulary
-    if wanted is not None and wanted > target.vocab_size:
-        raise ConfigError(
-            f"vocabulary (--draft-vocab) is {wanted}: the model has {target.vocab_size} tokens"
-        )
+    _check_vocabulary_size(target, config)
+    if isinstance(config.draft, FeatureConfig):
+        raise ConfigError("kind 's3d' takes a DraftConfig as its draft, got a FeatureConfig")
     if config.start is None:
         adapter = config.adapter or AdapterConfig()
         if config.fit_rows and (config.mode != "adapter" or adapter.bridge_rank < 2):
@@ -456,6 +478,41 @@ def _beginning(
     return draft, adapter, start.params
 
 
+def _beginning_of_features(
+    model: str | os.PathLike[str], target: ModelConfig, config: TrainDraftConfig
+) -> tuple[FeatureConfig, AdapterConfig, FeatureDraft | None]:
+    """`_beginning` of the kinds that read hidden states."""
+    _check_vocabulary_size(target, config)
+    if config.adapter is not None:
+        raise ConfigError(f"kind {config.kind!r} has no adapter (--rank, --bridge-rank, …)")
+    if config.fit_rows and (config.kind != "eagle" or config.start is not None):
+        raise ConfigError(
+            "fit_rows (--fit-rows) fits what a new draft begins with, of the kinds 's3d' and "
+            "'eagle': leave it out"
+        )
+    draft, start = config.draft or FeatureConfig(), None
+    if not isinstance(draft, FeatureConfig):
+        raise ConfigError(f"kind {config.kind!r} takes a FeatureConfig as its draft, got {draft!r}")
+    if config.start is not None:
+        choose_draft(model, config.start, config.kind)
+        found = read_draft(model, config.start, target)
+        if config.kind == "medusa" and draft.gamma != found.config.gamma:
+            raise ConfigError(
+                f"the draft {config.start!r} has {found.config.gamma} heads: γ (--gamma) must be "
+                f"that, got {draft.gamma}"
+            )
+        start = found.params
+    return draft, NO_ADAPTER, start
+
+
+def _check_vocabulary_size(target: ModelConfig, config: TrainDraftConfig) -> None:
+    wanted = config.vocabulary
+    if wanted is not None and wanted > target.vocab_size:
+        raise ConfigError(
+            f"vocabulary (--draft-vocab) is {wanted}: the model has {target.vocab_size} tokens"
+        )
+
+
 def _rank(parts: Mapping[str, Any]) -> int:
     """The largest rank of the low-rank parts in a tree."""
     ranks = (
@@ -466,7 +523,7 @@ def _rank(parts: Mapping[str, Any]) -> int:
 
 
 def _vocabulary(
-    config: TrainDraftConfig, start: DraftParams | None, corpus: Corpus, vocab_size: int
+    config: TrainDraftConfig, start: OwnVocabulary | None, corpus: Corpus, vocab_size: int
 ) -> np.ndarray | None:
     """The tokens that can be drafted: those of the draft to start from, or the data's frequent."""
     wanted = config.vocabulary
@@ -481,7 +538,7 @@ def _vocabulary(
 
 
 def _about_vocabulary(
-    corpus: Corpus, decoding: HeldOutDecoding, merged: tuple[Params, DraftParams], dtype: str
+    corpus: Corpus, decoding: HeldOutDecoding, merged: tuple[Params, Any], dtype: str
 ) -> dict[str, Any]:
     """What a vocabulary of its own costs the draft, whose arrays are cast to `dtype`: JSON."""
     params, trained = merged

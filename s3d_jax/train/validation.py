@@ -14,8 +14,9 @@ from s3d_jax.errors import InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
 from s3d_jax.mesh import mesh_of, on_mesh
-from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.features import in_memory
 from s3d_jax.nn.streams import target_stream
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.texts.documents import Document
 from s3d_jax.train.data import Rows
@@ -58,39 +59,57 @@ def held_out_prompts(
 
 
 class HeldOutDecoding:
-    """Decodes prompts by S3D, with the weights and the draft of each call, compiled once.
+    """Decodes prompts with the weights and the draft of each call, compiled once.
 
     Args:
         prompts: ids.
         new_tokens: to decode per prompt.
         make_lm: makes the model from its weights.
+        draft_config: of the draft.
+        kind: of the draft, which names the method.
     """
 
     def __init__(
-        self, prompts: Sequence[np.ndarray], new_tokens: int, make_lm: Callable[[Params], LM]
+        self,
+        prompts: Sequence[np.ndarray],
+        new_tokens: int,
+        make_lm: Callable[[Params], LM],
+        draft_config: DraftConfig | FeatureConfig,
+        kind: str = "s3d",
     ) -> None:
         self._prompts, self._new_tokens, self._make_lm = prompts, new_tokens, make_lm
+        self._draft_config, self._kind = draft_config, kind
         self._lm: LM | None = None  # one for all calls: it keeps the compiled programs
 
-    def measure(self, params: Params, draft: DraftParams) -> dict[str, Any]:
-        """The report of `measure_acceptance`."""
-        self._lm = self._lm or self._make_lm(params)
-        self._lm.params, self._lm.draft_params = params, draft
-        report = measure_acceptance(self._lm, self._prompts, self._new_tokens)
+    def measure(self, params: Params, draft: Any) -> dict[str, Any]:
+        """The report of `measure_acceptance`, of a draft of the kind with float arrays."""
+        self._lm = lm = self._lm or self._make_lm(params)
+        lm.params = params
+        if isinstance(self._draft_config, DraftConfig):
+            lm.draft_config, lm.draft_params = self._draft_config, draft
+        else:
+            draft = in_memory(lm.config, params, draft)
+            lm.feature_drafts = {self._kind: (self._draft_config, draft)}
+        report = measure_acceptance(lm, self._prompts, self._new_tokens, self._kind)
         self._lm.params = {}  # else trained weights stay in memory until the next validation
         return report
 
 
 def measure_acceptance(
-    lm: LM, prompts: Sequence[np.ndarray], max_new_tokens: int, **options: Any
+    lm: LM,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    method: str = "s3d",
+    **options: Any,
 ) -> dict[str, Any]:
-    """Decodes the prompts in one batch by S3D.
+    """Decodes the prompts in one batch.
 
     Args:
         lm: the model with the draft to measure.
         prompts: ids.
         max_new_tokens: per prompt.
-        **options: of `LM.generate`; γ tokens are drafted in every iteration.
+        method: that drafts in every iteration.
+        **options: of `LM.generate`.
 
     Returns:
         tokens_per_iteration: τ over all prompts together, new tokens over iterations;
@@ -100,7 +119,9 @@ def measure_acceptance(
     Raises:
         NumericalError: the model's logits are no numbers.
     """
-    results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, adaptive=False, **options)
+    if method == "s3d":
+        options["adaptive"] = False
+    results = lm.generate(list(prompts), max_new_tokens=max_new_tokens, method=method, **options)
     for result in results:
         result.check()
     iterations = sum(r.stats.iterations for r in results)

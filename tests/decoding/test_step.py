@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3d_jax.decoding import sizes, step
+from s3d_jax.decoding import state as state_module
 from s3d_jax.decoding.prefill import prefill, prefill_jit
 from s3d_jax.decoding.rows import put_row_jit
 from s3d_jax.decoding.sampling import batch_sampling
@@ -365,23 +366,23 @@ def test_a_single_token_s_write_copies_no_cache():
 
 def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monkeypatch):
     blocks, passes = [], []
-    real_call, real_forward = model.Block.__call__, step.forward
+    real_call, real_verify = model.Block.__call__, state_module.hidden_states
     real_draft = s3d.hidden_states
 
     def counted_block(self, *args):
         blocks.append(self.name)
         return real_call(self, *args)
 
-    def counted_forward(*args, **kwargs):
+    def counted_verify(*args, **kwargs):
         passes.append("verify")
-        return real_forward(*args, **kwargs)
+        return real_verify(*args, **kwargs)
 
     def counted_draft(*args, **kwargs):
         passes.append(kwargs["skip"])
         return real_draft(*args, **kwargs)
 
     monkeypatch.setattr(model.Block, "__call__", counted_block)
-    monkeypatch.setattr(step, "forward", counted_forward)
+    monkeypatch.setattr(state_module, "hidden_states", counted_verify)
     monkeypatch.setattr(s3d, "hidden_states", counted_draft)
     skip = (False, True, True, False)
     spec, state = make_state([[1, 2]], 2)
