@@ -134,7 +134,7 @@ def test_entries_of_methods():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "medusa"], "--methods names 'medusa'; known are s3d, ar"),
+        (["--methods", "hydra"], "--methods names 'hydra'; known are s3d, ar"),
         (["--methods", "s3d:gamma=x"], "'s3d:gamma=x' is not understood"),
         (["--methods", "s3d:gamma=0"], "'s3d:gamma=0' is not understood"),
         (["--methods", "hf:gamma=2"], "hf has no gamma"),

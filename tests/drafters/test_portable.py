@@ -103,7 +103,7 @@ def test_what_cannot_be_added_is_named(model, tmp_path):
     refused("cannot be the name of a draft", name="a/b")
     config = json.loads((alone / "config.json").read_text())
     for field, value, message in (
-        ("kind", "eagle", "kind 'eagle', which this s3d_jax does not know: update"),
+        ("kind", "hydra", "kind 'hydra', which this s3d_jax does not know: update"),
         ("version", 4, "version 4"),
         ("format", "s3d_jax draft", "holds no draft"),
         ("draft", {"skip": 3}, "config.json is damaged"),

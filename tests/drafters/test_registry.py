@@ -21,7 +21,9 @@ from s3d_jax.settings.records import Record
 from tests.tiny import tiny_lm
 
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
-BUILT_IN = ("s3d", "ar", "prompt-lookup", "self-spec", "early-exit", "two-model")
+BUILT_IN = (
+    "s3d", "ar", "prompt-lookup", "self-spec", "early-exit", "eagle", "medusa", "two-model",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,11 +129,11 @@ def test_a_stored_draft_has_a_kind(model, capsys):
     del fields["kind"]
     (folder / "config.json").write_text(json.dumps(fields | {"version": 1}))
     assert read_draft(model, "a", tiny_config()).kind == "s3d"
-    (folder / "config.json").write_text(json.dumps(fields | {"kind": "eagle"}))
-    with pytest.raises(CheckpointError, match=r"'a' of .* the kind 'eagle', and this s3d_jax"):
+    (folder / "config.json").write_text(json.dumps(fields | {"kind": "hydra"}))
+    with pytest.raises(CheckpointError, match=r"'a' of .* the kind 'hydra', and this s3d_jax"):
         s3d_jax.load(model)
     assert main(["info", "--model", str(model)]) == 0
-    assert "a: of the kind 'eagle', which is not known here" in capsys.readouterr().out
+    assert "a: of the kind 'hydra', which is not known here" in capsys.readouterr().out
     s3d_jax.load(model, use_draft=False)
 
 
