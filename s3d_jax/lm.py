@@ -74,7 +74,8 @@ def load(
             Of an int8 checkpoint it is the type of all that is not int8.
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
             only one. A checkpoint without any drafts untrained. Where the layers that it changes
-            have at most 64 MiB, they are copied and changed once (`merge_deltas`).
+            have at most 64 MiB, they are copied and changed once (`merge_deltas`), unless the draft
+            is of the mode "merged".
         use_draft: False leaves the trained drafts alone.
         draft_model: a second, smaller model of the same vocabulary, for the method "two-model": its
             checkpoint folder, loaded with `dtype`, or an LM.
@@ -111,7 +112,11 @@ def load(
     loaded = checkpoint.load(path, dtype, mesh=devices, progress=progress)
     trained = None if name is None else read_draft(path, name, loaded.config, mesh=devices)
     draft_params = trained.params if trained else None
-    if draft_params and is_merged(loaded.config, loaded.params, draft_params):
+    if (
+        trained
+        and draft_params
+        and is_merged(loaded.config, loaded.params, trained.config, draft_params)
+    ):
         draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(

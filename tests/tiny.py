@@ -69,7 +69,7 @@ def run(
     *,
     draft: DrafterSettings | None = None,
     draft_params: Any = None,
-    drafter: type[Drafter] = S3D,
+    drafter: Callable[[Any], Drafter] = S3D,
     rows: Sequence[SamplingConfig] | None = None,
     seed: int = 0,
     slots: int | None = None,
@@ -85,8 +85,9 @@ def run(
     arrays = [np.asarray(p, np.int32) for p in prompts]
     lengths = tuple(map(len, arrays))
     chunks = prefill_chunks(max(lengths) - 1)
-    slots = slots or max(sum(chunks), max(lengths) + new_tokens) + spec.gamma + 1
-    plan = SlotPlan(lengths, tuple(n + new_tokens for n in lengths), spec.gamma, slots)
+    slots = slots or max(sum(chunks), max(lengths) + new_tokens) + spec.block
+    limits = tuple(n + new_tokens for n in lengths)
+    plan = SlotPlan(lengths, limits, spec.gamma, slots, block=spec.block)
     if draft is not None and draft_params is None:
         draft_params = untrained_draft(config, params)
     budget = None if costs is None else new_budget(len(prompts), costs.iteration(spec.gamma))
@@ -106,7 +107,8 @@ def begin(
 ) -> DecodeState:
     """The state before prefill."""
     arrays = [np.asarray(p, np.int32) for p in prompts]
-    plan = SlotPlan(tuple(map(len, arrays)), tuple(map(int, limits)), spec.gamma, slots)
+    lengths, limits = tuple(map(len, arrays)), tuple(map(int, limits))
+    plan = SlotPlan(lengths, limits, spec.gamma, slots, block=spec.block)
     return init_state(spec, arrays, plan, sampling, stop_ids=stop_ids, budget=budget)
 
 

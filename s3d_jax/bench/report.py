@@ -52,7 +52,7 @@ def label(row: Mapping[str, Any]) -> str:
             words += [] if value else ["fixed"]
         elif name == "costs":
             words.append(f"{value} costs")
-        elif name == "dtype":
+        elif name in ("dtype", "mode"):
             words.append(value)
         else:
             words.append(f"{'γ' if name == 'gamma' else name}={value}")

@@ -188,6 +188,7 @@ def _mesh_rows(mesh: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
 
 def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
     """The ledgers of the checkpoint's own precision, and of those that it could have."""
+    from s3d_jax.drafters.s3d import drafter_of
     from s3d_jax.drafters.stored import choose_draft, read_draft
     from s3d_jax.engine.ledger import Drafting, ledger, plan_of, scratch_bytes
     from s3d_jax.errors import ConfigError
@@ -216,8 +217,9 @@ def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
             drafting = (stored.config, stored.params)
         if arguments.gamma:
             drafting = (drafting[0].replace(gamma=arguments.gamma), drafting[1])
-    gamma = 0 if drafting is None else drafting[0].gamma
-    plan = plan_of(context, arguments.batch or 1, gamma, config.max_position_embeddings)
+    drafter = None if drafting is None else drafter_of(drafting[0], config)
+    gamma, block = (0, 0) if drafter is None else (drafter.gamma, drafter.block)
+    plan = plan_of(context, arguments.batch or 1, gamma, config.max_position_embeddings, block)
     precisions = [config]  # what is rounded stays so; CPUs may hold it otherwise
     if (held := in_memory(config, "cpu")) != config:
         precisions.append(held)
@@ -272,6 +274,7 @@ def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
         return common
     return {
         **common,
+        "draft_mode": draft.config.mode,
         "draft_depth": draft.config.draft_depth,
         "chain_rank": draft.shapes.get("chain/down", [0, 0])[1],
         "recall": recalled_layers(header.config, unflatten(arrays).get("bridges", {})),
@@ -296,7 +299,8 @@ def _draft_rows(
             continue
         tau = facts["tokens_per_iteration"]
         chosen = facts["vocabulary"]
-        parts = f", drafts {chosen:,} tokens" if chosen else ""
+        parts = ", merged" if facts.get("draft_mode") == "merged" else ""
+        parts += f", drafts {chosen:,} tokens" if chosen else ""
         parts += f", chain of rank {facts['chain_rank']}" if facts.get("chain_rank") else ""
         if count := facts.get("recall"):
             parts += f", recalls {count} layer{'s' * (count > 1)}"

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapter: AdapterConfig | None
     if config.kind != "s3d":
         reason = f"belong to --kind s3d, not {config.kind}"
-        own = {AdapterConfig: None, DraftOptions: ["skip", "block_attention"]}
+        own = {AdapterConfig: None, DraftOptions: ["skip", "block_attention", "draft_mode"]}
         refuse(arguments, reason, own)
         chosen = given(DraftOptions, arguments)
         if config.start is not None and not chosen:
@@ -102,7 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         refuse(
             arguments,
             reason,
-            {DraftOptions: ["skip", "block_attention"], TrainDraftConfig: ["fit_rows"]},
+            {
+                DraftOptions: ["skip", "block_attention", "draft_mode"],
+                TrainDraftConfig: ["fit_rows"],
+            },
         )
         choose_draft(arguments.model, config.start)  # says which drafts there are
         start = read_draft(arguments.model, config.start, model, weights=False)

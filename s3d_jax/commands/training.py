@@ -81,7 +81,8 @@ def run_settings(arguments: argparse.Namespace, learning_rate: float) -> dict[st
     if arguments.valid:
         reason = "is a share of the data, and --valid names files: give one of them"
         refuse(arguments, reason, {ValidationConfig: ["held_out"]})
-    if getattr(arguments, "skip", "some").strip() == "":
+    merged = getattr(arguments, "draft_mode", None) == "merged"
+    if merged or getattr(arguments, "skip", "some").strip() == "":
         reason = "no layer is skipped, so there is no gap to bridge"
         fields = {AdapterConfig: ["bridge_rank", "recall"], TrainDraftConfig: ["fit_rows"]}
         refuse(arguments, reason, fields)

@@ -130,7 +130,7 @@ def prefill(
         if reads_hidden:
             cache, hidden = cache
         state = state.replace(cache=cache)
-        if state.drafter_state is not None:
+        if spec.drafter is not None and spec.drafter.reads_prompts:
             arrays = dict(
                 common, state=state.drafter_state, drafter_params=drafter_params, hidden=hidden
             )

@@ -28,6 +28,8 @@ class SlotPlan:
         gamma: γ of the drafter; 0 for AR.
         slots: S, slots of the cache per row.
         known: tokens at the beginning of each row that the cache already holds.
+        block: slots that an iteration writes after the committed tokens, where these are more than
+            γ+1 (`Proposer.block`).
 
     Raises:
         ValueError: S is too small; a write near the end would be clamped onto committed slots.
@@ -38,11 +40,13 @@ class SlotPlan:
     gamma: int
     slots: int
     known: int = 0
+    block: int = 0
 
     def __post_init__(self) -> None:
-        if self.slots < max(self.limits) + self.gamma + 1:
+        object.__setattr__(self, "block", max(self.block, self.gamma + 1))
+        if self.slots < max(self.limits) + self.block:
             raise ValueError(
-                f"{self.slots} slots cannot hold {max(self.limits)} tokens and {self.gamma + 1} of "
+                f"{self.slots} slots cannot hold {max(self.limits)} tokens and {self.block} of "
                 "slack"
             )
 
@@ -54,6 +58,7 @@ class SlotPlan:
         gamma: int,
         *,
         max_length: int,
+        block: int = 0,
         turning_point: int | None = None,
         known: int = 0,
         least: int = 0,
@@ -69,6 +74,7 @@ class SlotPlan:
             ends: tokens at which each row ends, of at most `max_length`.
             gamma: γ.
             max_length: tokens that a row may have.
+            block: see the class.
             turning_point: where LongRoPE changes all keys (`RopeConfig.turning_point`): a row that
                 passes it stops one token later, to be prefilled again (`again`).
             known: see the class.
@@ -80,7 +86,7 @@ class SlotPlan:
         begun = [(n, end - n, known) for n, end in zip(lengths, ends, strict=True)]
         begun += [(at, end - at, 0) for at, end in zip(limits, ends, strict=True) if at < end]
         needed = [padded_length(n, before) + new for n, new, before in begun]
-        slack = max(_USUAL_SLACK, gamma + 1)
+        slack = max(_USUAL_SLACK, gamma + 1, block)
         if grows:  # 1024, 2048, 4096, ...; the last size has room for a prefill from any place
             longest = max_length + PREFILL_BUCKETS[-1]
             size = _FIRST_GROWING
@@ -95,7 +101,7 @@ class SlotPlan:
         # Multiples of 64 leave no rest that products would compute in another way
         # (`attention_scores`).
         slots = -(-min(size, longest + slack) // 64) * 64
-        return cls(tuple(lengths), tuple(limits), gamma, max(slots, least), known)
+        return cls(tuple(lengths), tuple(limits), gamma, max(slots, least), known, block)
 
     def again(self, lengths: Sequence[int], ends: Sequence[int]) -> Self:
         """The plan for prefilling the rows again at new lengths, in the same slots."""
@@ -109,7 +115,7 @@ class SlotPlan:
     @property
     def largest_block(self) -> int:
         """Tokens of the largest pass; rings of layers with a window have room for it."""
-        return max(PREFILL_BUCKETS[-1], self.gamma + 1)
+        return max(PREFILL_BUCKETS[-1], self.block)
 
     def chunks(self, running: Sequence[bool] | None = None) -> list[int]:
         """Chunk sizes that prefill the longest of the running rows; None is all rows."""
@@ -130,7 +136,7 @@ class SlotPlan:
 
     def visible_to_step(self, used: int) -> int:
         """Slots that an iteration reads where `used` slots are in use before it."""
-        return self.visible(used + self.gamma + 1)
+        return self.visible(used + self.block)
 
     def cache_bytes(self, config: ModelConfig) -> int:
         """Bytes of the cache of all rows."""

@@ -133,9 +133,19 @@ class Proposer:
         raise NotImplementedError
 
     @property
+    def block(self) -> int:
+        """Slots that an iteration writes after each row's committed tokens, γ+1 or more."""
+        return self.gamma + 1
+
+    @property
     def keeps_state(self) -> bool:
         """Whether it has a state of its own, made by `init`."""
         return type(self).init is not Proposer.init
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether its state takes part in prefill."""
+        return type(self).prefill is not Proposer.prefill
 
     def init(self, plan: SlotPlan) -> Any:
         """The proposer's own state before prefill, a PyTree of arrays; None keeps nothing.
@@ -146,7 +156,7 @@ class Proposer:
         return None
 
     def prefill(self, state: Any, chunk: Chunk) -> Any:
-        """The state after a chunk of the prompts; called only if there is a state."""
+        """The state after a chunk of the prompts; called only if `reads_prompts`."""
         return state
 
     def propose(self, inputs: "Inputs") -> Proposal:
@@ -156,7 +166,7 @@ class Proposer:
     def verify(self, inputs: "Inputs", tokens: jax.Array) -> Verified:
         """The target's pass over x_n and the proposed tokens, int32 [B, γ].
 
-        A drafter may let rows of its own ride in this pass.
+        A drafter may let rows of its own ride in this pass (`block`).
         """
         return verify_pass(inputs, tokens)
 
@@ -189,6 +199,11 @@ class DecodeSpec:
     def gamma(self) -> int:
         """Draft tokens per iteration; 0 for AR."""
         return 0 if self.drafter is None else self.drafter.gamma
+
+    @property
+    def block(self) -> int:
+        """Slots that an iteration writes after each row's committed tokens; 1 for AR."""
+        return 1 if self.drafter is None else self.drafter.block
 
 
 class Inputs(NamedTuple):

@@ -112,8 +112,8 @@ def step(
 
     Args:
         spec, params, drafter_params, state: what decodes, and how far it is.
-        visible: static, slots to read, at least length + γ + 1 of every unfinished row; None reads
-            all.
+        visible: static, slots to read, at least length + `spec.block` of every unfinished row; None
+            reads all.
     """
     if spec.drafter is None:
         return _plain_step(spec, params, drafter_params, state, visible)
@@ -191,7 +191,7 @@ def decode(
         continues = (i < max_iterations) & (jnp.sum(state.done) < wanted)
         if visible is None or visible >= state.cache.slots:
             return continues  # SlotPlan has room for every row to its end
-        fits = state.cache.length + state.padding + spec.gamma + 1 <= visible
+        fits = state.cache.length + state.padding + spec.block <= visible
         return continues & jnp.all(fits | state.done)
 
     def speculate(carry: Carry) -> Carry:

@@ -11,9 +11,10 @@ from s3d_jax.decoding.sampling import SamplingFeatures, choose
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
-from s3d_jax.nn.draft import DraftParams
+from s3d_jax.nn.draft import DraftParams, begin_chain, chained, with_head
 from s3d_jax.nn.features import FeatureDraft
 from s3d_jax.nn.largest import largest
+from s3d_jax.nn.transformer import logits_of
 from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, PassCosts, Tuning
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.base import num_bytes
@@ -164,6 +165,39 @@ def pick_tokens(
         others = jnp.full((*logits.shape[:2], spec.config.vocab_size), -1e30)
         logits = others.at[:, :, vocabulary].set(logits)
     return choose(process(spec, logits, state), state.sampling, spec.features, noise)
+
+
+def pick_chained(inputs: Inputs, hidden: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """The draft tokens of a block, the chain's corrections included: int32 [B, γ].
+
+    Args:
+        inputs: of the iteration.
+        hidden: [B, γ, D], the input of the head.
+        before: int32 [B, 1], the token by which the chain corrects the first row; None does not
+            correct it.
+    """
+    spec, params, draft = inputs.spec, inputs.params, inputs.drafter_params
+    gamma = hidden.shape[1]
+    draft = with_head(spec.config, params, draft)
+    logits = logits_of(spec.config, params, hidden, draft)
+    if not draft.chain or (gamma == 1 and before is None):
+        noise = None if inputs.noise is None else inputs.noise[:, :gamma]
+        return pick_tokens(inputs, logits, noise, draft.vocabulary)
+    chain = begin_chain(spec.config, params, draft, hidden, logits)
+    counts, rows = inputs.state.output_counts, jnp.arange(hidden.shape[0])
+    tokens: list[jax.Array] = []
+    for i in range(gamma):
+        here = slice(i, i + 1)
+        q = logits[:, here]
+        if before is not None:
+            q = chained(spec.config, params, draft, chain.rows(here), q, before)
+        if tokens and spec.features.penalized:
+            counts = counts.at[rows, tokens[-1][:, 0]].add(1)
+        noise = None if inputs.noise is None else inputs.noise[:, here]
+        state = inputs.state.replace(output_counts=counts)
+        before = pick_tokens(inputs._replace(state=state), q, noise, draft.vocabulary)
+        tokens.append(before)
+    return jnp.concatenate(tokens, axis=1)
 
 
 def checked_bool(name: str, value: Any) -> bool:

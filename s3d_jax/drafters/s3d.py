@@ -1,19 +1,22 @@
-"""S3D (Zhong and Bharadwaj, arXiv 2405.20314): mask tokens through the kept layers, in one pass."""
+"""S3D (Zhong and Bharadwaj, arXiv 2405.20314): mask tokens through the kept layers, in one pass.
+
+A draft of the mode "merged" drafts within the verify pass (merged.py).
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from s3d_jax.decoding.state import Inputs, Proposal, last_token
-from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_tokens
+from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_chained
+from s3d_jax.drafters.merged import Merged
 from s3d_jax.machine import default_device
 from s3d_jax.nn.cache import KVCache
-from s3d_jax.nn.draft import begin_chain, chained, with_head
-from s3d_jax.nn.transformer import hidden_states, logits_of
+from s3d_jax.nn.transformer import hidden_states
 from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.model import ModelConfig
 from s3d_jax.weights.formats import bound_by_memory
 
 
@@ -35,12 +38,19 @@ class S3D(Drafter):
 
     @classmethod
     def candidates(cls, target: Target) -> list[dict[str, Any]]:
+        if target.draft_config.mode == "merged":
+            return Merged.candidates(target)
         usual = cls.default_settings(target).gamma
         return [{"gamma": gamma} for gamma in sorted({2, 3, 4, 6, usual})]
 
     @classmethod
     def choose(cls, target: Target, options: Mapping[str, Any]) -> Choice:
-        """With `adaptive` (default True) a row falls back to AR where drafting does not pay."""
+        """With `adaptive` (default True) a row falls back to AR where drafting does not pay.
+
+        A merged draft gives the drafter `Merged`, whose rows always draft.
+        """
+        if target.draft_config.mode == "merged":
+            return Merged.choose(target, options)
         options = dict(options)
         adaptive = checked_bool("adaptive", options.pop("adaptive", True))
         drafter = super().choose(target, options).drafter
@@ -71,27 +81,8 @@ class S3D(Drafter):
         return found
 
     def propose(self, inputs: Inputs) -> Proposal:
-        spec, params, draft = inputs.spec, inputs.params, inputs.drafter_params
-        draft = with_head(spec.config, params, draft)
         hidden, cache = self.draft_pass(inputs)
-        logits = logits_of(spec.config, params, hidden, draft)
-        if not draft.chain or self.gamma == 1:
-            noise = None if inputs.noise is None else inputs.noise[:, : self.gamma]
-            return Proposal(pick_tokens(inputs, logits, noise, draft.vocabulary), cache)
-        chain = begin_chain(spec.config, params, draft, hidden, logits)
-        counts, rows = inputs.state.output_counts, jnp.arange(hidden.shape[0])
-        tokens: list[jax.Array] = []
-        for i in range(self.gamma):
-            here = slice(i, i + 1)
-            q = logits[:, here]
-            if tokens:
-                q = chained(spec.config, params, draft, chain.rows(here), q, tokens[-1])
-                if spec.features.penalized:
-                    counts = counts.at[rows, tokens[-1][:, 0]].add(1)
-            noise = None if inputs.noise is None else inputs.noise[:, here]
-            state = inputs.state.replace(output_counts=counts)
-            tokens.append(pick_tokens(inputs._replace(state=state), q, noise, draft.vocabulary))
-        return Proposal(jnp.concatenate(tokens, axis=1), cache)
+        return Proposal(pick_chained(inputs, hidden), cache)
 
     def draft_pass(self, inputs: Inputs) -> tuple[jax.Array, KVCache]:
         """The draft pass without the head: [B, γ, D], and the cache."""
@@ -102,7 +93,12 @@ class S3D(Drafter):
             inputs.state.cache,
             skip=self.settings.skip,
             draft=inputs.drafter_params,
-            num_masks=self.gamma - 1,
+            num_masks=self.settings.num_masks,
             bidirectional=self.settings.block_attention == "bidirectional",
             visible=inputs.visible,
         )
+
+
+def drafter_of(draft: DraftConfig, model: ModelConfig) -> S3D | Merged:
+    """The drafter of a draft's mode."""
+    return Merged(draft, model) if draft.mode == "merged" else S3D(draft)

@@ -58,7 +58,7 @@ class StoredDraft:
     Attributes:
         name: its name in the checkpoint.
         kind: the drafter that uses it.
-        config: skip, γ, block attention; of the other kinds γ.
+        config: skip, γ, block attention, mode; of the other kinds γ.
         params: its arrays, in the target's dtype; None if only the settings were read.
         training: how it was trained, and what it reached (free form, JSON).
         num_params: parameters in addition to the target's.
@@ -339,12 +339,15 @@ def merged_bytes(params: Params, draft: DraftParams) -> int:
     return num_bytes(leaves)
 
 
-def is_merged(config: ModelConfig, params: Params, draft: DraftParams) -> bool:
+def is_merged(
+    config: ModelConfig, params: Params, settings: DraftConfig, draft: DraftParams
+) -> bool:
     """Whether loading a model merges the draft's deltas.
 
     Not where several hosts hold the layers: deltas are merged on the host, which has no whole one.
+    Nor in the mode "merged", whose pass needs the layers with deltas and without.
     """
-    here = jax.process_count() == 1 and takes_deltas(config)
+    here = jax.process_count() == 1 and takes_deltas(config) and settings.mode == "two-pass"
     return here and merged_bytes(params, draft) <= MOST_MERGED
 
 

@@ -59,7 +59,7 @@ class Batch(Runner):
         self._texts = [self._text_of(i) for i in range(len(prompts))]
         self.has_ended = False
 
-        if self._drafter is not None and self._drafter.keeps_state:
+        if self._drafter is not None and self._drafter.reads_prompts:
             kept = None  # nothing is kept of the drafter's own state, so both are prefilled
         if kept is not None and kept.cache.is_deleted:
             kept = None  # another batch has taken it
@@ -71,6 +71,7 @@ class Batch(Runner):
             self._ends,
             self._spec.gamma,
             max_length=target.max_length,
+            block=self._spec.block,
             turning_point=target.config.rope.turning_point,
             known=known,
             least=0 if kept is None else kept.cache.slots,
@@ -185,5 +186,5 @@ class Batch(Runner):
         if cache.is_deleted or tokens.is_deleted():
             return None
         length = int(cache.length[0])
-        written = max(self._written, length + self._spec.gamma + 1)
+        written = max(self._written, length + self._spec.block)
         return Kept(np.asarray(tokens)[0, :length], cache, written)

@@ -12,7 +12,7 @@ from s3d_jax.decoding.sampling import SamplingFeatures, batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import DecodeSpec, init_state
 from s3d_jax.decoding.step import decode_jit
-from s3d_jax.drafters.s3d import S3D
+from s3d_jax.drafters.s3d import drafter_of
 from s3d_jax.drafters.stored import is_merged, merged_bytes
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import seeded_keys
@@ -60,7 +60,7 @@ class Ledger:
         return self.total <= _SHARE * CARDS[card] * 2**30
 
 
-def plan_of(context: int, batch: int, gamma: int, max_length: int) -> SlotPlan:
+def plan_of(context: int, batch: int, gamma: int, max_length: int, block: int = 0) -> SlotPlan:
     """The sizes of rows whose prompts fill half of the context.
 
     Args:
@@ -68,9 +68,10 @@ def plan_of(context: int, batch: int, gamma: int, max_length: int) -> SlotPlan:
         batch: rows.
         gamma: γ; 0 for plain decoding.
         max_length: tokens that a row may have.
+        block: slots that an iteration writes, where these are more than γ+1.
     """
-    prompt = max(1, context // 2)
-    return SlotPlan.for_batch([prompt] * batch, [context] * batch, gamma, max_length=max_length)
+    prompts, ends = [max(1, context // 2)] * batch, [context] * batch
+    return SlotPlan.for_batch(prompts, ends, gamma, max_length=max_length, block=block)
 
 
 BYTES_PER_SLOT = 8  # of `DecodeState.tokens` and `passes`
@@ -91,7 +92,7 @@ def ledger(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None, scrat
     if drafting is not None:
         draft = _abstract_draft(config, params, drafting)
         more = num_bytes(draft)
-        if is_merged(config, params, draft):
+        if is_merged(config, params, drafting[0], draft):
             more += merged_bytes(params, draft) - num_bytes(draft.deltas)
     rows = len(plan.lengths)
     return Ledger(
@@ -155,7 +156,7 @@ def scratch_bytes(config: ModelConfig, plan: SlotPlan, drafting: Drafting | None
     sampling, _ = batch_sampling([SamplingConfig()] * rows, keys, config.vocab_size)
     spec = DecodeSpec(
         config,
-        None if drafting is None else S3D(drafting[0].replace(gamma=plan.gamma)),
+        None if drafting is None else drafter_of(drafting[0].replace(gamma=plan.gamma), config),
         SamplingFeatures(),
     )
     params = abstract_params(config)

@@ -65,13 +65,15 @@ class Queue(Runner):
             self._ends,
             gamma,
             max_length=target.max_length,
+            block=self._spec.block,
             turning_point=target.config.rope.turning_point,
         )
         self._limits = whole.limits
         rows = min(rows, len(prompts))
         # Rows of one token that may have no more are done before they begin.
-        self._plan = SlotPlan((1,) * rows, (1,) * rows, gamma, whole.slots)
-        with_next = SlotPlan((1,) * (rows + 1), (1,) * (rows + 1), gamma, whole.slots)
+        sizes = dict(gamma=gamma, slots=whole.slots, block=whole.block)
+        self._plan = SlotPlan((1,) * rows, (1,) * rows, **sizes)
+        with_next = SlotPlan((1,) * (rows + 1), (1,) * (rows + 1), **sizes)
         self._check_memory(with_next)
         keys = self._sampling.keys
         self._key_type = jax.random.key_impl(keys)
@@ -133,7 +135,8 @@ class Queue(Runner):
 
     def _single(self, sequence: np.ndarray, limit: int) -> SlotPlan:
         """The plan of one row in the slots of all."""
-        return SlotPlan((len(sequence),), (limit,), self._spec.gamma, self._plan.slots)
+        whole = self._plan
+        return SlotPlan((len(sequence),), (limit,), whole.gamma, whole.slots, block=whole.block)
 
     def _budget(self, i: int) -> Budget | None:
         """The budget with which prompt i begins, in step with the rows that run."""

@@ -60,16 +60,73 @@ def layout_after_committed(
         visible: number of slots that are read; None reads all.
     """
     positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
-    slot_positions = jnp.arange(min(visible or slots, slots), dtype=jnp.int32)[None]
-    ring = slots < cache.slots
-    if ring:  # the last position written to each slot; below 0 if there is none
-        newest = positions[:, -1:]
-        slot_positions = newest - (newest - slot_positions) % slots
+    slot_positions, ring = _in_slots(cache, length, slots, visible)
     last = positions[:, -1:] if bidirectional else positions
     seen = slot_positions[:, None] <= last[:, :, None]
     if ring:
         seen &= slot_positions[:, None] >= 0
     return Layout(cache.length, positions, slot_positions, seen, ring)
+
+
+def layout_of_merged(
+    cache: KVCache,
+    num_tokens: int,
+    num_masks: int,
+    bidirectional: bool,
+    slots: int,
+    visible: int | None = None,
+) -> Layout:
+    """The layout of merged mode: tokens after each row's committed ones, then masks of each token.
+
+    The block is t tokens, the masks of the first token, the masks of the second, and so on. A token
+    sees what it sees without masks. Mask j = 1 … m of a token stands j positions after it, and sees
+    what the token sees and the token's masks up to itself. So these masks are the next draft if
+    that token is the last accepted one. The keys of masks are scratch, in slots after those of the
+    tokens: the next pass overwrites them or does not see them.
+
+    Args:
+        cache: holds the committed length of each row.
+        num_tokens, num_masks: t, and m per token; T = t·(1+m).
+        bidirectional: a mask sees all masks of its token.
+        slots, visible: as in `layout_after_committed`.
+    """
+    t, m = num_tokens, num_masks
+    count = t * (1 + m)
+    written, ring = _in_slots(cache, count, slots, visible)
+    row = written - cache.length[:, None]  # of the block; below 0 for committed tokens
+    of_masks = np.repeat(np.arange(t), m)
+    token = np.concatenate([np.arange(t), of_masks])  # that a row is, or belongs to
+    first = np.concatenate([np.arange(t), t + m * of_masks])
+    last = np.arange(count)
+    if bidirectional:
+        last = np.concatenate([np.arange(t), first[t:] + m - 1])
+    at = row[:, None]
+    seen = (at <= token[:, None]) | ((at >= first[:, None]) & (at <= last[:, None]))
+    if ring:
+        seen &= written[:, None] >= 0
+    offsets = token + np.concatenate([np.zeros(t, int), np.tile(np.arange(1, m + 1), t)])
+    positions = cache.length[:, None] + offsets.astype(np.int32)
+    mask = row - t
+    of_mask = cache.length[:, None] + mask // m + mask % m + 1
+    slot_positions = jnp.where((row >= t) & (row < count), of_mask, written)
+    return Layout(cache.length, positions, slot_positions, seen, ring)
+
+
+def _in_slots(
+    cache: KVCache, length: int, slots: int, visible: int | None
+) -> tuple[jax.Array, bool]:
+    """What each slot holds when `length` rows were written after the committed tokens.
+
+    Returns:
+        The place of the last row that was written to a slot, counted from the text's beginning,
+        int32 [B, S] or [1, S], below 0 if there is none; and whether the slots are a ring.
+    """
+    places = jnp.arange(min(visible or slots, slots), dtype=jnp.int32)[None]
+    ring = slots < cache.slots
+    if ring:
+        newest = cache.length[:, None] + length - 1
+        places = newest - (newest - places) % slots
+    return places, ring
 
 
 def layout_after_anchors(
@@ -330,9 +387,15 @@ def _norm_heads(cfg: ModelConfig, name: str, heads: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer: writes the block into the cache and attends to the cache."""
+    """Self-attention of one layer: writes the block into the cache and attends to the cache.
+
+    Attributes:
+        config: the model.
+        token_rows: see `Linear`.
+    """
 
     config: ModelConfig
+    token_rows: int = 0
 
     @nn.compact
     def __call__(
@@ -347,7 +410,8 @@ class Attention(nn.Module):
         cfg = self.config
         b, t, _ = x.shape
         n, kv, h = cfg.num_heads, cfg.cached_heads, cfg.head_dim
-        qkv = Linear(cfg, cfg.qkv_features, cfg.qkv_bias, name="qkv")(x, deltas.get("qkv"))
+        make = functools.partial(Linear, cfg, token_rows=self.token_rows)
+        qkv = make(cfg.qkv_features, cfg.qkv_bias, name="qkv")(x, deltas.get("qkv"))
         if cfg.attention_shards == 1:
             q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * kv, h), (n, n + kv), axis=2)
         else:
@@ -366,7 +430,12 @@ class Attention(nn.Module):
         scale = h**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         visible = layout.seen.shape[-1]
         k, v = jax.tree.map(lambda x: x[:, :, :visible], (keys, values))
-        out = attend(q, k, v, layout.seen, scale, cfg.attention_softcap, exact_sums(cfg))
-        out = out.reshape(b, t, n * h)
-        linear = Linear(cfg, cfg.hidden_size, cfg.attention_out_bias, name="out")
+        exact = exact_sums(cfg)
+        # With their masks, tokens could be too many for exact sums (`attend`).
+        cuts = [self.token_rows] if exact and self.token_rows else []
+        groups = zip(*(jnp.split(x, cuts, axis=1) for x in (q, layout.seen)), strict=True)
+        softcap = cfg.attention_softcap
+        outs = [attend(q, k, v, seen, scale, softcap, exact) for q, seen in groups]
+        out = jnp.concatenate(outs, axis=1).reshape(b, t, n * h)
+        linear = make(cfg.hidden_size, cfg.attention_out_bias, name="out")
         return linear(out, deltas.get("out")), keys, values

@@ -42,12 +42,14 @@ class Linear(nn.Module):
         features: out.
         use_bias: whether there is a bias.
         out_dtype: of the result; None is the input's.
+        token_rows: rows of [B, T, in], the first ones, that get no delta.
     """
 
     config: ModelConfig
     features: int
     use_bias: bool = False
     out_dtype: str | None = None
+    token_rows: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, delta: Mapping[str, jax.Array] | None = None) -> jax.Array:
@@ -62,7 +64,13 @@ class Linear(nn.Module):
         y = with_whole(self.config, path, weights.parts("weight"), multiply, x, matrix)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(dtype))
-        return y if delta is None else y + low_rank(x, delta)
+        if delta is None:
+            return y
+        if not self.token_rows:
+            return y + low_rank(x, delta)
+        # Nothing is added to the other rows, not even 0: they are the target's to the bit.
+        tokens, masks = slice(self.token_rows), slice(self.token_rows, None)
+        return jnp.concatenate([y[:, tokens], y[:, masks] + low_rank(x[:, masks], delta)], axis=1)
 
 
 def low_rank(
@@ -150,18 +158,20 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward layer: down(activation(gate(x)) · up(x))."""
+    """Gated feed-forward layer: down(activation(gate(x)) · up(x)); token_rows: see `Linear`."""
 
     config: ModelConfig
+    token_rows: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Mapping[str, Any]) -> jax.Array:
         cfg = self.config
-        linear = Linear(cfg, 2 * cfg.intermediate_size, cfg.mlp_bias, name="gate_up")
+        make = functools.partial(Linear, cfg, token_rows=self.token_rows)
+        linear = make(2 * cfg.intermediate_size, cfg.mlp_bias, name="gate_up")
         sizes = (cfg.intermediate_size,) * 2
         gate, up = split(linear(x, deltas.get("gate_up")), sizes, cfg.shards)
         hidden = settle(cfg, _ACTIVATIONS[cfg.activation](gate)) * up
-        linear = Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")
+        linear = make(cfg.hidden_size, cfg.mlp_bias, name="down")
         return linear(hidden, deltas.get("down"))
 
 

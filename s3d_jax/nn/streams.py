@@ -142,7 +142,8 @@ def draft_stream(
         config, params: the target.
         draft_config, draft: settings and arrays of the draft.
         tokens: int [B, T].
-        anchors: int [B, A], the position of each block's first token.
+        anchors: int [B, A], the position of each block's first row, and of x_n. Two passes have x_n
+            as that row's input. Merged mode has a mask, and only the chain knows x_n.
         cache: of `target_stream`, with A·γ slots after the text.
         keep: bool [L], the layers to run in place of `draft_config.skip`; see `forward`.
         remat: see `forward`.
@@ -154,6 +155,7 @@ def draft_stream(
     """
     gamma, length = draft_config.gamma, tokens.shape[1]
     bidirectional = draft_config.block_attention == "bidirectional"
+    merged = draft_config.mode == "merged"
     draft = with_head(config, params, draft)
     hidden, _ = hidden_states(
         config,
@@ -163,18 +165,20 @@ def draft_stream(
         skip=draft_config.skip if keep is None else None,
         keep=keep,
         draft=draft,
-        num_masks=gamma - 1,
+        num_masks=draft_config.num_masks,
+        mask_places="alone" if merged else "each",
         layout=layout_after_anchors(anchors, gamma, length, bidirectional),
         remat=remat,
     )
     logits = logits_of(config, params, hidden, draft)
-    if not draft.chain or gamma == 1:
+    first = 0 if merged else 1  # of a block's rows that the chain corrects
+    if not draft.chain or gamma == first:
         return logits
 
     hidden, blocks = (x.reshape(-1, gamma, x.shape[-1]) for x in (hidden, logits))
-    places = jnp.minimum(anchors[:, :, None] + jnp.arange(1, gamma), length - 1)
+    places = jnp.minimum(anchors[:, :, None] + jnp.arange(first, gamma), length - 1)
     before = jnp.take_along_axis(tokens, places.reshape(len(tokens), -1), axis=1)
-    before, rest = before.reshape(-1, gamma - 1), blocks[:, 1:]
-    chain = begin_chain(config, params, draft, hidden[:, 1:], rest)
+    before, rest = before.reshape(-1, gamma - first), blocks[:, first:]
+    chain = begin_chain(config, params, draft, hidden[:, first:], rest)
     rest = chained(config, params, draft, chain, rest, before)
-    return jnp.concatenate([blocks[:, :1], rest], axis=1).reshape(logits.shape)
+    return jnp.concatenate([blocks[:, :first], rest], axis=1).reshape(logits.shape)

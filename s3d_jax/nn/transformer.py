@@ -5,7 +5,7 @@ Transformer > Block > Attention, MLP, RMSNorm. The model families differ in Mode
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
 from s3d_jax.mesh import DATA, MODEL, constrained
-from s3d_jax.nn.attention import Attention, Layout, layout_after_committed
+from s3d_jax.nn.attention import Attention, Layout, layout_after_committed, layout_of_merged
 from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import (
     DraftParams,
@@ -45,9 +45,15 @@ def _residual(cfg: ModelConfig, norm: str, y: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its norms and a residual connection."""
+    """One layer: attention and MLP, each with its norms and a residual connection.
+
+    Attributes:
+        config: the model.
+        token_rows: see `Linear`.
+    """
 
     config: ModelConfig
+    token_rows: int = 0
 
     @nn.compact
     def __call__(
@@ -61,13 +67,18 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Stored, Stored]:
         cfg = self.config
         y = RMSNorm(cfg, name="attention_norm")(x) if cfg.pre_norms else x
-        attention = Attention(cfg, name="attention")
+        attention = Attention(cfg, self.token_rows, name="attention")
         y, keys, values = attention(y, keys, values, layout, rotary, deltas.get("attention", {}))
         x = x + _residual(cfg, "post_attention_norm", y)
         y = RMSNorm(cfg, name="mlp_norm")(x) if cfg.pre_norms else x
-        y = MLP(cfg, name="mlp")(y, deltas.get("mlp", {}))
+        y = MLP(cfg, self.token_rows, name="mlp")(y, deltas.get("mlp", {}))
         x = x + _residual(cfg, "post_mlp_norm", y)
         return x, keys, values
+
+
+# Where the masks of tokens stand in a block: after each token; after all tokens, those of the first
+# token first; or alone, without the tokens.
+MaskPlaces = Literal["each", "last", "alone"]
 
 
 class Pass(NamedTuple):
@@ -95,16 +106,18 @@ class Transformer(nn.Module):
     Attributes:
         config: the model.
         remat: the backward pass computes activations again, layer by layer.
+        token_rows: see `Linear`.
     """
 
     config: ModelConfig
     remat: bool = False
+    token_rows: int = 0
 
     def setup(self) -> None:
         cfg = self.config
         block = nn.remat(Block) if self.remat else Block
         self.embed = Embedding(cfg)
-        self.layers = [block(cfg) for _ in range(cfg.num_layers)]
+        self.layers = [block(cfg, self.token_rows) for _ in range(cfg.num_layers)]
         self.final_norm = RMSNorm(cfg)
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg, cfg.vocab_size, out_dtype="float32")
@@ -122,16 +135,17 @@ class Transformer(nn.Module):
         *,
         draft: DraftParams | None = None,
         num_masks: int = 0,
+        mask_places: MaskPlaces = "each",
         bidirectional: bool = False,
         visible: int | None = None,
         layout: Layout | None = None,
     ) -> tuple[jax.Array, Pass]:
-        """The inputs of the first layer, [B, T·(1+num_masks), D], and what all layers share."""
+        """The inputs of the first layer, [B, T, D] (`hidden_states`), and what all layers share."""
         cfg = self.config
         x = settle(cfg, constrained(self.embed(tokens), DATA))
         if num_masks:
             assert draft is not None
-            x = _with_masks(x, draft.masks(num_masks).astype(x.dtype))
+            x = _with_masks(x, draft.masks(num_masks).astype(x.dtype), mask_places)
         if cfg.embedding_scale != 1.0:
             x = settle(cfg, x * jnp.asarray(cfg.embedding_scale, x.dtype))
 
@@ -140,9 +154,14 @@ class Transformer(nn.Module):
         kinds = [(cfg.window(i), keys.shape[2]) for i, keys in enumerate(cache.keys)]
         layouts = {}
         for window, slots in dict.fromkeys(kinds):
-            whole = layout or layout_after_committed(
-                cache, x.shape[1], bidirectional, slots, visible
-            )
+            if layout is not None:
+                whole = layout
+            elif num_masks and mask_places == "last":
+                whole = layout_of_merged(
+                    cache, tokens.shape[1], num_masks, bidirectional, slots, visible
+                )
+            else:
+                whole = layout_after_committed(cache, x.shape[1], bidirectional, slots, visible)
             if whole.ring and slots < (window or slots) + x.shape[1] - 1:
                 raise ValueError(
                     f"a block of {x.shape[1]} tokens does not fit a ring of {slots} slots and a "
@@ -237,20 +256,28 @@ class Transformer(nn.Module):
         return logits
 
 
-def _with_masks(x: jax.Array, masks: jax.Array) -> jax.Array:
-    """Puts the M mask inputs [M, D] after each token of [B, T, D]: [B, T·(1+M), D]."""
+def _with_masks(x: jax.Array, masks: jax.Array, places: MaskPlaces) -> jax.Array:
+    """A block of T tokens [B, T, D] and the M masks [M, D] of each: [B, T·(1+M) or T·M, D]."""
     b, t, d = x.shape
     masks = jnp.broadcast_to(masks, (b, t, *masks.shape))
-    return jnp.concatenate([x[:, :, None], masks], axis=2).reshape(b, -1, d)
+    if places == "each":
+        return jnp.concatenate([x[:, :, None], masks], axis=2).reshape(b, -1, d)
+    masks = masks.reshape(b, -1, d)
+    return masks if places == "alone" else jnp.concatenate([x, masks], axis=1)
 
 
 def bound(
-    config: ModelConfig, params: Params, draft: DraftParams | None = None, *, remat: bool = False
+    config: ModelConfig,
+    params: Params,
+    draft: DraftParams | None = None,
+    *,
+    remat: bool = False,
+    token_rows: int = 0,
 ) -> Transformer:
     """The model with its parameters; the merged layers of a draft replace the target's."""
     if draft is not None:
         params = {**params, **draft.layers}
-    return Transformer(config, remat).bind({"params": params})
+    return Transformer(config, remat, token_rows).bind({"params": params})
 
 
 @under_usual_jax_settings
@@ -264,6 +291,7 @@ def hidden_states(
     keep: jax.Array | None = None,
     draft: DraftParams | None = None,
     num_masks: int = 0,
+    mask_places: MaskPlaces = "each",
     bidirectional: bool = False,
     visible: int | None = None,
     layout: Layout | None = None,
@@ -280,8 +308,11 @@ def hidden_states(
         keep: bool [L]; a layer whose entry is False is computed and its output is not used. One
             program then serves all sets of layers. Excludes `skip`.
         draft: the draft's own parameters; None runs the target.
-        num_masks: static, mask tokens of the draft that follow each of the tokens as more inputs:
+        num_masks: static, mask tokens of the draft for each of the tokens, as more inputs:
             T·(1+num_masks) in all, the T below.
+        mask_places: static. "each": the masks follow each token, and what is of the draft is so for
+            all rows. "last": they follow all tokens, which run as the target (`layout_of_merged`).
+            "alone": there are no others, T·num_masks in all; `tokens` count, and do nothing else.
         bidirectional: the block's tokens see each other both ways, not only backwards.
         visible: static; only the first `visible` slots of the cache are read, so that a long cache
             costs nothing while it is empty. The block must end before it. None reads all.
@@ -293,12 +324,14 @@ def hidden_states(
         (hidden, cache): the input of the head, [B, T, D]; and the cache with the block's keys and
         values written after `length`, which is unchanged: committing is the caller's decision.
     """
-    model = bound(config, params, draft, remat=remat)
+    token_rows = tokens.shape[1] if mask_places == "last" else 0
+    model = bound(config, params, draft, remat=remat, token_rows=token_rows)
     x, shared = model.begin(
         tokens,
         cache,
         draft=draft,
         num_masks=num_masks,
+        mask_places=mask_places,
         bidirectional=bidirectional,
         visible=visible,
         layout=layout,

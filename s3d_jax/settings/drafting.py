@@ -55,11 +55,14 @@ class DraftConfig(Record):
         skip: one entry per layer; True means that the draft pass jumps over the layer.
         gamma: draft tokens proposed per iteration (γ), at least 1.
         block_attention: inside the draft block, "causal" or "bidirectional".
+        mode: "two-pass" drafts in a pass of its own, before verification. "merged" drafts within
+            the verify pass, for the next iteration, and runs all layers.
     """
 
     skip: tuple[bool, ...]
     gamma: int = 4
     block_attention: Literal["causal", "bidirectional"] = "causal"
+    mode: Literal["two-pass", "merged"] = "two-pass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +76,11 @@ class DraftConfig(Record):
             f"skip must hold only True and False, got {self.skip}",
         )
         check(not all(self.skip), f"skip {self.skip} keeps no layer; the draft needs at least one")
+        check(
+            self.mode != "merged" or not any(self.skip),
+            "a merged draft runs within the verify pass, through all layers: it skips none (leave "
+            "out skip, --skip), or it is two-pass",
+        )
 
     def validate_for(self, config: ModelConfig) -> None:
         """Raises ConfigError unless `skip` has one entry per layer of the model."""
@@ -80,6 +88,18 @@ class DraftConfig(Record):
             len(self.skip) == config.num_layers,
             f"skip has {len(self.skip)} entries, the model has {config.num_layers} layers",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. Leaves out the mode "two-pass", the only one that older versions know."""
+        fields = super().to_dict()
+        if self.mode == "two-pass":
+            del fields["mode"]
+        return fields
+
+    @property
+    def num_masks(self) -> int:
+        """Mask tokens of a block; in two passes x_n is an input, and its row predicts as well."""
+        return self.gamma - (self.mode == "two-pass")
 
     @property
     def draft_depth(self) -> float:

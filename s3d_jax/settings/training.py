@@ -132,8 +132,8 @@ class TrainDraftConfig(RunConfig):
     """How the draft of a checkpoint is trained.
 
     Attributes:
-        draft: skip, γ and block attention; None is the draft of `start`, else the middle half,
-            γ = 4, causal. Of other kinds than "s3d" a FeatureConfig.
+        draft: skip, γ, block attention, mode; None is the draft of `start`, else the middle half,
+            γ = 4, causal, two-pass. Of other kinds than "s3d" a FeatureConfig.
         adapter: ranks of mode "adapter"; None is `AdapterConfig()`. With `start`, None or a rank of
             0 takes the ranks of that draft; higher ranks add to it.
     """
@@ -148,8 +148,9 @@ class TrainDraftConfig(RunConfig):
     )
     start: str | None = option(
         None,
-        "continue from this draft of the model, with its skip, block attention and vocabulary; a "
-        "higher --rank, --bridge-rank, --chain-rank or --recall adds to it, and --gamma may differ",
+        "continue from this draft of the model, with its skip, block attention, mode and "
+        "vocabulary; a higher --rank, --bridge-rank, --chain-rank or --recall adds to it, and "
+        "--gamma may differ",
         metavar="NAME",
     )
     out: str | None = option(None, "mode full: folder of the new checkpoint", metavar="DIR")
@@ -219,13 +220,18 @@ class DraftOptions(Checked):
     block_attention: Literal["causal", "bidirectional"] = option(
         DraftConfig.block_attention, "inside the draft block"
     )
+    draft_mode: Literal["two-pass", "merged"] = option(
+        DraftConfig.mode,
+        "a draft pass of its own, or mask tokens within the verify pass, through all layers",
+    )
 
     def config(self, num_layers: int) -> DraftConfig:
         """The draft of a model of so many layers; wrong ones raise InputError or ConfigError."""
-        skip = symmetric_skip(num_layers, num_layers // 2)
+        num_skipped = 0 if self.draft_mode == "merged" else num_layers // 2
+        skip = symmetric_skip(num_layers, num_skipped)
         if self.skip is not None:
             skip = parse_skip(self.skip, num_layers)
-        return DraftConfig(skip, self.gamma, self.block_attention)
+        return DraftConfig(skip, self.gamma, self.block_attention, self.draft_mode)
 
 
 @dataclasses.dataclass(frozen=True)

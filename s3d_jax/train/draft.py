@@ -51,7 +51,7 @@ def init_draft(
     Args:
         config, params: the target; of `params` the embedding and the norms' type are used. The
             draft has the shapes that it has in files, whatever its `shards`.
-        draft_config: γ - 1 mask embeddings are made, one at least.
+        draft_config: an embedding is made for each mask, one at least.
         adapter: ranks.
         key: typed PRNG key.
 
@@ -61,7 +61,7 @@ def init_draft(
     masks_key, key = jax.random.split(key)
     mean = untrained_draft(config, params).mask_embeddings.astype(jnp.float32)
     deviation = jnp.sqrt(jnp.mean(mean_embedding(config, params, 2)) - jnp.mean(mean) ** 2)
-    shape = (max(draft_config.gamma - 1, 1), config.hidden_size)
+    shape = (max(draft_config.num_masks, 1), config.hidden_size)
     masks = mean + 1e-3 * deviation * jax.random.normal(masks_key, shape)
 
     keys = iter(jax.random.split(key, 8 * config.num_layers + 8))
@@ -101,7 +101,7 @@ def init_draft(
 def check_adapter(config: ModelConfig, draft_config: DraftConfig, adapter: AdapterConfig) -> None:
     """Raises ConfigError unless the parts of a draft fit together and to the model."""
     draft_config.validate_for(config)
-    if adapter.chain_rank and draft_config.gamma == 1:
+    if adapter.chain_rank and not draft_config.num_masks:
         raise ConfigError(
             "a chain (chain_rank, --chain-rank) joins draft tokens, and with gamma 1 there is "
             "only one"
@@ -164,7 +164,7 @@ class DraftTask:
 
     Args:
         config, params: the target.
-        draft_config: skip, γ, block attention.
+        draft_config: skip, γ, block attention, mode.
         mode, objective, adapter, next_token_weight, remat: as in `TrainDraftConfig`.
         start: a draft to start from, with any γ and at most the ranks of `adapter`; None starts
             from the untrained one.
@@ -195,7 +195,7 @@ class DraftTask:
         if mode not in ("adapter", "mask", "full"):
             raise ConfigError(f"mode must be 'adapter', 'mask' or 'full', got {mode!r}")
         check_adapter(config, draft_config, adapter if mode == "adapter" else NO_ADAPTER)
-        if mode == "mask" and draft_config.gamma == 1:
+        if mode == "mask" and not draft_config.num_masks:
             raise ConfigError("mode 'mask' with gamma 1 has nothing to train: no mask is used")
         if mode == "full":
             check_trainable(config)

@@ -440,7 +440,12 @@ def _beginning(
                 "fit_rows (--fit-rows) fits bridges: it needs mode 'adapter' and a bridge_rank "
                 "(--bridge-rank) of 2 or more"
             )
-        return config.draft or default_draft(target), adapter, None
+        draft = config.draft or default_draft(target)
+        if config.fit_rows and not any(draft.skip):
+            raise ConfigError(
+                "fit_rows (--fit-rows) fits bridges, and without skipped layers there are none"
+            )
+        return draft, adapter, None
     if config.fit_rows:
         raise ConfigError(
             "start (--start) takes that draft's bridges: leave out fit_rows (--fit-rows)"
@@ -459,7 +464,9 @@ def _beginning(
         )
     draft = config.draft or start.config
     if draft.replace(gamma=start.config.gamma) != start.config:
-        raise ConfigError(f"start {name!r} has another skip or block attention: only γ may differ")
+        raise ConfigError(
+            f"start {name!r} has another skip, block attention or mode: only γ may differ"
+        )
     had = AdapterConfig(
         rank=_rank(start.params.deltas),
         bridge_rank=_rank(start.params.bridges),

@@ -9,7 +9,7 @@ import numpy as np
 
 from s3d_jax.bench import measure
 from s3d_jax.bench.contestants import Ours
-from s3d_jax.errors import InputError
+from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import Tuning
@@ -141,11 +141,17 @@ def tune(
         progress: (stage, its number of steps) -> a function to call after each step.
 
     Raises:
+        ConfigError: the draft is merged.
         InputError: no prompt, or the model continues none of them; a model of one layer; or the
             search "dp" needs too much memory.
     """
     if not prompts:
         raise InputError("tuning needs a prompt")
+    if lm.draft_config.mode == "merged":
+        raise ConfigError(
+            "a merged draft skips no layers and has no draft pass, so there are none to choose or "
+            "to time: compare values of gamma with s3d bench, or tune a two-pass draft (--draft)"
+        )
     if lm.config.num_layers < 2:
         raise InputError("a model of one layer has none that a draft could skip")
     gammas = sorted(set(gammas))

@@ -1,5 +1,6 @@
 """Decoding is exact for any draft, and neither compiles nor copies anything twice."""
 
+import dataclasses
 import re
 
 import jax
@@ -18,6 +19,7 @@ from s3d_jax.decoding.sizes import PREFILL_BUCKETS, SlotPlan, prefill_chunks
 from s3d_jax.decoding.state import DecodeSpec, init_state
 from s3d_jax.decoding.step import decode_jit, statistics
 from s3d_jax.drafters import s3d
+from s3d_jax.drafters.merged import Merged
 from s3d_jax.drafters.s3d import S3D
 from s3d_jax.lm import LM
 from s3d_jax.nn import transformer as model
@@ -309,7 +311,9 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
 @pytest.mark.parametrize(
     "program, name",
     combinations(
-        ["prefill", "decode"], BATCHES, quick=[("prefill", "ragged"), ("decode", "one row")]
+        ["prefill", "decode", "merged"],
+        BATCHES,
+        quick=[("prefill", "ragged"), ("decode", "one row"), ("merged", "one row")],
     ),
 )
 def test_programs_copy_no_cache_inside(program, name):
@@ -317,7 +321,13 @@ def test_programs_copy_no_cache_inside(program, name):
     prompts, sizes = BATCHES[name], []
     for slots in (512, 4096):
         spec, state = make_state(prompts, 3, limit=90, slots=slots)
-        if program == "prefill":
+        if program == "merged":
+            drafter = Merged(DraftConfig((False,) * 4, 3, mode="merged"), CONFIG)
+            spec = dataclasses.replace(spec, drafter=drafter)
+            state = begin(spec, prompts, [90] * len(prompts), slots, state.sampling)
+            draft = noisy_draft(CONFIG, PARAMS, drafter.settings, chain_rank=4)
+            lowered = decode_jit.lower(spec, PARAMS, draft, state, jnp.int32(5), 80)
+        elif program == "prefill":
             lowered = prefill_jit.lower(
                 CONFIG, PARAMS, state.tokens[:, :64], state.cache, jnp.int32(0), 64
             )

@@ -49,7 +49,7 @@ def test_masks_alone_are_a_draft(model):
     assert stored is not None and stored.deltas == {} and stored.bridges == {}
 
 
-def test_a_merged_draft_is_refused(model):
+def test_a_draft_with_merged_deltas_is_refused(model):
     params = draft_of(model)
     save_draft(model, "default", DRAFT, params, {})
     merged = s3d_jax.load(model).draft_params
@@ -73,6 +73,33 @@ def test_loading_uses_the_default_and_keeps_the_output(model):
     assert untrained.draft_config.gamma == 4 and not untrained.draft_params.bridges
     half = s3d_jax.load(model, dtype="bfloat16")
     assert {x.dtype.name for x in jax.tree.leaves(half.draft_params)} == {"bfloat16"}
+
+
+def test_a_draft_of_merged_mode_keeps_its_deltas(model, capsys):
+    """Its pass needs the layers with and without them. Files of two passes are as before."""
+    settings = DraftConfig((False,) * 4, 2, mode="merged")
+    loaded = checkpoint.load(model)
+    params = noisy_draft(loaded.config, loaded.params, settings, chain_rank=2)
+    assert params.mask_embeddings.shape[0] == 2
+    save_draft(model, "default", settings, params, {})
+    lm = s3d_jax.load(model)
+    assert lm.draft_config == settings and lm.draft_params.deltas and not lm.draft_params.layers
+    save_draft(model, "other", DRAFT, draft_of(model), {})
+    modes = [
+        json.loads((model / f"drafts/{name}/config.json").read_text())["draft"].get("mode")
+        for name in ("default", "other")
+    ]
+    assert modes == ["merged", None]
+    assert read_draft(model, "other", tiny_config(), weights=False).config == DRAFT
+    assert main(["info", "--model", str(model)]) == 0
+    assert "layers [0, 1, 2, 3] of 4, gamma 2" in (printed := capsys.readouterr().out)
+    assert printed.count("parameters, merged, chain of rank 2") == 1
+    assert main(["info", "--model", str(model), "--json"]) == 0
+    drafts = json.loads(capsys.readouterr().out)["drafts"]
+    assert {name: d["draft_mode"] for name, d in drafts.items()} == {
+        "default": "merged",
+        "other": "two-pass",
+    }
 
 
 def test_which_draft_is_chosen(model):

@@ -54,6 +54,26 @@ def test_training_teaches_the_draft_and_changes_no_output(model, capsys):
     assert facts["drafts"]["default"]["tokens_per_iteration"] == pytest.approx(taus[-1])
 
 
+def test_a_merged_draft_learns_and_its_mode_is_kept(model, capsys):
+    options = ("--draft-mode", "merged", "--rank", "4", "--chain-rank", "8")
+    assert train(model, "merged", *options) == 0
+    lines = [json.loads(x) for x in (model / "run-merged/metrics.jsonl").read_text().splitlines()]
+    taus = [x["validation"]["tokens_per_iteration"] for x in lines if "validation" in x]
+    assert taus[-1] > taus[0] + 0.4
+    lm = s3d_jax.load(model / "model", draft="merged")
+    assert lm.draft_config == DraftConfig((False,) * 4, 3, mode="merged")
+    assert lm.draft_params.mask_embeddings.shape[0] == 3 and not lm.draft_params.bridges
+    prompts = [[3, 1, 4], [15, 9], [26, 5, 3, 5]]
+    ours = lm.generate(prompts, max_new_tokens=40)
+    reference = lm.generate(prompts, max_new_tokens=40, method="ar")
+    assert [r.tokens for r in ours] == [r.tokens for r in reference]
+    assert sum(r.stats.accepted for r in ours) > sum(r.stats.iterations for r in ours) / 3
+    capsys.readouterr()
+    more = ("--start", "merged", "--draft-mode", "two-pass")
+    assert train(model, "x", *more) == 2
+    assert "--draft-mode: --start takes what that draft has" in capsys.readouterr().err
+
+
 def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
     assert train(model, "again", "--steps", "20") == 0
     assert train(model, "again", "--steps", "20") == 2
@@ -225,6 +245,11 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--skip", "0-3"), "keeps no layer"),
         (("--skip", ""), "--bridge-rank: no layer is skipped"),
         (("--skip", "", "--recall", "1"), "--bridge-rank, --recall: no layer is skipped"),
+        (("--draft-mode", "merged"), "--bridge-rank: no layer is skipped"),
+        (
+            ("--draft-mode", "merged", "--skip", "1-2", "--rank", "4"),
+            "through all layers: it skips none (leave out skip, --skip)",
+        ),
         (("--recall", "5"), "recall (--recall) is 5: the model has 4 layers"),
         (
             ("--recall", "1", "--rank", "4", "--bridge-rank", "0"),
