@@ -11,14 +11,13 @@ from s3d_jax.decoding import sizes
 from s3d_jax.decoding.prefill import prefill
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeSpec, Inputs, Proposal, init_state, verify_pass
+from s3d_jax.decoding.state import DecodeSpec, Inputs, Proposal, Verified, init_state, verify_pass
 from s3d_jax.drafters.merged import Merged
 from s3d_jax.engine.batch import Batch
 from s3d_jax.engine.ledger import ledger, plan_of
 from s3d_jax.errors import ConfigError
 from s3d_jax.lm import LM
 from s3d_jax.nn.draft import DraftParams
-from s3d_jax.nn.streams import draft_stream, target_stream
 from s3d_jax.nn.transformer import logits_of
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import RopeConfig
@@ -27,11 +26,11 @@ from s3d_jax.tune.plan import tune
 from s3d_jax.weights.trees import store_tree
 from tests.sampled import combinations, sampled
 from tests.tiny import counted, greedy_reference, outputs, run, tiny_config, tiny_params
-from tests.train.test_objective import noisy_draft
+from tests.train.test_objective import _draft_stream, _target_stream, noisy_draft
 
 DRAFT = DraftConfig((False,) * 4, 3, mode="merged")
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 9]]
-WINDOWS = dict(sliding_window=(3, None, 3, None), local_rope=RopeConfig(theta=500.0))
+WINDOWS = dict(sliding_window=(2, None, 2, None), local_rope=RopeConfig(theta=500.0))
 MODELS = {
     "untrained": dict(trained=False),
     "all parts": dict(vocabulary=True, chain_rank=4),
@@ -47,7 +46,7 @@ def model(trained=True, vocabulary=False, chain_rank=0, block_attention="causal"
     settings = DRAFT.replace(block_attention=block_attention)
     draft = None
     if trained:
-        draft = noisy_draft(unrounded, params, settings, 0.1, chain_rank)
+        draft = noisy_draft(unrounded, params, settings, chain_rank=chain_rank)
     if vocabulary:
         draft = draft.replace(vocabulary=jnp.arange(1, config.vocab_size, 3))
     if config.quantization:
@@ -57,7 +56,7 @@ def model(trained=True, vocabulary=False, chain_rank=0, block_attention="causal"
 
 @pytest.fixture
 def rings(monkeypatch):
-    """Layers with a window keep rings: of 3 + 16 slots, the largest block being a merged one."""
+    """Layers with a window keep rings: of 2 + 16 slots, the largest block being a merged one."""
     monkeypatch.setattr(sizes, "PREFILL_BUCKETS", (4, 8))
 
 
@@ -79,7 +78,7 @@ def test_every_text_is_that_of_plain_decoding(name, options):
     options = {
         "greedy": dict(),
         "mixed": dict(temperature=[0.0, 0.8, 1.2], top_k=9, repetition_penalty=1.3, seed=7),
-        "biased": dict(logit_bias={4: 5.0, 6: -100.0}, presence_penalty=0.5),
+        "biased": dict(logit_bias={4: 1.0, 6: -100.0}, presence_penalty=0.5),
     }[options]
     lm = model(**MODELS[name])
     results = lm.generate(PROMPTS, max_new_tokens=24, **options)
@@ -186,7 +185,7 @@ def block_of_decoding(lm, prompt, proposed):
     ),
 )
 def test_training_computes_the_mask_rows_of_decoding(name, block_attention):
-    """Behind every token of the block, those that are only proposed too."""
+    """After every token of the block, those that are only proposed too."""
     changes = dict(rope_layers=(True, False, False, True), residual_scale=0.7, logit_divisor=2.0)
     lm = model(block_attention=block_attention, **(WINDOWS if name == "windows" else changes))
     tokens = jax.random.randint(jax.random.key(3), (1, 24), 0, lm.config.vocab_size)
@@ -195,10 +194,10 @@ def test_training_computes_the_mask_rows_of_decoding(name, block_attention):
     np.testing.assert_allclose(merged.logits[0], one_by_one, atol=1e-4)
     found = logits_of(lm.config, lm.params, merged.extra[0], lm.draft_params)
     anchors = jnp.arange(18, 22)[None]  # where the bonus token would stand
-    static = jax.jit(target_stream, static_argnums=(0, 3))
-    _, cache = static(lm.config, lm.params, tokens, tokens.shape[1] + 4 * gamma)
-    stream = jax.jit(draft_stream, static_argnums=(0, 2))
-    q = stream(lm.config, lm.params, lm.draft_config, lm.draft_params, tokens, anchors, cache)
+    _, cache = _target_stream(lm.config, lm.params, tokens, tokens.shape[1] + 4 * gamma)
+    q = _draft_stream(
+        lm.config, lm.params, lm.draft_config, lm.draft_params, tokens, anchors, cache
+    )
     np.testing.assert_allclose(
         jax.nn.log_softmax(found), jax.nn.log_softmax(q.reshape(found.shape)), atol=2e-5
     )
@@ -229,21 +228,39 @@ def test_training_and_decoding_chain_from_the_bonus_token():
     prompt = np.arange(1, 9, dtype=np.int32)
     merged, _, _ = block_of_decoding(lm, prompt, np.zeros(3, np.int32))
     hidden = merged.extra[:, 0]  # the next draft, if none of the proposed tokens is accepted
-    proposals = []
-    for bonus in (7, 30):
-        text = np.append(prompt, bonus).astype(np.int32)
-        spec, state = prefilled(lm, text)
-        state = state.replace(drafter_state=hidden)
+    spec, state = prefilled(lm, np.append(prompt, 0).astype(np.int32))
+    state, first = state.replace(drafter_state=hidden), set()
+    for bonus in range(0, 31, 6):
+        state = state.replace(tokens=state.tokens.at[0, 8].set(bonus))
         inputs = Inputs(spec, lm.params, lm.draft_params, state)
         proposed = np.asarray(spec.drafter.propose(inputs).tokens[0])
-        tokens, anchors = jnp.asarray(np.concatenate([text, proposed]))[None], jnp.array([[8]])
-        _, cache = target_stream(lm.config, lm.params, tokens, tokens.shape[1] + 3)
-        q = draft_stream(
+        tokens = jnp.asarray(np.concatenate([prompt, [bonus], proposed]))[None]
+        _, cache = _target_stream(lm.config, lm.params, tokens, tokens.shape[1] + 3)
+        anchors = jnp.array([[8]])
+        q = _draft_stream(
             lm.config, lm.params, lm.draft_config, lm.draft_params, tokens, anchors, cache
         )
         np.testing.assert_array_equal(jnp.argmax(q[0], axis=-1), proposed)
-        proposals.append(q[0])
-    assert np.abs(proposals[0] - proposals[1]).max() > 1e-3  # the bonus token counts
+        first.add(int(proposed[0]))
+    assert len(first) > 1  # the bonus token counts
+
+
+def test_the_next_draft_is_of_the_last_accepted_token_of_each_row():
+    masks = np.arange(5 * 4 * 3 * 24, dtype=np.float32).reshape(5, 4, 3, 24)
+    lm = model(trained=False)
+    drafter = Merged(lm.draft_config, lm.config)
+    plan = SlotPlan((1,) * 5, (9,) * 5, 3, 64, block=drafter.block)
+    sampling, features = batch_sampling(
+        [SamplingConfig()] * 5, jax.random.split(jax.random.key(0), 5), 31
+    )
+    spec = DecodeSpec(lm.config, drafter, features)
+    state = init_state(spec, [np.zeros(1, np.int32)] * 5, plan, sampling)
+    inputs = Inputs(spec, lm.params, lm.draft_params, state)
+    verified = Verified(jnp.zeros(()), state.cache, jnp.zeros(()), jnp.asarray(masks))
+    accepted = np.array([3, 0, 2, 1, 0])
+    new = drafter.update(inputs, verified, jnp.asarray(accepted))
+    np.testing.assert_array_equal(new, masks[np.arange(5), accepted])
+    assert drafter.update(inputs, verified._replace(extra=None), accepted) is state.drafter_state
 
 
 def test_what_a_merged_draft_cannot_do_is_refused():
