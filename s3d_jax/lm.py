@@ -11,8 +11,12 @@ import numpy as np
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.base import SecondModel, Target
 from s3d_jax.drafters.stored import (
+    KINDS,
+    S3D,
     StoredFeatures,
     choose_draft,
+    draft_kind,
+    draft_names,
     is_merged,
     merge_deltas,
     read_draft,
@@ -73,7 +77,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
             Of an int8 checkpoint it is the type of all that is not int8.
         draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
-            only one. A checkpoint without any drafts untrained. Where the layers that it changes
+            only one. One of the kind "eagle" or "medusa" is the one that the method of this name
+            uses. A checkpoint without any drafts untrained. Where the layers that it changes
             have at most 64 MiB, they are copied and changed once (`merge_deltas`), unless the draft
             is of the mode "merged".
         use_draft: False leaves the trained drafts alone.
@@ -107,7 +112,11 @@ def load(
         path = EMBEDDED
     # First, since a wrong name should not cost the time of loading.
     check_kv_cache(kv_cache)
-    name = choose_draft(path, draft) if use_draft else None
+    chosen: dict[str, str] = {}
+    if draft is not None and use_draft and draft in draft_names(path):
+        chosen = {draft_kind(path, draft): draft}
+    others = chosen.keys() & KINDS.keys() - {S3D}
+    name = choose_draft(path, None if others else draft) if use_draft else None
     devices = None if mesh is None else build_mesh(mesh)
     loaded = checkpoint.load(path, dtype, mesh=devices, progress=progress)
     trained = None if name is None else read_draft(path, name, loaded.config, mesh=devices)
@@ -137,7 +146,7 @@ def load(
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
-        feature_drafts=StoredFeatures(path, config, loaded.params) if use_draft else None,
+        feature_drafts=StoredFeatures(path, config, loaded.params, chosen) if use_draft else None,
         # What one device gains says little of several.
         tuning=read_tuning(path, config, name) if devices is None else None,
     )
@@ -165,7 +174,7 @@ class LM:
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
         feature_drafts: by kind ("eagle", "medusa"), settings and arrays of drafts that read hidden
-            states; the methods of these names use them. May be set later.
+            states (`nn.features.in_memory`); the methods of these names use them.
         draft_model: the second model of the method "two-model", or None. May be set later.
         tuning: γ and skip that `s3d tune` chose, used instead of the draft's; None without tuning.
         programs: the compiled programs that are kept (see `keep_programs`).

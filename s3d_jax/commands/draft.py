@@ -30,7 +30,10 @@ def add_command(commands: Any) -> None:
     export.set_defaults(run=run_export)
     add = kinds.add_parser("add", help="add a draft from a folder or from the HF hub")
     add.add_argument("source", metavar="FOLDER_OR_ID", help="a folder, or an id on the hub")
-    add.add_argument("--name", default="default", help="its name in the model (default: default)")
+    add.add_argument(
+        "--name",
+        help="its name in the model (default: default; of other kinds than s3d the kind)",
+    )
     add.add_argument("--revision", help="branch, tag or commit on the hub (default: the main one)")
     add.add_argument("--overwrite", action="store_true", help="replace a draft of that name")
     add.set_defaults(run=run_add)
@@ -54,11 +57,14 @@ def run_add(arguments: argparse.Namespace) -> int:
     """Adds a draft to a model."""
     from convert.sources import hub
     from s3d_jax.drafters.portable import FILES, add_draft
+    from s3d_jax.drafters.stored import S3D, draft_kind
 
     folder = Path(arguments.source)
     if not folder.exists():
         folder = hub.fetch(arguments.source, arguments.revision, FILES)
     added = add_draft(folder, arguments.model, arguments.name, overwrite=arguments.overwrite)
-    print(f"draft {arguments.name!r} is in {added}")
-    print(f'next: s3d generate "Once upon a time" --model {arguments.model}')
+    print(f"draft {added.name!r} is in {added}")
+    kind = draft_kind(arguments.model, added.name)
+    method = "" if kind == S3D else f" --method {kind}"
+    print(f'next: s3d generate "Once upon a time" --model {arguments.model}{method}')
     return 0

@@ -175,7 +175,8 @@ class Proposer:
 
         Args:
             inputs: of the iteration, with the state after the commit.
-            verified: of all proposed tokens; of none (w = 0) where no row drafted.
+            verified: of all proposed tokens; of none (w = 0) where no row drafted, which happens
+                only with a budget.
             accepted: int32 [B], accepted draft tokens.
         """
         return inputs.state.drafter_state

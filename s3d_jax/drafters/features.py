@@ -19,7 +19,7 @@ from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import with_head
 from s3d_jax.nn.features import eagle_pass, layer_config, medusa_states
 from s3d_jax.nn.transformer import logits_of
-from s3d_jax.settings.drafting import FeatureSettings
+from s3d_jax.settings.drafting import FeatureSettings, PassCosts
 
 
 class FeatureState(flax.struct.PyTreeNode):
@@ -69,7 +69,7 @@ class FeatureDrafter(Drafter):
     def params(self, target: Target) -> Any:
         return target.feature_drafts[self.name][1]
 
-    def described(self, target: Target, costs: Any) -> dict[str, Any]:
+    def described(self, target: Target, costs: PassCosts | None) -> dict[str, Any]:
         return {"gamma": self.gamma}
 
     def init(self, plan: SlotPlan) -> FeatureState:

@@ -24,6 +24,7 @@ from s3d_jax.drafters.stored import (
     StoredDraft,
     check_name,
     check_vocabulary,
+    default_name,
     draft_tree,
     read_draft,
     save_draft,
@@ -90,7 +91,7 @@ def export_draft(
 def add_draft(
     folder: str | os.PathLike[str],
     model: str | os.PathLike[str],
-    name: str = "default",
+    name: str | None = None,
     *,
     overwrite: bool = False,
 ) -> Path:
@@ -101,7 +102,7 @@ def add_draft(
     Args:
         folder: as `export_draft` writes it.
         model: the native checkpoint folder.
-        name: the draft's name there.
+        name: the draft's name there; None is "default", or of other kinds than S3D the kind.
         overwrite: replace a draft of that name.
 
     Returns:
@@ -111,9 +112,10 @@ def add_draft(
         CheckpointError: the folder is no draft, is damaged, or is of a kind that this version does
             not know; the model is of another architecture; or the name is taken.
     """
-    check_name(name)
     folder, header = Path(folder), read_header(model)
     fields = _read_fields(folder)
+    name = default_name(fields["kind"]) if name is None else name
+    check_name(name, fields["kind"])
     try:
         kind = fields["kind"]
         config = KINDS[kind][0].from_dict(fields["draft"])

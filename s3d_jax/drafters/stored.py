@@ -101,7 +101,7 @@ def save_draft(
         CheckpointError: the checkpoint is missing, the name is not allowed or is taken, or the
             deltas are merged into layers.
     """
-    check_name(name)
+    check_name(name, kind)
     header = read_header(model)
     config.validate_for(header.config)
     folder = header.path / "drafts" / name
@@ -157,37 +157,36 @@ def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in folder.glob("*/config.json") if _is_name(p.parent)))
 
 
+def default_name(kind: str) -> str:
+    """The name of the draft of a kind that is used unless another is requested."""
+    return DEFAULT_NAME if kind == S3D else kind
+
+
 def choose_draft(model: str | os.PathLike[str], name: str | None, kind: str = S3D) -> str | None:
     """The draft of a kind to use: `name`; if that is None, the default, or the only one.
-
-    The default is called "default"; of other kinds than S3D it has the name of the kind.
 
     Returns:
         Its name, or None if the checkpoint has no draft of the kind.
 
     Raises:
-        CheckpointError: no draft has that name, or it is of another kind; there are several, and
-            none is the default; or a draft is damaged.
+        CheckpointError: no draft has that name, or it is of another kind; or there are several, and
+            none is the default.
     """
     names = draft_names(model)
     if name is not None and name not in names:
         known = f"it has {', '.join(names)}" if names else "it has no trained draft"
         raise CheckpointError(f"{model} has no draft {name!r}: {known}")
+    kinds = {n: _kind_or_none(model, n) for n in names}
     if name is not None:
-        found = draft_kind(model, name)
-        if found != kind and found in KINDS:
+        if (found := kinds[name]) != kind and found in KINDS:
             raise CheckpointError(
-                f"the draft {name!r} of {model} is of the kind {found!r}: method={found!r} "
-                f"(--method {found}) uses it"
+                f"the draft {name!r} of {model} is of the kind {found!r}, not {kind!r}"
             )
         return name
-    default = DEFAULT_NAME if kind == S3D else kind
-    if default in names:
+    # What cannot be read, or is of an unknown kind, counts as S3D's: reading it says what is wrong.
+    names = tuple(n for n in names if (kinds[n] if kinds[n] in KINDS else S3D) == kind)
+    if (default := default_name(kind)) in names:
         return default
-    # One that cannot be read counts, so that reading it says what is wrong.
-    names = tuple(n for n in names if _kind_or_none(model, n) not in KINDS.keys() - {kind})
-    if kind != S3D:
-        names = tuple(n for n in names if _kind_or_none(model, n) == kind)
     if len(names) > 1:
         raise CheckpointError(
             f"{model} has the drafts {', '.join(names)}, and none is called {default!r}: "
@@ -258,28 +257,39 @@ class StoredFeatures(Mapping[str, tuple[FeatureConfig, FeatureDraft]]):
     Args:
         model: the native checkpoint folder.
         config, params: the target, as it is in memory.
+        chosen: of each kind the name; of those that are missing the default, or the only one.
     """
 
-    def __init__(self, model: str | os.PathLike[str], config: ModelConfig, params: Params) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        config: ModelConfig,
+        params: Params,
+        chosen: Mapping[str, str] | None = None,
+    ) -> None:
         self._model, self._config, self._params = model, config, params
+        self._chosen = dict(chosen or {})
         self._read: dict[str, tuple[FeatureConfig, FeatureDraft]] = {}
 
     def __getitem__(self, kind: str) -> tuple[FeatureConfig, FeatureDraft]:
         if kind not in self._read:
-            name = choose_draft(self._model, None, kind) if kind in self._kinds else None
-            if name is None:
+            if kind not in self:
                 raise KeyError(kind)
+            name = choose_draft(self._model, self._chosen.get(kind), kind)
+            assert name is not None  # it is in
             draft = read_draft(self._model, name, self._config)
             self._read[kind] = draft.config, in_memory(self._config, self._params, draft.params)
         return self._read[kind]
 
     def __iter__(self) -> Iterator[str]:
-        return (kind for kind in self._kinds if choose_draft(self._model, None, kind))
+        found = {_kind_or_none(self._model, name) for name in draft_names(self._model)}
+        return (kind for kind in KINDS if kind != S3D and kind in found)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    _kinds = tuple(KINDS.keys() - {S3D})
+    def __contains__(self, kind: object) -> bool:
+        return kind in list(iter(self))
 
 
 def check_vocabulary(
@@ -422,8 +432,14 @@ def _is_name(path: Path) -> bool:
     )
 
 
-def check_name(name: str) -> None:
-    """Raises CheckpointError unless a draft can have this name."""
+def check_name(name: str, kind: str = S3D) -> None:
+    """Raises CheckpointError unless a draft of the kind can have this name."""
+    for other in KINDS:
+        if kind != other and name == default_name(other):
+            raise CheckpointError(
+                f"the name {name!r} is for drafts of the kind {other!r}, and this one is of "
+                f"the kind {kind!r}: choose another"
+            )
     if not _is_name(Path(name)) or Path(name).name != name:
         raise CheckpointError(
             f"{name!r} cannot be the name of a draft: use letters, digits, '.', '-' and '_'"

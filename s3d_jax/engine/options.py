@@ -31,13 +31,14 @@ class GenerateOptions(TypedDict, total=False):
         method: what drafts: "s3d" (default), the model itself in one pass; "ar", nothing (plain
             decoding, one token per pass); "prompt-lookup", the text so far; "self-spec" and
             "early-exit", the model without some or without its last layers, token by token;
-            "two-model", `lm.draft_model`.
+            "eagle" and "medusa", a trained draft that reads hidden states; "two-model",
+            `lm.draft_model`.
         gamma: draft tokens per iteration; None takes the tuned number, else the draft's own, for
-            other methods 4.
+            untrained methods 4.
         skip: one entry per layer, True = the draft skips it; the default as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
         adaptive: of "s3d": each row decodes plainly for a while where drafting does not pay
-            (default); False always drafts.
+            (default); False always drafts, as merged drafts do in any case.
         ngram: of "prompt-lookup": how many of the last tokens are searched for in the text, at most
             (3).
         stop: strings that end a text; they are not part of it, and may hold special tokens.

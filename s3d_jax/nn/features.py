@@ -33,7 +33,7 @@ class FeatureDraft(flax.struct.PyTreeNode, OwnVocabulary):
     """The arrays of a draft that reads hidden states.
 
     Attributes:
-        weights: the parameters of `Eagle` or `Medusa`.
+        weights: the parameters of `EagleLayer` or `MedusaHeads`.
         vocabulary, head: see `OwnVocabulary`.
     """
 
@@ -63,7 +63,7 @@ def layer_config(config: ModelConfig) -> ModelConfig:
     )
 
 
-class Eagle(nn.Module):
+class EagleLayer(nn.Module):
     """One decoder layer over pairs of a hidden state and the token that was chosen from it.
 
     Attributes:
@@ -101,7 +101,7 @@ def joined(config: ModelConfig, embedded: jax.Array, hidden: jax.Array) -> jax.A
     return jnp.concatenate(parts, axis=-1).astype(embedded.dtype)
 
 
-class Medusa(nn.Module):
+class MedusaHeads(nn.Module):
     """A residual layer for each position after the next token.
 
     Attributes:
@@ -132,7 +132,7 @@ def eagle_pass(
     visible: int | None = None,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """`Eagle` over tokens that follow the cache's committed ones.
+    """`EagleLayer` over tokens that follow the cache's committed ones.
 
     Args:
         config, params: the target.
@@ -146,7 +146,7 @@ def eagle_pass(
     if layout is None:
         layout = layout_after_committed(cache, tokens.shape[1], False, cache.slots, visible)
     embedded = bound(config, params).embed(tokens)
-    return Eagle(layer).bind({"params": draft.weights})(
+    return EagleLayer(layer).bind({"params": draft.weights})(
         embedded, hidden.astype(embedded.dtype), cache, layout
     )
 
@@ -154,8 +154,8 @@ def eagle_pass(
 def medusa_states(
     layer: ModelConfig, draft: FeatureDraft, hidden: jax.Array, gamma: int
 ) -> jax.Array:
-    """`Medusa` for the first γ positions: [B, A, D] -> [B, A, γ, D]."""
-    return Medusa(layer, gamma).bind({"params": draft.weights})(hidden)
+    """`MedusaHeads` for the first γ positions: [B, A, D] -> [B, A, γ, D]."""
+    return MedusaHeads(layer, gamma).bind({"params": draft.weights})(hidden)
 
 
 @under_usual_jax_settings
@@ -185,7 +185,7 @@ def new_weights(kind: str, config: ModelConfig, params: Params, gamma: int, key:
     plain, size = layer_config(config.unquantized()), config.hidden_size
     if kind == "medusa":
         empty = jax.eval_shape(
-            lambda: Medusa(plain, gamma).init(key, jnp.zeros((1, 1, size), plain.dtype))
+            lambda: MedusaHeads(plain, gamma).init(key, jnp.zeros((1, 1, size), plain.dtype))
         )
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), empty["params"])
     # Small enough that the layer hears the hidden state first.

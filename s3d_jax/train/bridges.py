@@ -62,11 +62,7 @@ def fitted_draft(
     from tqdm import tqdm
 
     inputs = config.hidden_size + adapter.recall * config.num_kv_heads * config.head_dim
-    check_memory(
-        5 * 8 * inputs**2,  # the sum, a batch's part, and what the solver takes, in float64
-        f"fitting bridges with {inputs:,} inputs needs",
-        "recall fewer layers (--recall), or leave out --fit-rows",
-    )
+    _check_memory(inputs, "recall fewer layers (--recall), or leave out --fit-rows")
     mesh = mesh_of(params)
     draft = place_draft(mesh, config, untrained_draft(config, params))
     for after in gaps(draft_config.skip):
@@ -110,6 +106,14 @@ def _sums(
     return _exact(x.T, x), _exact(x.T, y)
 
 
+def _check_memory(inputs: int, advice: str) -> None:
+    check_memory(
+        5 * 8 * inputs**2,  # the sum, a batch's part, and what the solver takes, in float64
+        f"a fit with {inputs:,} inputs needs",
+        advice,
+    )
+
+
 def fitted_fuse(
     config: ModelConfig,
     params: Params,
@@ -126,9 +130,13 @@ def fitted_fuse(
     Args:
         config, params: the target.
         batches, count, progress: as in `fitted_draft`.
+
+    Raises:
+        DeviceError: the matrices of the regression do not fit into memory.
     """
     from tqdm import tqdm
 
+    _check_memory(2 * config.hidden_size, "leave out --fit-rows")
     squares, products = np.zeros(()), np.zeros(())
     for i in tqdm(range(count), "fitting", unit=" batches", disable=not progress):
         sums = jax.device_get(_sums_of_fuse(config, params, batches(i)))

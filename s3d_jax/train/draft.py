@@ -238,6 +238,10 @@ class DraftTask:
             )
         return tree
 
+    def untrained(self) -> DraftParams:
+        """The draft before any training or fit."""
+        return untrained_draft(self.config, self.frozen)
+
     def arranged(self, tree: Mapping[str, Any], dtype: Any) -> tuple[Params, DraftParams]:
         """(trained layers, draft), as the model needs them; layers of that type, {} without any."""
         layers = jax.tree.map(lambda x: x.astype(dtype), tree.get("layers", {}))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s3d_jax.keys import make_key
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.features import FeatureDraft, feature_stream, new_weights
 from s3d_jax.settings.drafting import FeatureConfig
@@ -27,7 +28,7 @@ class FeatureTask:
         kind: "eagle" or "medusa".
         config, params: the target.
         draft_config: γ.
-        objective, remat: as in `TrainDraftConfig`.
+        objective: as in `TrainDraftConfig`.
         start: a draft of the kind to start from; None begins as `new_weights`.
         vocabulary: int32 [V'], ascending, the tokens that can be drafted; None is all.
 
@@ -46,7 +47,6 @@ class FeatureTask:
         objective: ObjectiveConfig = ObjectiveConfig(),
         start: FeatureDraft | None = None,
         vocabulary: np.ndarray | None = None,
-        remat: bool = False,
     ) -> None:
         self.kind = kind
         self.config = config
@@ -58,7 +58,6 @@ class FeatureTask:
         self.vocabulary = None if vocabulary is None else jnp.asarray(vocabulary)
         self.loss_weights = {"draft_loss": 1.0}
         self.loss_scale = 1024.0 if config.dtype == "float16" else 1.0
-        self.remat = remat
 
     def init(self, key: jax.Array, frozen: Params) -> dict[str, Any]:
         """The trained tree, float32."""
@@ -69,6 +68,12 @@ class FeatureTask:
         if self.fuse is not None:
             weights["fuse"] = {"weight": jnp.asarray(self.fuse)}
         return {"draft": FeatureDraft(weights)}
+
+    def untrained(self) -> FeatureDraft:
+        """A draft before any training or fit."""
+        gamma, key = self.draft_config.gamma, make_key(0)
+        weights = new_weights(self.kind, self.config, self.frozen, gamma, key)
+        return FeatureDraft(jax.tree.map(lambda x: x.astype(self.config.dtype), weights))
 
     def arranged(self, tree: Mapping[str, Any], dtype: Any) -> tuple[Params, FeatureDraft]:
         """({}, draft): there are no layers of the target; the draft is of that type."""
@@ -107,5 +112,4 @@ class FeatureTask:
             self.objective,
             batch,
             key,
-            remat=self.remat,
         )

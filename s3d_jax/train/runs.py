@@ -19,6 +19,7 @@ from s3d_jax.drafters.stored import (
     S3D,
     check_name,
     choose_draft,
+    draft_kind,
     draft_names,
     read_draft,
     save_draft,
@@ -128,7 +129,6 @@ def train_draft(
         objective=config.objective,
         start=start,
         vocabulary=_vocabulary(config, start, corpus, lm.config.vocab_size),
-        remat=config.remat,
     )
     task: DraftTask | FeatureTask
     if isinstance(draft, FeatureConfig):
@@ -141,6 +141,7 @@ def train_draft(
             mode=config.mode,
             adapter=adapter,
             next_token_weight=config.next_token_weight,
+            remat=config.remat,
             **common,
         )
     if config.fit_rows and not has_states(run):
@@ -181,7 +182,8 @@ def train_draft(
         return report
 
     more = {
-        "kind": config.kind,
+        # Older runs have no kind, and go on.
+        **({} if config.kind == S3D else {"kind": config.kind}),
         "mode": config.mode,
         "draft": draft.to_dict(),
         "adapter": dataclasses.asdict(task.adapter) if isinstance(task, DraftTask) else None,
@@ -209,10 +211,8 @@ def train_draft(
     # A smaller vocabulary accepts less, on purpose: all are compared with the new one's.
     same = {"vocabulary": task.vocabulary}
     untrained = before
-    if config.kind == S3D and (start is not None or config.fit_rows):
-        untrained = decoding.measure(
-            lm.params, untrained_draft(lm.config, lm.params).replace(**same)
-        )
+    if start is not None or config.fit_rows:
+        untrained = decoding.measure(lm.params, task.untrained().replace(**same))
     tau = reached["tokens_per_iteration"]
     worse = made_worse(untrained["tokens_per_iteration"], tau, "the untrained one", run)
     if replaces:
@@ -261,7 +261,7 @@ def train_draft(
 
     by_first_host(store)
     # Last, so that nothing is lost where warnings are errors.
-    warn_if_useless(untrained["tokens_per_iteration"], tau, draft.gamma)
+    warn_if_useless(untrained["tokens_per_iteration"], tau, draft)
     return report
 
 
@@ -396,7 +396,7 @@ def pretrain(
     if worse:
         warnings.warn(f"{worse}. The model itself is in {out}", stacklevel=2)
     elif draft:
-        warn_if_useless(*taus, draft.gamma)
+        warn_if_useless(*taus, draft)
     return report
 
 
@@ -406,7 +406,7 @@ def _check_destination(
     """Refuses early a draft or a model that cannot be stored where it is to go."""
     if config.kind != S3D and config.mode != "adapter":
         raise ConfigError(f"mode {config.mode!r} belongs to kind 's3d', not {config.kind!r}")
-    check_name(config.draft_name)
+    check_name(config.draft_name, config.kind)
     if config.mode == "full":
         if config.out is None:
             raise ConfigError("mode 'full' changes the target: say where the new one goes (out)")
@@ -422,14 +422,19 @@ def _check_destination(
             "it (--overwrite, overwrite=True)"
         )
     else:
-        check_replaceable(Path(model) / "drafts" / config.draft_name, overwrite)
+        folder = Path(model) / "drafts" / config.draft_name
+        check_replaceable(folder, overwrite)
+        if folder.exists() and (kind := draft_kind(model, folder.name)) != config.kind:
+            raise CheckpointError(
+                f"the draft {folder.name!r} of {model} is of the kind {kind!r}, not "
+                f"{config.kind!r}: choose another name"
+            )
 
 
 def _beginning(
     model: str | os.PathLike[str], target: ModelConfig, config: TrainDraftConfig
 ) -> tuple[DraftConfig, AdapterConfig, DraftParams | None]:
     """The settings and ranks of the draft to train, and the arrays of the draft it starts from."""
-    wanted = config.vocabulary
     _check_vocabulary_size(target, config)
     if isinstance(config.draft, FeatureConfig):
         raise ConfigError("kind 's3d' takes a DraftConfig as its draft, got a FeatureConfig")
@@ -456,12 +461,7 @@ def _beginning(
     choose_draft(model, name)  # says which drafts there are
     start = read_draft(model, name, target)
     assert start.params is not None
-    own = start.params.vocabulary
-    if own is not None and wanted not in (None, len(own)):
-        raise ConfigError(
-            f"the draft {name!r} drafts {len(own)} tokens, not {wanted} (--draft-vocab): train a "
-            "new one without --start"
-        )
+    _check_same_vocabulary(config, start.params)
     draft = config.draft or start.config
     if draft.replace(gamma=start.config.gamma) != start.config:
         raise ConfigError(
@@ -474,6 +474,10 @@ def _beginning(
         recall=recalled_layers(target, start.params.bridges),
     )
     ranks = config.adapter or NO_ADAPTER
+    if ranks.bridge_rank and not any(draft.skip):
+        raise ConfigError(
+            f"the draft {name!r} skips no layer, so there is no gap to bridge (--bridge-rank)"
+        )
     names = [field.name for field in dataclasses.fields(AdapterConfig)]
     adapter = AdapterConfig(*(getattr(ranks, n) or getattr(had, n) for n in names))
     for n in names:
@@ -497,19 +501,31 @@ def _beginning_of_features(
             "fit_rows (--fit-rows) fits what a new draft begins with, of the kinds 's3d' and "
             "'eagle': leave it out"
         )
-    draft, start = config.draft or FeatureConfig(), None
-    if not isinstance(draft, FeatureConfig):
-        raise ConfigError(f"kind {config.kind!r} takes a FeatureConfig as its draft, got {draft!r}")
-    if config.start is not None:
-        choose_draft(model, config.start, config.kind)
-        found = read_draft(model, config.start, target)
-        if config.kind == "medusa" and draft.gamma != found.config.gamma:
-            raise ConfigError(
-                f"the draft {config.start!r} has {found.config.gamma} heads: γ (--gamma) must be "
-                f"that, got {draft.gamma}"
-            )
-        start = found.params
-    return draft, NO_ADAPTER, start
+    if config.remat:
+        raise ConfigError("remat (--remat) is of kind 's3d': one layer has few activations")
+    if not isinstance(config.draft, FeatureConfig | None):
+        raise ConfigError(f"kind {config.kind!r} takes a FeatureConfig, got {config.draft!r}")
+    if config.start is None:
+        return config.draft or FeatureConfig(), NO_ADAPTER, None
+    choose_draft(model, config.start, config.kind)
+    found = read_draft(model, config.start, target)
+    _check_same_vocabulary(config, found.params)
+    draft = config.draft or found.config
+    if config.kind == "medusa" and draft.gamma != found.config.gamma:
+        raise ConfigError(
+            f"the draft {config.start!r} has {found.config.gamma} heads: γ (--gamma) must be that, "
+            f"got {draft.gamma}"
+        )
+    return draft, NO_ADAPTER, found.params
+
+
+def _check_same_vocabulary(config: TrainDraftConfig, start: OwnVocabulary) -> None:
+    own, wanted = start.vocabulary, config.vocabulary
+    if own is not None and wanted not in (None, len(own)):
+        raise ConfigError(
+            f"the draft {config.start!r} drafts {len(own)} tokens, not {wanted} (--draft-vocab): "
+            "train a new one without --start"
+        )
 
 
 def _check_vocabulary_size(target: ModelConfig, config: TrainDraftConfig) -> None:

@@ -153,21 +153,24 @@ def made_worse(before: float, after: float, what: str, run: str | os.PathLike[st
     )
 
 
-def warn_if_useless(before: float, after: float, gamma: int) -> None:
+def warn_if_useless(before: float, after: float, draft: DraftConfig | FeatureConfig) -> None:
     """Warns when the trained draft barely beats the untrained one.
 
     Args:
         before, after: τ of the untrained and of the trained draft.
-        gamma: γ.
+        draft: its settings.
     """
+    ways = "Train longer, "
+    if isinstance(draft, DraftConfig):
+        ways += "skip fewer layers, " if any(draft.skip) else ""
+        ways += "use --mode adapter with a higher rank, "
     # One token of τ is the bonus, to which the draft contributes nothing. A draft that gets nine in
     # ten tokens accepted is always good.
-    if after - 1 < min(max(1.2 * (before - 1), 0.1), 0.9 * gamma):
+    if after - 1 < min(max(1.2 * (before - 1), 0.1), 0.9 * draft.gamma):
         warnings.warn(
             f"the trained draft makes {after:.2f} tokens per iteration, the untrained one "
-            f"{before:.2f}: it has learnt next to nothing, and S3D will be slower than plain "
-            "decoding. Train longer, skip fewer layers, use --mode adapter with a higher rank, or "
-            "data that is more like the prompts (s3d distill)",
+            f"{before:.2f}: it has learnt next to nothing, and drafting will be slower than plain "
+            f"decoding. {ways}or use data that is more like the prompts (s3d distill)",
             stacklevel=2,
         )
 

@@ -200,13 +200,22 @@ def test_stored_drafts_are_found_by_their_kind(checkpoint, tmp_path, capsys):
         jax.tree.map(np.testing.assert_array_equal, draft.weights, saved[kind].weights)
     with pytest.raises(ConfigError, match="3 heads, and gamma is 4"):
         lm.generate([1], method="medusa", gamma=4)
-    with pytest.raises(CheckpointError, match=r"of the kind 'eagle'.*--method eagle"):
-        s3d_jax.load(checkpoint, draft="eagle")
+    # By name it is chosen for its kind, and S3D keeps its own.
+    other = random_draft("eagle", lm.config, lm.params, seed=1)
+    save_draft(checkpoint, "b", FeatureConfig(2), other, {}, kind="eagle")
+    assert s3d_jax.load(checkpoint).feature_drafts["eagle"][0].gamma == 3
+    lm = s3d_jax.load(checkpoint, draft="b")
+    assert (lm.feature_drafts["eagle"][0].gamma, lm.draft_config.gamma) == (2, 4)
+    # No kind takes the place where another is looked for.
+    for name, kind in (("default", "eagle"), ("eagle", "medusa"), ("medusa", "s3d")):
+        with pytest.raises(CheckpointError, match=f"the name '{name}' is for drafts of the kind"):
+            save_draft(checkpoint, name, FeatureConfig(2), other, {}, kind=kind)
     # Another name, and a copy that was handed on.
     exported = export_draft(checkpoint, "medusa", tmp_path / "out")
     assert exported.kind == "medusa"
     add_draft(tmp_path / "out", checkpoint, "other")
     assert read_draft(checkpoint, "other", lm.config).kind == "medusa"
+    assert add_draft(tmp_path / "out", checkpoint, overwrite=True).name == "medusa"
     again = StoredFeatures(checkpoint, lm.config, lm.params)
     assert again["medusa"][0] == FeatureConfig(3)  # the one that is called so
     cli.main(["info", "--model", str(checkpoint)])

@@ -13,6 +13,7 @@ def run(*arguments) -> int:
 
 def train(model, name, *arguments) -> int:
     files = ("--model", model / "model", "--data", model / "own.jsonl")
-    ranks = () if "full" in arguments or "--rank" in arguments or name == "masks" else RANKS
+    own = {"full", "--rank", "--kind"}
+    ranks = () if own & set(arguments) or name == "masks" else RANKS
     names = ("--run", model / f"run-{name}", "--name", name)
     return run("train", *files, *names, *FAST.split(), *arguments, *ranks)

@@ -10,7 +10,7 @@ import pytest
 import s3d_jax
 from s3d_jax.drafters.stored import draft_names, read_draft, save_draft
 from s3d_jax.errors import InputError
-from s3d_jax.settings.drafting import DraftConfig
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.settings.training import AdapterConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.texts.documents import Document, read_documents
@@ -37,9 +37,9 @@ from tests.train.command import run, train
 def test_a_draft_that_learnt_nothing_gives_a_warning(before, after, gamma, useless, recwarn):
     if useless:
         with pytest.warns(UserWarning, match="learnt next to nothing"):
-            warn_if_useless(before, after, gamma)
+            warn_if_useless(before, after, FeatureConfig(gamma))
     else:
-        warn_if_useless(before, after, gamma)
+        warn_if_useless(before, after, FeatureConfig(gamma))
         assert not recwarn
 
 
@@ -156,8 +156,8 @@ def test_a_joint_draft_is_compared_with_the_untrained_one_when_it_is_stored(
 ):
     seen = []
 
-    def compare(before, after, gamma):
-        seen.append((before, after, gamma, draft_names(tmp_path / "model")))
+    def compare(before, after, draft):
+        seen.append((before, after, draft.gamma, draft_names(tmp_path / "model")))
 
     monkeypatch.setattr(runs, "warn_if_useless", compare)
     out = ("--out", tmp_path / "model", "--run", tmp_path / "run")

@@ -24,6 +24,7 @@ from s3d_jax.settings.training import (
 )
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.texts.documents import Document
+from s3d_jax.train import runs
 from s3d_jax.train.distill import distill, prompts_of
 from tests.tiny import tiny_config, tiny_lm
 from tests.train.command import run, train
@@ -52,6 +53,44 @@ def test_training_teaches_the_draft_and_changes_no_output(model, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["drafts"]["default"]["gamma"] == 3
     assert facts["drafts"]["default"]["tokens_per_iteration"] == pytest.approx(taus[-1])
+
+
+@pytest.mark.parametrize("kind, options", [("eagle", ["--fit-rows", "64"]), ("medusa", [])])
+def test_drafts_of_other_kinds_are_trained_and_used_like_s3d_s(kind, options, model, capsys):
+    kinds = ("--kind", kind)
+    assert train(model, kind, *kinds, *options, "--draft-vocab", "20") == 0
+    printed = capsys.readouterr().out
+    assert f"draft '{kind}' is in" in printed and "20 tokens can be drafted" in printed
+    stored = read_draft(model / "model", kind, tiny_config())
+    assert stored.kind == kind and stored.config.gamma == 3
+    reached = stored.training["reached"]["tokens_per_iteration"]
+    assert reached > 1.1
+    lm = s3d_jax.load(model / "model")
+    prompts = [[3, 1, 4], [15, 9], [26, 5, 3, 5]]
+    ours = lm.generate(prompts, max_new_tokens=40, method=kind)
+    assert [r.tokens for r in ours] == [
+        r.tokens for r in lm.generate(prompts, max_new_tokens=40, method="ar")
+    ]
+    assert sum(r.stats.accepted for r in ours) > 0
+    # Another run goes on with its γ and its tokens, and no other kind with it.
+    assert train(model, f"{kind}-2", *kinds, "--start", kind) == 0
+    again = read_draft(model / "model", f"{kind}-2", tiny_config())
+    assert len(again.params.vocabulary) == 20
+    config = TrainDraftConfig(kind=kind, start=kind)
+    draft, _, start = runs._beginning_of_features(model / "model", tiny_config(), config)
+    assert draft.gamma == 3 and start is not None
+    capsys.readouterr()
+    for wrong, message in (
+        (("--start", kind), f"of the kind '{kind}', not 's3d'"),
+        ((*kinds, "--rank", "4"), f"--rank: belong to --kind s3d, not {kind}"),
+        ((*kinds, "--mode", "mask"), "mode 'mask' belongs to kind 's3d'"),
+        ((*kinds, "--remat"), "remat"),
+        ((*kinds, "--start", kind, "--draft-vocab", "5"), "drafts 20 tokens, not 5"),
+    ):
+        assert train(model, "x", *wrong) == 2
+        assert message in capsys.readouterr().err
+    assert train(model, kind, "--overwrite") == 2
+    assert f"the name '{kind}' is for drafts of the kind" in capsys.readouterr().err
 
 
 def test_a_merged_draft_learns_and_its_mode_is_kept(model, capsys):
