@@ -107,7 +107,7 @@ def test_a_worse_draft_does_not_replace_a_better_one(
     measured, gammas = iter(taus), []
 
     def measure(self, *_):
-        gammas.append(self._make_lm.keywords["draft_config"].gamma)
+        gammas.append(self._draft_config.gamma)
         return report_of(next(measured))
 
     monkeypatch.setattr(runs.HeldOutDecoding, "measure", measure)
