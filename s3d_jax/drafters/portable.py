@@ -24,7 +24,6 @@ from s3d_jax.drafters.stored import (
     StoredDraft,
     check_name,
     check_vocabulary,
-    default_name,
     draft_tree,
     read_draft,
     save_draft,
@@ -32,6 +31,7 @@ from s3d_jax.drafters.stored import (
 from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.features import FeatureDraft
+from s3d_jax.settings.drafting import default_name
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import ArrayRecord, crc32, index_from_json, index_to_json
 from s3d_jax.storage.json_files import read_json_object, write_json

@@ -28,7 +28,7 @@ from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams, OwnVocabulary
 from s3d_jax.nn.features import FeatureDraft, in_memory
 from s3d_jax.nn.sharding import put
-from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, default_name
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.storage.arrays import ArrayWriter, cast, index_from_json, index_to_json, read_array
 from s3d_jax.storage.json_files import read_json_object, write_json
@@ -155,11 +155,6 @@ def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
     """The names of a checkpoint's drafts, sorted."""
     folder = Path(model) / "drafts"
     return tuple(sorted(p.parent.name for p in folder.glob("*/config.json") if _is_name(p.parent)))
-
-
-def default_name(kind: str) -> str:
-    """The name of the draft of a kind that is used unless another is requested."""
-    return DEFAULT_NAME if kind == S3D else kind
 
 
 def choose_draft(model: str | os.PathLike[str], name: str | None, kind: str = S3D) -> str | None:

@@ -12,6 +12,11 @@ from s3d_jax.settings.records import Record, check, is_positive
 MAX_NGRAM = 64
 
 
+def default_name(kind: str) -> str:
+    """The name of the draft of a kind that is used unless another is requested."""
+    return "default" if kind == "s3d" else kind
+
+
 def symmetric_skip(num_layers: int, num_skipped: int) -> tuple[bool, ...]:
     """The middle `num_skipped` of `num_layers` layers, as a static skip mask.
 

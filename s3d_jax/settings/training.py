@@ -3,7 +3,13 @@
 import dataclasses
 from typing import Literal
 
-from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, parse_skip, symmetric_skip
+from s3d_jax.settings.drafting import (
+    DraftConfig,
+    FeatureConfig,
+    default_name,
+    parse_skip,
+    symmetric_skip,
+)
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.options import option
 from s3d_jax.settings.records import Checked, check
@@ -181,7 +187,7 @@ class TrainDraftConfig(RunConfig):
     @property
     def draft_name(self) -> str:
         """`name`, or what stands for it."""
-        return self.name or ("default" if self.kind == "s3d" else self.kind)
+        return self.name or default_name(self.kind)
 
 
 @dataclasses.dataclass(frozen=True)

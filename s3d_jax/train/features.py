@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.keys import make_key
-from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.features import FeatureDraft, feature_stream, new_weights
 from s3d_jax.settings.drafting import FeatureConfig
 from s3d_jax.settings.model import ModelConfig
@@ -90,25 +89,14 @@ class FeatureTask:
         """The losses of one batch, see `losses_at_anchors`."""
         _, draft = self.arranged(tree, float_dtype(frozen))
         gamma = self.draft_config.gamma
-
-        def stream(
-            params: Params,
-            draft: FeatureDraft,
-            tokens: jax.Array,
-            anchors: jax.Array,
-            hidden: jax.Array,
-            cache: KVCache,
-        ) -> jax.Array:
-            return feature_stream(
-                self.kind, self.config, params, gamma, draft, tokens, anchors, hidden
-            )
-
         return losses_at_anchors(
             self.config,
             frozen,
             gamma,
             draft,
-            stream,
+            lambda params, draft, tokens, anchors, hidden, _: feature_stream(
+                self.kind, self.config, params, gamma, draft, tokens, anchors, hidden
+            ),
             self.objective,
             batch,
             key,
