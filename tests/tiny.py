@@ -75,13 +75,14 @@ def run(
     slots: int | None = None,
     stop_ids: tuple[int, ...] = (),
     costs: PassCosts | None = None,
+    copies: bool = False,
 ) -> DecodeState:
     """The pure functions alone, as somebody would use them who jits his own."""
     rows = rows or [SamplingConfig()] * len(prompts)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     sampling, features = batch_sampling(rows, keys, config.vocab_size)
     chosen = None if draft is None else drafter(draft)
-    spec = DecodeSpec(config, chosen, features)
+    spec = DecodeSpec(config, chosen, features, copies)
     arrays = [np.asarray(p, np.int32) for p in prompts]
     lengths = tuple(map(len, arrays))
     chunks = prefill_chunks(max(lengths) - 1)

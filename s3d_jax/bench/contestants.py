@@ -27,6 +27,7 @@ class Run:
         compile_seconds: spent on programs that did not exist yet.
         iterations: passes of the full model after the prefill; 0 where it is not known.
         plain_iterations: iterations among them in which a method that drafts did not draft.
+        copying_iterations: iterations among them that copied.
         accepted: for each draft position, how often its token was accepted.
     """
 
@@ -38,6 +39,7 @@ class Run:
     compile_seconds: float = 0.0
     iterations: int = 0
     plain_iterations: int = 0
+    copying_iterations: int = 0
     accepted: tuple[int, ...] = ()
 
 
@@ -95,13 +97,17 @@ class Ours(Contestant):
             compile_seconds=stats.compile_seconds,
             iterations=stats.iterations,
             plain_iterations=stats.plain_iterations,
+            copying_iterations=stats.copying_iterations,
             accepted=stats.accepted_per_position,
         )
 
     def in_full(self) -> dict[str, Any]:
         target = self.lm.target
         choice = registry.choose(target, self.method, **self.settings)
-        return {} if choice.drafter is None else choice.drafter.described(target, choice.costs)
+        if choice.drafter is None:
+            return {}
+        found = choice.drafter.described(target, choice.costs)
+        return found | {"copies": True} if choice.copies else found
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:
         options = self._options(prompt, max_new_tokens)

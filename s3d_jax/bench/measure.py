@@ -194,8 +194,9 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
         return dict.fromkeys(("tokens_per_iteration", "acceptance_per_position", "plain_share"))
     accepted = [sum(position) for position in zip(*(run.accepted for run in runs), strict=True)]
     plain = sum(run.plain_iterations for run in runs)
+    drafting = iterations - plain - sum(run.copying_iterations for run in runs)
     return {
         "tokens_per_iteration": sum(run.decoded for run in runs) / iterations,
-        "acceptance_per_position": [count / max(iterations - plain, 1) for count in accepted],
+        "acceptance_per_position": [count / max(drafting, 1) for count in accepted],
         "plain_share": plain / iterations,
     }

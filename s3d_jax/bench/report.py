@@ -52,6 +52,8 @@ def label(row: Mapping[str, Any]) -> str:
             words += [] if value else ["fixed"]
         elif name == "costs":
             words.append(f"{value} costs")
+        elif name == "copies":
+            words += [name] if value else []
         elif name in ("dtype", "mode"):
             words.append(value)
         else:

@@ -32,8 +32,8 @@ methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-
 is installed, HF transformers on the same weights: hf, hf-prompt-lookup; and, where llama-cpp-python
 is, llama.cpp on --gguf: llama.cpp, llama.cpp-prompt-lookup. A method runs with the settings that
 are fastest on a few of the prompts, or with given ones: s3d:gamma=4, self-spec:gamma=2:skip=3-6,
-prompt-lookup:gamma=4:ngram=2, hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts. Each
-setting is a row of its own.
+prompt-lookup:gamma=4:ngram=2, hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts, and
+s3d:copies=no never copies from the text. Each setting is a row of its own.
 
 examples:
   s3d bench --plot bench.png
@@ -115,19 +115,19 @@ def _parse_setting(text: str, entry: str, own: Sequence[str]) -> tuple[str, Any]
             return name, int(value)
         if name == "dtype" and value in _HF_DTYPES:
             return name, value
-        if name == "adaptive":
+        if name in ("adaptive", "copies"):
             return name, {"yes": True, "no": False}[value]
         if name == "skip":
             first, _, last = value.partition("-")
             if layers := range(int(first), int(last or first) + 1):
                 return name, layers
-        if name in set(own) - {"gamma", "ngram", "adaptive", "skip", "dtype"} and value:
+        if name in set(own) - {"gamma", "ngram", "adaptive", "copies", "skip", "dtype"} and value:
             return name, int(value) if value.isdecimal() else value
     except (ValueError, KeyError):
         pass
     raise InputError(
         f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3, "
-        "skip=3-6 and adaptive=no; of hf dtype=float32, bfloat16 or float16"
+        "skip=3-6, adaptive=no and copies=no; of hf dtype=float32, bfloat16 or float16"
     )
 
 

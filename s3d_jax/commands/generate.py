@@ -84,6 +84,8 @@ def _costs(method: str, stats: Sequence["Stats"]) -> str:
     seconds = stats[0].decode_seconds
     share = sum(s.plain_iterations for s in stats) / max(iterations, 1)
     plain = f", {share:.0%} of them plain" if method != "ar" and share else ""
+    if share := sum(s.copying_iterations for s in stats) / max(iterations, 1):
+        plain += f", {share:.0%} copied"
     return (
         f"[{method}: {new} tokens in {seconds:.2f} s ({new / seconds:.1f}/s), "
         f"{new / max(iterations, 1):.2f} per iteration{plain}; "

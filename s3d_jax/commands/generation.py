@@ -68,6 +68,11 @@ class _Decoding:
     adaptive: bool | None = option(
         None, "of s3d: decode plainly for a while where drafting does not pay", shown="yes"
     )
+    copies: bool | None = option(
+        None,
+        "of s3d: copy what followed, without a draft pass, where the text repeats itself",
+        shown="as --adaptive",
+    )
     ngram: int | None = option(
         None, "of prompt-lookup: how many of the last tokens are looked for at most", shown="3"
     )

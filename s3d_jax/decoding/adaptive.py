@@ -14,7 +14,7 @@ import numpy as np
 
 _CAPACITY = 12.0  # steps of plain decoding that a row may lose before it drafts no more
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # iterations; powers of two, so that pauses end together
-BY_BUDGET, NEVER, ALWAYS = range(3)  # whether rows draft
+BY_BUDGET, NEVER, ALWAYS = range(3)  # whether rows draft (or copy)
 
 
 class Budget(flax.struct.PyTreeNode):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.adaptive import Budget
+from s3d_jax.decoding.copying import Copying, new_copying
 from s3d_jax.decoding.sampling import SamplingFeatures, SamplingParams, gumbel_noise, penalize
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.jax_settings import under_usual_jax_settings
@@ -42,10 +43,11 @@ class DecodeState(flax.struct.PyTreeNode):
         prompt_tokens: bool [B, V], and output_counts: int32 [B, V], what penalties need to know of
             the context; [B, 0] where no row is penalized.
         passes: int32 [B, S], a record for `statistics`: at the first token of each iteration, 1 +
-            the draft tokens accepted in it, or -1 if the row did not draft; 0 at the other
-            committed tokens.
+            the draft tokens accepted in it, -1 if the row did not draft, more than `COPIED` if it
+            copied; 0 at the other committed tokens.
         drafter_state: the drafter's own state, a PyTree (`Proposer.init`), or None.
         budget: what rows decide by whether they draft; None where they always do.
+        copying: what rows may copy; None where they never do.
     """
 
     tokens: jax.Array
@@ -61,6 +63,10 @@ class DecodeState(flax.struct.PyTreeNode):
     passes: jax.Array
     drafter_state: Any = None
     budget: Budget | None = None
+    copying: Copying | None = None
+
+
+COPIED = 1 << 16  # is added to the record of an iteration that copied
 
 
 class Proposal(NamedTuple):
@@ -190,11 +196,13 @@ class DecodeSpec:
         config: the model.
         drafter: proposes γ tokens per iteration; None is plain AR.
         features: which sampling code is needed.
+        copies: whether rows copy where their text repeats itself, instead of drafting.
     """
 
     config: ModelConfig
     drafter: Proposer | None = None
     features: SamplingFeatures = SamplingFeatures()
+    copies: bool = False
 
     @property
     def gamma(self) -> int:
@@ -216,8 +224,8 @@ class Inputs(NamedTuple):
         drafter_params: the drafter's.
         state: how far decoding is.
         visible: static, slots of the cache that are read; None is all.
-        noise: float32 [B, γ+1, V], by which sampled rows choose the token of each position; None
-            where no row is sampled.
+        noise: float32 [B, w+1, V], by which sampled rows choose the token of each position, with w
+            draft tokens; None where no row is sampled.
     """
 
     spec: DecodeSpec
@@ -237,6 +245,7 @@ def init_state(
     cache: KVCache | None = None,
     stop_ids: Sequence[int] = (),
     budget: Budget | None = None,
+    copy_cost: float = 0.0,
 ) -> DecodeState:
     """The state before prefill.
 
@@ -251,6 +260,7 @@ def init_state(
             have fewer slots. None makes an empty one.
         stop_ids: tokens that end a row.
         budget: by which rows decide whether to draft; None always drafts.
+        copy_cost: of an iteration that copies, in steps of plain decoding; 0 copies all it can.
     """
     batch, vocab = len(sequences), spec.config.vocab_size
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
@@ -284,6 +294,7 @@ def init_state(
         sampling=sampling,
         drafter_state=None if spec.drafter is None else spec.drafter.init(plan),
         budget=budget,
+        copying=new_copying(batch, copy_cost) if spec.copies else None,
         **arrays,
     )
 

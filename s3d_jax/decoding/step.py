@@ -1,8 +1,8 @@
 """One iteration (draft, verify, accept, commit), and the loop around it.
 
 One speculative step serves everything. Plain autoregressive decoding (AR) is the step without a
-drafter; the stream is the loop with one iteration per call. The state is donated, so no second
-cache is ever alive.
+drafter; a step in which all rows copy is one without a draft pass; the stream is the loop with one
+iteration per call. The state is donated, so no second cache is ever alive.
 """
 
 from typing import Any, NamedTuple
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.adaptive import settle
+from s3d_jax.decoding.copying import continuation
 from s3d_jax.decoding.sampling import accept, choose
 from s3d_jax.decoding.state import (
+    COPIED,
     DecodeSpec,
     DecodeState,
     Inputs,
@@ -51,13 +53,16 @@ def commit(
     accepted: jax.Array,
     bonus: jax.Array,
     drafting_rows: jax.Array | None = None,
+    copying_rows: jax.Array | None = None,
     usable: jax.Array | None = None,
 ) -> DecodeState:
     """Appends accepted tokens and bonus to each row, cut at its limit and after a stop token.
 
     Args:
         spec, state: the program, and how far it is.
-        proposed_tokens, accepted, bonus, drafting_rows: of `accept`.
+        proposed_tokens, accepted, bonus: of `accept`.
+        drafting_rows, copying_rows: bool [B], whose proposals are of the drafter, and copies; None
+            is all, and none.
         usable: int32 [B], from `leading_numbers`; a row that needs more of the block ends there, as
             broken. None is all.
     """
@@ -65,6 +70,8 @@ def commit(
     record = 1 + accepted
     if drafting_rows is not None:
         record = jnp.where(drafting_rows, record, -1)
+    if copying_rows is not None:
+        record = jnp.where(copying_rows, COPIED + 1 + accepted, record)
     block = jnp.pad(proposed_tokens, ((0, 0), (0, 1)))
     column = jnp.arange(block.shape[1], dtype=jnp.int32)
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
@@ -108,7 +115,8 @@ def step(
     """One iteration: draft, verify, accept, commit. Rows advance by 1 … γ+1 tokens.
 
     Without a drafter it is an iteration of AR. A row whose budget says that it does not draft
-    (`adaptive`) uses nothing of the proposal, and advances by one token.
+    (`adaptive`) uses nothing of the proposal, and advances by one token. A row that can copy
+    proposes that instead, and where all rows do there is no draft pass.
 
     Args:
         spec, params, drafter_params, state: what decodes, and how far it is.
@@ -118,14 +126,40 @@ def step(
     if spec.drafter is None:
         return _plain_step(spec, params, drafter_params, state, visible)
     noise = choice_noise(spec, state, spec.gamma + 1)
+    drafting = None if state.budget is None else state.budget.drafting_rows
+    copying = None
+    if (found := state.copying) is None:
+        tokens, state = _proposed(Inputs(spec, params, drafter_params, state, visible, noise))
+    else:
+        copying, n = found.rows, state.cache.length
+        drafting = ~copying if drafting is None else drafting & ~copying
+        copies = continuation(state.tokens[:, :visible], n, found.period, spec.gamma)
+
+        def propose(carry: tuple[Any, jax.Array, DecodeState]) -> Any:
+            inputs = Inputs(spec, params, drafter_params, carry[2], visible, noise)
+            return jnp.bool(False), *_proposed(inputs)
+
+        # One turn, or none where no row needs it. XLA copies the cache around a conditional.
+        needed = jnp.any(drafting & ~state.done)
+        _, tokens, state = jax.lax.while_loop(
+            lambda carry: carry[0], propose, (needed, copies, state)
+        )
+        tokens = jnp.where(copying[:, None], copies, tokens)
     inputs = Inputs(spec, params, drafter_params, state, visible, noise)
-    proposal = spec.drafter.propose(inputs)
+    return _accept_and_commit(
+        inputs, tokens, spec.drafter.verify(inputs, tokens), drafting, copying
+    )
+
+
+def _proposed(inputs: Inputs) -> tuple[jax.Array, DecodeState]:
+    """The drafter's tokens, int32 [B, γ], and the state with what it wrote."""
+    state, drafter = inputs.state, inputs.spec.drafter
+    assert drafter is not None
+    proposal = drafter.propose(inputs)
     state = state.replace(cache=proposal.cache)
     if proposal.drafter_state is not None:
         state = state.replace(drafter_state=proposal.drafter_state)
-    drafting_rows = None if state.budget is None else state.budget.drafting_rows
-    tokens, inputs = state_constrained(proposal.tokens), inputs._replace(state=state)
-    return _accept_and_commit(inputs, tokens, spec.drafter.verify(inputs, tokens), drafting_rows)
+    return state_constrained(proposal.tokens), state
 
 
 def _plain_step(
@@ -135,32 +169,45 @@ def _plain_step(
     state: DecodeState,
     visible: int | None,
 ) -> DecodeState:
-    """An iteration in which no row drafts."""
+    """An iteration in which no row drafts or copies."""
     nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
-    drafting_rows = None if state.budget is None else jnp.zeros_like(state.done)
+    drafting = None if state.budget is None else jnp.zeros_like(state.done)
     inputs = Inputs(spec, params, drafter_params, state, visible, choice_noise(spec, state, 1))
-    return _accept_and_commit(inputs, nothing, verify_pass(inputs, nothing), drafting_rows)
+    return _accept_and_commit(inputs, nothing, verify_pass(inputs, nothing), drafting, None)
 
 
 def _accept_and_commit(
     inputs: Inputs,
     proposed_tokens: jax.Array,
     verified: Verified,
-    drafting_rows: jax.Array | None,
+    drafting: jax.Array | None,
+    copying: jax.Array | None,
 ) -> DecodeState:
+    """The state after an iteration.
+
+    Args:
+        inputs, proposed_tokens, verified: of the iteration.
+        drafting, copying: bool [B], `drafting_rows` and `copying_rows` of `commit`.
+    """
     spec, logits = inputs.spec, verified.logits
     state = inputs.state.replace(cache=verified.cache)
     target = state_constrained(choose(logits, state.sampling, spec.features, inputs.noise))
-    accepted, bonus = accept(proposed_tokens, target, drafting_rows)
-    budget = state.budget
-    if drafting_rows is not None and budget is not None:
-        budget = settle(budget, drafting_rows, accepted, state.done)
+    proposing = drafting if drafting is None or copying is None else drafting | copying
+    accepted, bonus = accept(proposed_tokens, target, proposing)
+    if (budget := state.budget) is not None and drafting is not None:
+        budget = settle(budget, drafting, accepted, state.done)
     usable = state_constrained(leading_numbers(logits))
-    state = commit(spec, state, proposed_tokens, accepted, bonus, drafting_rows, usable)
+    copies = state.copying
+    if copies is not None and copying is not None:
+        copies = copies.settle(copying & ~state.done, accepted)
+    state = commit(spec, state, proposed_tokens, accepted, bonus, drafting, copying, usable)
+    if copies is not None:
+        copies = copies.looked_up(state.tokens[:, : inputs.visible], state.cache.length)
+    state = state.replace(budget=budget, copying=copies)
     if spec.drafter is not None:
         inputs = inputs._replace(state=state)
         state = state.replace(drafter_state=spec.drafter.update(inputs, verified, accepted))
-    return state_constrained(state.replace(budget=budget))
+    return state_constrained(state)
 
 
 @under_usual_jax_settings
@@ -194,28 +241,34 @@ def decode(
         fits = state.cache.length + state.padding + spec.block <= visible
         return continues & jnp.all(fits | state.done)
 
-    def speculate(carry: Carry) -> Carry:
-        i, state = carry
-        return i + 1, step(spec, params, drafter_params, state, visible)
+    def iterate(one: Any) -> Any:
+        def body(carry: Carry) -> Carry:
+            i, state = carry
+            return i + 1, one(spec, params, drafter_params, state, visible)
+
+        return body
 
     if state.budget is None:
-        state = jax.lax.while_loop(unfinished, speculate, (jnp.int32(0), state))[1]
+        state = jax.lax.while_loop(unfinished, iterate(step), (jnp.int32(0), state))[1]
         return state_constrained(state)
 
-    def drafting(carry: Carry) -> jax.Array:
+    def proposing(carry: Carry) -> jax.Array:
+        """Whether a row drafts, or all copy: for one that copies the others would pay."""
         _, state = carry
         assert state.budget is not None
-        return jnp.any(state.budget.drafting_rows & ~state.done)
-
-    def decode_plainly(carry: Carry) -> Carry:
-        i, state = carry
-        return i + 1, _plain_step(spec, params, drafter_params, state, visible)
+        drafting = state.budget.drafting_rows
+        if state.copying is None:
+            return jnp.any(drafting & ~state.done)
+        copying = state.copying.rows
+        return jnp.any(drafting & ~copying & ~state.done) | jnp.all(copying | state.done)
 
     def alternate(carry: Carry) -> Carry:
         # Two loops instead of a conditional: XLA copies the cache around a conditional in every
         # iteration.
-        carry = jax.lax.while_loop(lambda c: unfinished(c) & drafting(c), speculate, carry)
-        return jax.lax.while_loop(lambda c: unfinished(c) & ~drafting(c), decode_plainly, carry)
+        carry = jax.lax.while_loop(lambda c: unfinished(c) & proposing(c), iterate(step), carry)
+        return jax.lax.while_loop(
+            lambda c: unfinished(c) & ~proposing(c), iterate(_plain_step), carry
+        )
 
     state = jax.lax.while_loop(unfinished, alternate, (jnp.int32(0), state))[1]
     return state_constrained(state)
@@ -229,14 +282,23 @@ class Counts(NamedTuple):
 
     Attributes:
         iterations: those that committed its tokens.
-        plain: iterations among them in which it did not draft, though the program can.
-        accepted: for each of the γ positions, how often its proposed token was accepted and is one
-            of the row's tokens.
+        plain: iterations among them in which it neither drafted nor copied, though the program can.
+        accepted: for each of the γ positions of a draft, how often its proposed token was accepted
+            and is one of the row's tokens.
+        copying: iterations that copied.
+        copied: tokens that were accepted in these.
     """
 
     iterations: int
     plain: int
     accepted: tuple[int, ...]
+    copying: int = 0
+    copied: int = 0
+
+    @property
+    def drafting(self) -> int:
+        """Iterations with the drafter's proposal."""
+        return self.iterations - self.plain - self.copying
 
 
 def statistics(passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: int) -> Counts:
@@ -250,9 +312,14 @@ def statistics(passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: i
     passes = passes[prompt_tokens : prompt_tokens + new_tokens]
     (starts,) = np.nonzero(passes)
     committed = np.diff(starts, append=new_tokens)
-    accepted = np.minimum(passes[starts] - 1, committed)  # less where a limit cut the block
+    record = passes[starts]
+    copies = record > COPIED
+    # Less where a limit cut the block.
+    accepted = np.minimum(np.where(copies, record - COPIED, record) - 1, committed)
     return Counts(
         iterations=len(starts),
-        plain=int((passes[starts] < 0).sum()),
-        accepted=tuple(int((accepted > position).sum()) for position in range(gamma)),
+        plain=int((record < 0).sum()),
+        accepted=tuple(int((accepted[~copies] > position).sum()) for position in range(gamma)),
+        copying=int(copies.sum()),
+        copied=int(accepted[copies].sum()),
     )

@@ -62,11 +62,13 @@ class Choice(NamedTuple):
         drafter: None is AR.
         costs: None always drafts.
         gain: speed over that of plain decoding as tuning measured it; None where it did not.
+        copies: whether rows copy where their text repeats itself, instead of drafting.
     """
 
     drafter: "Drafter | None" = None
     costs: PassCosts | None = None
     gain: float | None = None
+    copies: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

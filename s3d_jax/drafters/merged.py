@@ -39,7 +39,7 @@ class Merged(Drafter):
     model: ModelConfig
 
     name: ClassVar[str] = "s3d"
-    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive")
+    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive", "copies")
 
     @classmethod
     def candidates(cls, target: Target) -> list[dict[str, Any]]:
@@ -47,16 +47,17 @@ class Merged(Drafter):
 
     @classmethod
     def choose(cls, target: Target, options: Mapping[str, Any]) -> Choice:
-        """Takes γ. Refuses skipped layers and adaptive drafting.
+        """Takes γ. Refuses skipped layers, adaptive drafting and copies.
 
         Raises:
             ConfigError: a value is wrong, or does not fit the target.
         """
         options = dict(options)
-        if checked_bool("adaptive", options.pop("adaptive", False)):
-            raise ConfigError(
-                "a merged draft drafts in every iteration: leave out adaptive (--adaptive)"
-            )
+        for name in ("adaptive", "copies"):
+            if checked_bool(name, options.pop(name, False)):
+                raise ConfigError(
+                    f"a merged draft drafts in every iteration: leave out {name} (--{name})"
+                )
         drafter = cls(target.draft_config.replace(**options), target.config)
         drafter.validate(target)
         return Choice(drafter)

@@ -27,7 +27,7 @@ class S3D(Drafter):
     settings: DraftConfig
 
     name: ClassVar[str] = "s3d"
-    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive")
+    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive", "copies")
 
     @classmethod
     def default_settings(cls, target: Target) -> DraftConfig:
@@ -47,21 +47,23 @@ class S3D(Drafter):
     def choose(cls, target: Target, options: Mapping[str, Any]) -> Choice:
         """With `adaptive` (default True) a row falls back to AR where drafting does not pay.
 
-        A merged draft gives the drafter `Merged`, whose rows always draft.
+        With `copies` (default: as `adaptive`) it copies where its text repeats itself, which costs
+        no draft pass. A merged draft gives the drafter `Merged`, whose rows always draft.
         """
         if target.draft_config.mode == "merged":
             return Merged.choose(target, options)
         options = dict(options)
         adaptive = checked_bool("adaptive", options.pop("adaptive", True))
+        copies = checked_bool("copies", options.pop("copies", adaptive))
         drafter = super().choose(target, options).drafter
         assert isinstance(drafter, S3D)
         if not adaptive:
-            return Choice(drafter)
+            return Choice(drafter, copies=copies)
         tuned, draft = target.tuning, drafter.settings
         if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
-            return Choice(drafter, tuned.costs, tuned.improvement_factor)
+            return Choice(drafter, tuned.costs, tuned.improvement_factor, copies)
         memory_bound = bound_by_memory(target.config, default_device().platform)
-        return Choice(drafter, PassCosts.estimated(draft, memory_bound))
+        return Choice(drafter, PassCosts.estimated(draft, memory_bound), copies=copies)
 
     def validate(self, target: Target) -> None:
         self.settings.validate_for(target.config)

@@ -103,7 +103,8 @@ class Batch(Runner):
         if self._pace is not None:
             budget = self._pace.budget(self._request.max_new_tokens)
             if self._pace.drafts or self._drafter is None or self._drafter.keeps_state:
-                self._state = self._state.replace(budget=place_state(self._mesh, budget))
+                self._state = self._state.replace(budget=budget)
+                self._state = self._state.replace(**self._paced(self._state))
             else:
                 self._decode_plainly()
         rows = range(len(self._prompts))

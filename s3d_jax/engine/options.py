@@ -39,6 +39,8 @@ class GenerateOptions(TypedDict, total=False):
             "self-spec" the middle half, for "early-exit" the last half by default.
         adaptive: of "s3d": each row decodes plainly for a while where drafting does not pay
             (default); False always drafts, as merged drafts do in any case.
+        copies: of "s3d": where a text repeats itself, a row proposes what followed the last time,
+            without a draft pass (default: as `adaptive`).
         ngram: of "prompt-lookup": how many of the last tokens are searched for in the text, at most
             (3).
         stop: strings that end a text; they are not part of it, and may hold special tokens.
@@ -55,6 +57,7 @@ class GenerateOptions(TypedDict, total=False):
     gamma: int | None
     skip: Sequence[bool] | None
     adaptive: bool | None
+    copies: bool | None
     ngram: int | None
     stop: str | Sequence[str]
     eos_token_ids: Sequence[int] | None
@@ -109,6 +112,7 @@ def check_options(
     gamma: int | None = None,
     skip: Sequence[bool] | None = None,
     adaptive: bool | None = None,
+    copies: bool | None = None,
     ngram: int | None = None,
     stop: str | Sequence[str] = (),
     eos_token_ids: Sequence[int] | None = None,
@@ -120,7 +124,7 @@ def check_options(
     Args:
         target: the model.
         rows: B.
-        max_new_tokens, method, gamma, skip, adaptive, ngram, stop, eos_token_ids, seed: see
+        max_new_tokens, method, gamma, skip, adaptive, copies, ngram, stop, eos_token_ids, seed: see
             GenerateOptions.
         **others: sampling settings, and options that only a drafter from outside takes.
 
@@ -133,7 +137,14 @@ def check_options(
         known = sorted({*GenerateOptions.__annotations__, *own})
         raise ConfigError(f"unknown generation options {unknown}; known are {known}")
     choice = registry.choose(
-        target, method, gamma=gamma, skip=skip, adaptive=adaptive, ngram=ngram, **others
+        target,
+        method,
+        gamma=gamma,
+        skip=skip,
+        adaptive=adaptive,
+        copies=copies,
+        ngram=ngram,
+        **others,
     )
     new_tokens = _per_row("max_new_tokens", max_new_tokens, rows)
     if not all(is_integer(n) and n >= 1 for n in new_tokens):
@@ -152,6 +163,7 @@ def check_options(
         config=target.config,
         drafter=choice.drafter,
         features=features,
+        copies=choice.copies,
     )
     drafter_params = None if choice.drafter is None else choice.drafter.params(target)
     limits = tuple(min(n, target.max_length) for n in new_tokens)

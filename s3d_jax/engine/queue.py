@@ -145,9 +145,7 @@ class Queue(Runner):
         budget = self._pace.budget([self._request.max_new_tokens[i]])
         # The rows' attempts fall into the same iterations, so their clocks must be the same.
         first = np.max(np.asarray(self._state.budget.iterations)) + np.asarray(budget.iterations)
-        mode = np.full(1, self._mode, np.int32)
-        mode, first = jax.device_put((mode, first.astype(np.int32)))
-        return budget.replace(mode=mode, iterations=first)
+        return budget.replace(iterations=jax.device_put(first.astype(np.int32)))
 
     def _begun(
         self,
@@ -165,7 +163,7 @@ class Queue(Runner):
             state = init_state(
                 self._spec, sequences, plan, sampling, stop_ids=stop_ids, budget=budget
             )
-            return place_state(self._mesh, state)
+            return place_state(self._mesh, state.replace(**self._paced(state)))
 
     def _row(self, row: int, plan: SlotPlan) -> DecodeState:
         """A row as it is, to be prefilled again."""

@@ -13,16 +13,17 @@ class Stats:
     Attributes:
         prompt_tokens, new_tokens: tokens in and out.
         iterations: passes of the full model after the prefill that committed the row's tokens.
-        drafted: draft tokens proposed, γ per iteration with a draft.
+        drafted: draft tokens proposed, γ per iteration that drafted or copied.
         accepted: draft tokens accepted and kept. Tokens after an end-of-text token, a stop string
             or the row's end do not count.
-        accepted_per_position: the same for each of the γ positions; each was proposed `iterations -
-            plain_iterations` times.
+        accepted_per_position: the same for each of the γ positions of a draft; each was proposed
+            `iterations - plain_iterations - copying_iterations` times.
         prefill_seconds, decode_seconds: without compilation.
         compile_seconds: spent on programs that did not exist yet.
         cached_tokens: prompt tokens that were in the cache already, from a conversation's previous
             turn; they are not prefilled.
-        plain_iterations: iterations without a draft: how often a method that drafts fell back.
+        plain_iterations: iterations that neither drafted nor copied: how often a method fell back.
+        copying_iterations: iterations that copied, where the text repeated itself.
         iteration_cost: of an iteration with a draft, in steps of plain decoding, by which a method
             decides whether to draft; None where it does not decide.
         peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise
@@ -41,6 +42,7 @@ class Stats:
     peak_memory_bytes: int
     cached_tokens: int = 0
     plain_iterations: int = 0
+    copying_iterations: int = 0
     iteration_cost: float | None = None
 
     @property

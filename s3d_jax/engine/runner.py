@@ -10,12 +10,11 @@ from typing import Any, Literal, NoReturn, Unpack
 import jax
 import numpy as np
 
-from s3d_jax.decoding.adaptive import BY_BUDGET
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import DecodeState
+from s3d_jax.decoding.state import COPIED, DecodeState
 from s3d_jax.decoding.step import Counts, decode_jit, statistics
 from s3d_jax.drafters.base import Target
-from s3d_jax.engine.costs import MOST_PER_CALL, Experiences, Pace
+from s3d_jax.engine.costs import BY_BUDGETS, MOST_PER_CALL, Experiences, Pace
 from s3d_jax.engine.ledger import BYTES_PER_SLOT, Ledger, what_fits
 from s3d_jax.engine.options import GenerateOptions, check_options
 from s3d_jax.engine.programs import Program, Programs, signature
@@ -94,7 +93,7 @@ class Runner:
         self._request, self._sampling = request, request.sampling
         self._experiences = engine.experiences
         self._pace: Pace | None = None
-        self._mode = BY_BUDGET
+        self._kind = BY_BUDGETS
         self._prompts = prompts
         self._tokenizer, self._stops = engine.tokenizer, request.stops
         self._special = special_tokens(engine.tokenizer) if request.stops else {}
@@ -170,7 +169,7 @@ class Runner:
             new_tokens=len(tokens),
             iterations=counts.iterations,
             drafted=(counts.iterations - counts.plain) * self._spec.gamma,
-            accepted=sum(counts.accepted),
+            accepted=sum(counts.accepted) + counts.copied,
             accepted_per_position=counts.accepted,
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
@@ -178,6 +177,7 @@ class Runner:
             peak_memory_bytes=memory,
             cached_tokens=known,
             plain_iterations=counts.plain,
+            copying_iterations=counts.copying,
             iteration_cost=None if self._pace is None else self._pace.cost,
         )
         reason: Literal["stop", "length", "error"] = "length" if stopped_by is None else "stop"
@@ -189,7 +189,8 @@ class Runner:
     def _counts(self, i: int, passes: np.ndarray) -> Counts:
         """What prompt i cost, by its row of `DecodeState.passes`."""
         if self._without_draft:
-            passes = -passes  # the loop of AR knows of no draft that it left out
+            # The loop of AR knows of no draft that it left out.
+            passes = np.where(passes > COPIED, passes, -passes)
         return statistics(passes, len(self._prompts[i]), len(self.tokens[i]), self._spec.gamma)
 
     def _decode_plainly(self) -> None:
@@ -198,6 +199,7 @@ class Runner:
         The plain iterations of a loop that can draft take up to a sixth longer in a small model.
         """
         self._without_draft = True
+        self._state = self._state.replace(copying=None)
         self._drafter_params = None
         self._signatures["drafter_params"] = signature(None)
 
@@ -208,6 +210,7 @@ class Runner:
             settings = (
                 spec.drafter,
                 spec.features,
+                spec.copies,
                 len(self._plan.lengths),
                 self._plan.visible_to_step(max(self._plan.lengths)),
                 min(iterations_per_call, MOST_PER_CALL),  # short calls cost more on the host
@@ -217,13 +220,12 @@ class Runner:
             known, gain = self._experiences.of(settings), self._request.gain
             if jax.process_count() > 1:  # hosts measure other times, and must decide alike
                 gain = 1.0
-            self._pace = Pace(costs.iteration(spec.gamma), gain, known)
+            self._pace = Pace(costs, spec.gamma, spec.copies, gain, known)
 
     def _remember(self, counts: Counts) -> None:
         """Takes what drafting has gained for a prompt."""
         if self._pace is not None:
-            drafting = counts.iterations - counts.plain
-            self._pace.gained(sum(counts.accepted) + drafting, drafting)
+            self._pace.gained(sum(counts.accepted) + counts.drafting, counts.drafting)
 
     def _no_numbers(self, i: int) -> str:
         """What is wrong with prompt i, whose next token has no distribution, and what to do."""
@@ -329,7 +331,7 @@ class Runner:
             enough=np.int32(enough),
         )
         if (loop := self._loops.get(visible)) is None:
-            without = dataclasses.replace(self._spec, drafter=None)
+            without = dataclasses.replace(self._spec, drafter=None, copies=False)
             static = dict(spec=without if self._without_draft else self._spec, visible=visible)
             loop = self._program(decode_jit, static, arrays, self._signatures)
             self._loops[visible] = loop
@@ -346,13 +348,10 @@ class Runner:
         if pace is None or budget is None:
             return self._decode(used, iterations, enough)
         call = pace.next_call()
-        if call.most is None and call.mode == self._mode:
+        if call.most is None and call.kind == self._kind:
             return self._decode(used, iterations, enough)
-        rows, before, self._mode = budget.mode.size, np.array(budget.iterations), call.mode
-        mode, cost = np.full(rows, call.mode, np.int32), np.full(rows, pace.cost, np.float32)
-        mode, cost = jax.device_put((mode, cost))
-        budget = budget.replace(mode=mode, cost=cost)
-        self._state = self._state.replace(budget=place_state(self._mesh, budget))
+        before, self._kind = np.array(budget.iterations), call.kind
+        self._state = self._state.replace(**self._paced(self._state))
         if call.most is not None:
             iterations = min(iterations, call.most)
         seconds = self._decode_seconds
@@ -361,6 +360,21 @@ class Runner:
         done = int(np.max(np.asarray(self._state.budget.iterations) - before))
         pace.took(done, self._decode_seconds - seconds, self._plan.visible_to_step(used))
         return found
+
+    def _paced(self, state: DecodeState) -> dict[str, Any]:
+        """The budgets of a state, with the costs known now, for the kind of iteration now."""
+        pace = self._pace
+        found: dict[str, tuple[Any, int, float]] = {}
+        if pace is not None and state.budget is not None:
+            found["budget"] = (state.budget, self._kind.drafting, pace.cost)
+            if state.copying is not None:
+                found["copying"] = (state.copying, self._kind.copying, pace.copy_cost)
+        paced = {}
+        for name, (budget, mode, cost) in found.items():
+            rows = budget.mode.size
+            arrays = dict(mode=np.full(rows, mode, np.int32), cost=np.full(rows, cost, np.float32))
+            paced[name] = place_state(self._mesh, budget.replace(**jax.device_put(arrays)))
+        return paced
 
     def _program(
         self,

@@ -223,13 +223,15 @@ def test_what_decides(lm):
 
 
 @pytest.mark.usefixtures("compiled_here")
-def test_programs_copy_no_cache():
+@pytest.mark.parametrize("copies", [False, True])
+def test_programs_copy_no_cache(copies):
     """Neither in memory nor as an operation: three kinds of iteration share one cache."""
     draft_params, sizes = untrained_draft(CONFIG, PARAMS), []
     settings, features = batch_sampling(
         [SamplingConfig()] * 2, jax.random.split(jax.random.key(0)), 31
     )
-    spec, budget = DecodeSpec(CONFIG, S3D(DRAFT), features), adaptive.new_budget(2, 2.25)
+    spec = DecodeSpec(CONFIG, S3D(DRAFT), features, copies)
+    budget = adaptive.new_budget(2, 2.25)
     for slots in (512, 4096):
         state = begin(spec, [np.arange(3), np.arange(9)], [90, 90], slots, settings, budget=budget)
         arguments = (spec, PARAMS, draft_params, state, jnp.int32(5), 64)

@@ -16,7 +16,7 @@ from s3d_jax.decoding.prefill import prefill, prefill_jit
 from s3d_jax.decoding.rows import put_row_jit
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.sizes import PREFILL_BUCKETS, SlotPlan, prefill_chunks
-from s3d_jax.decoding.state import DecodeSpec, init_state
+from s3d_jax.decoding.state import COPIED, DecodeSpec, init_state
 from s3d_jax.decoding.step import decode_jit, statistics
 from s3d_jax.drafters import s3d
 from s3d_jax.drafters.merged import Merged
@@ -408,7 +408,9 @@ def test_one_draft_and_one_verify_are_traced_and_skipped_layers_are_absent(monke
 def test_statistics_of_a_part():
     """Iterations of 3, 1 and 4 tokens (γ = 4) after a prompt of two; EOS cuts the last."""
     passes = np.array([9, 9, 3, 0, 0, 1, 5, 0, 0, 0, 7, 7])
-    assert statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1))
+    assert statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1), 0, 0)
+    passes[2] += COPIED  # its two tokens were copied
+    assert statistics(passes, 2, 8, 4) == (3, 0, (1, 1, 1, 1), 1, 2)
     assert statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0))
     assert statistics(passes, 2, 4, 4) == (2, 0, (1, 1, 0, 0))
     assert statistics(passes, 2, 1, 4) == (1, 0, (1, 0, 0, 0))

@@ -158,7 +158,8 @@ def prefilled(lm, prompt):
     )
     spec = DecodeSpec(lm.config, Merged(lm.draft_config, lm.config), features)
     length = len(prompt)
-    plan = SlotPlan((length,), (length + 9,), spec.gamma, 64, block=spec.block)
+    slots = length + 9 + spec.block
+    plan = SlotPlan((length,), (length + 9,), spec.gamma, slots, block=spec.block)
     state = init_state(spec, [prompt], plan, sampling)
     return spec, prefill(spec, lm.params, lm.draft_params, state, [prompt], plan)
 
