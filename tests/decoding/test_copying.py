@@ -139,7 +139,7 @@ def test_it_is_an_option_of_s3d():
     assert not registry.choose(lm.target, "s3d", copies=False).copies
     with pytest.raises(ConfigError, match="copies must be True or False, got 7"):
         lm.generate([5], copies=7)
-    with pytest.raises(ConfigError, match="prompt-lookup.* has no copies"):
+    with pytest.raises(ConfigError, match=r"prompt-lookup.* has no copies"):
         lm.generate([5], method="prompt-lookup", copies=True)
     lm.draft_config = DraftConfig((False,) * 4, 2, mode="merged")
     with pytest.raises(ConfigError, match=r"leave out copies \(--copies\)"):
