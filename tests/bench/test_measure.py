@@ -164,7 +164,7 @@ def test_what_ran_is_told():
     }
     assert told == {
         "ar": "ar",
-        "s3d": "s3d γ=4, measured costs",
+        "s3d": "s3d γ=4, measured costs, copies",
         "prompt-lookup": "prompt-lookup γ=4, ngram=3",
         "self-spec": "self-spec γ=4, skip 1-2",
         "early-exit": "early-exit γ=4, skip 2-3",
@@ -173,7 +173,7 @@ def test_what_ran_is_told():
     skip = (False, True, False, False)
     lm.tuning = Tuning(2, skip, PassCosts(0.5, (1, 1.1, 1.2)), 1.25)
     full = Ours("s3d", {}, lm).in_full()
-    assert full == {"gamma": 2, "skip": skip, "adaptive": True, "costs": "tuned"}
+    assert full == {"gamma": 2, "skip": skip, "adaptive": True, "costs": "tuned", "copies": True}
     assert Ours("s3d", {"gamma": 3}, lm).in_full()["costs"] == "measured"
 
 
