@@ -22,7 +22,7 @@ from s3d_jax.texts.suites import read_suites
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "AR": {"method": "ar"},
     "fixed": {"method": "s3d", "adaptive": False},
-    "adaptive": {"method": "s3d"},
+    "adaptive": {"method": "s3d", "copies": False},
 }
 
 

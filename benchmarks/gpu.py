@@ -234,7 +234,9 @@ def texts(options: argparse.Namespace) -> Findings:
     models = [options.model, None] if options.model else [None]
     for model in models:
         new = "16" if options.small else "128"
-        methods = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4"
+        methods = (
+            "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4:copies=no,s3d:gamma=4"
+        )
         if importlib.util.find_spec("torch") and not options.small:
             methods += ",hf"
         command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]

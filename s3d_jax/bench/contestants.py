@@ -26,7 +26,8 @@ class Run:
             prefill gives.
         compile_seconds: spent on programs that did not exist yet.
         iterations: passes of the full model after the prefill; 0 where it is not known.
-        plain_iterations: iterations among them in which a method that drafts did not draft.
+        plain_iterations: iterations among them in which a method that drafts neither drafted nor
+            copied.
         copying_iterations: iterations among them that copied.
         accepted: for each draft position, how often its token was accepted.
     """

@@ -191,12 +191,15 @@ def _acceptance(runs: Sequence[Run]) -> Mapping[str, Any]:
     """τ and acceptance, which do not change from turn to turn: decoding is greedy."""
     iterations = sum(run.iterations for run in runs)
     if not iterations:
-        return dict.fromkeys(("tokens_per_iteration", "acceptance_per_position", "plain_share"))
+        names = ("tokens_per_iteration", "acceptance_per_position", "plain_share", "copying_share")
+        return dict.fromkeys(names)
     accepted = [sum(position) for position in zip(*(run.accepted for run in runs), strict=True)]
     plain = sum(run.plain_iterations for run in runs)
-    drafting = iterations - plain - sum(run.copying_iterations for run in runs)
+    copying = sum(run.copying_iterations for run in runs)
+    drafting = iterations - plain - copying
     return {
         "tokens_per_iteration": sum(run.decoded for run in runs) / iterations,
         "acceptance_per_position": [count / max(drafting, 1) for count in accepted],
         "plain_share": plain / iterations,
+        "copying_share": copying / iterations,
     }

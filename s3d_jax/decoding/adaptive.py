@@ -41,6 +41,12 @@ class Budget(flax.struct.PyTreeNode):
     mode: jax.Array
 
     @property
+    def attempting_rows(self) -> jax.Array:
+        """Rows with an empty budget that draft in the next iteration all the same, bool [B]."""
+        due = (self.steps <= 0) & (self.iterations % self.pause == 0)
+        return due & (self.mode == BY_BUDGET)
+
+    @property
     def drafting_rows(self) -> jax.Array:
         """Rows that draft in the next iteration, bool [B].
 

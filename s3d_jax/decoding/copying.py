@@ -13,7 +13,7 @@ from s3d_jax.decoding.adaptive import ALWAYS, BY_BUDGET, NEVER
 
 # Tokens that a copy continues, at least: as long as copies have not lost much, and after that.
 _MATCH, _SURE_MATCH = 2, 4
-_FIRST_STEPS, _CAPACITY = 4.0, 12.0  # steps of plain decoding
+_FIRST_STEPS, _CAPACITY = 4.0, 12.0  # tokens that may be lost
 
 
 def repetition(tokens: jax.Array, n: jax.Array, longest: int) -> tuple[jax.Array, jax.Array]:
@@ -66,14 +66,14 @@ def continuation(tokens: jax.Array, n: jax.Array, period: jax.Array, count: int)
 class Copying(flax.struct.PyTreeNode):
     """What each row may copy, and what it may still lose by copies that are not accepted.
 
-    As in `Budget`, an iteration that commits t tokens and costs c steps gains t - c. A row that has
-    lost all copies only where much of the text is the same.
+    As in `Budget`, an iteration that commits t tokens gains t - c, where c tokens would be decoded
+    in its time without copies. A row that has lost all copies only where more of the text matches.
 
     Attributes:
         matched: int32 [B], tokens at the text's end that stood there before.
         period: int32 [B], how far back.
-        steps: float32 [B], that the row may lose, 0 … `_CAPACITY`.
-        cost: float32 [B], of an iteration that copies, in steps of plain decoding.
+        steps: float32 [B], tokens that the row may lose, 0 … `_CAPACITY`.
+        cost: float32 [B], c.
         mode: int32 [B], BY_BUDGET, or NEVER or ALWAYS while costs are measured.
     """
 
@@ -108,10 +108,9 @@ class Copying(flax.struct.PyTreeNode):
 
 def new_copying(batch: int, cost: float = 0.0) -> Copying:
     """Of `batch` rows before decoding; with a cost of 0 they always copy what they can."""
-    nothing = np.zeros(batch, np.int32)
     arrays = (
-        nothing,
-        nothing,
+        np.zeros(batch, np.int32),  # each its own array: the state is donated
+        np.zeros(batch, np.int32),
         np.full(batch, _FIRST_STEPS, np.float32),
         np.full(batch, cost, np.float32),
         np.full(batch, BY_BUDGET, np.int32),

@@ -46,7 +46,7 @@ class DecodeState(flax.struct.PyTreeNode):
             the draft tokens accepted in it, -1 if the row did not draft, more than `COPIED` if it
             copied; 0 at the other committed tokens.
         drafter_state: the drafter's own state, a PyTree (`Proposer.init`), or None.
-        budget: what rows decide by whether they draft; None where they always do.
+        budget: what rows decide by whether they draft; None where they always do, or copy.
         copying: what rows may copy; None where they never do.
     """
 
@@ -166,7 +166,10 @@ class Proposer:
         return state
 
     def propose(self, inputs: "Inputs") -> Proposal:
-        """γ draft tokens for each row."""
+        """γ draft tokens for each row.
+
+        With `DecodeSpec.copies` it is not called in iterations in which all rows copy.
+        """
         raise NotImplementedError
 
     def verify(self, inputs: "Inputs", tokens: jax.Array) -> Verified:
@@ -181,8 +184,8 @@ class Proposer:
 
         Args:
             inputs: of the iteration, with the state after the commit.
-            verified: of all proposed tokens; of none (w = 0) where no row drafted, which happens
-                only with a budget.
+            verified: of all proposed tokens, copied ones included; of none (w = 0) where no row
+                drafted or copied, which happens only with a budget.
             accepted: int32 [B], accepted draft tokens.
         """
         return inputs.state.drafter_state
@@ -260,7 +263,8 @@ def init_state(
             have fewer slots. None makes an empty one.
         stop_ids: tokens that end a row.
         budget: by which rows decide whether to draft; None always drafts.
-        copy_cost: of an iteration that copies, in steps of plain decoding; 0 copies all it can.
+        copy_cost: tokens that are decoded without copies in the time of an iteration that copies; 0
+            copies all it can.
     """
     batch, vocab = len(sequences), spec.config.vocab_size
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)

@@ -126,29 +126,41 @@ def step(
     if spec.drafter is None:
         return _plain_step(spec, params, drafter_params, state, visible)
     noise = choice_noise(spec, state, spec.gamma + 1)
-    drafting = None if state.budget is None else state.budget.drafting_rows
-    copying = None
-    if (found := state.copying) is None:
+    drafting_rows, copying_rows = _proposing_rows(state)
+    if state.copying is None:
         tokens, state = _proposed(Inputs(spec, params, drafter_params, state, visible, noise))
     else:
-        copying, n = found.rows, state.cache.length
-        drafting = ~copying if drafting is None else drafting & ~copying
-        copies = continuation(state.tokens[:, :visible], n, found.period, spec.gamma)
+        assert drafting_rows is not None and copying_rows is not None
+        period, n = state.copying.period, state.cache.length
+        copied = continuation(state.tokens[:, :visible], n, period, spec.gamma)
 
         def propose(carry: tuple[Any, jax.Array, DecodeState]) -> Any:
             inputs = Inputs(spec, params, drafter_params, carry[2], visible, noise)
             return jnp.bool(False), *_proposed(inputs)
 
         # One turn, or none where no row needs it. XLA copies the cache around a conditional.
-        needed = jnp.any(drafting & ~state.done)
+        needed = jnp.any(drafting_rows & ~state.done)
         _, tokens, state = jax.lax.while_loop(
-            lambda carry: carry[0], propose, (needed, copies, state)
+            lambda carry: carry[0], propose, (needed, copied, state)
         )
-        tokens = jnp.where(copying[:, None], copies, tokens)
+        tokens = jnp.where(copying_rows[:, None], copied, tokens)
     inputs = Inputs(spec, params, drafter_params, state, visible, noise)
-    return _accept_and_commit(
-        inputs, tokens, spec.drafter.verify(inputs, tokens), drafting, copying
-    )
+    verified = spec.drafter.verify(inputs, tokens)
+    return _accept_and_commit(inputs, tokens, verified, drafting_rows, copying_rows)
+
+
+def _proposing_rows(state: DecodeState) -> tuple[jax.Array | None, jax.Array | None]:
+    """(rows that draft, rows that copy) in the next iteration, bool [B]; None is all, and none.
+
+    A row that can copy does so instead of drafting, but for an attempt of its budget to draft.
+    """
+    drafting = None if state.budget is None else state.budget.drafting_rows
+    if state.copying is None:
+        return drafting, None
+    copying = state.copying.rows
+    if state.budget is not None:
+        copying &= ~state.budget.attempting_rows
+    return (~copying if drafting is None else drafting & ~copying), copying
 
 
 def _proposed(inputs: Inputs) -> tuple[jax.Array, DecodeState]:
@@ -171,39 +183,43 @@ def _plain_step(
 ) -> DecodeState:
     """An iteration in which no row drafts or copies."""
     nothing = jnp.zeros((state.tokens.shape[0], 0), jnp.int32)
-    drafting = None if state.budget is None else jnp.zeros_like(state.done)
+    drafting_rows = None if state.budget is None else jnp.zeros_like(state.done)
     inputs = Inputs(spec, params, drafter_params, state, visible, choice_noise(spec, state, 1))
-    return _accept_and_commit(inputs, nothing, verify_pass(inputs, nothing), drafting, None)
+    return _accept_and_commit(inputs, nothing, verify_pass(inputs, nothing), drafting_rows, None)
 
 
 def _accept_and_commit(
     inputs: Inputs,
     proposed_tokens: jax.Array,
     verified: Verified,
-    drafting: jax.Array | None,
-    copying: jax.Array | None,
+    drafting_rows: jax.Array | None,
+    copying_rows: jax.Array | None,
 ) -> DecodeState:
     """The state after an iteration.
 
     Args:
         inputs, proposed_tokens, verified: of the iteration.
-        drafting, copying: bool [B], `drafting_rows` and `copying_rows` of `commit`.
+        drafting_rows, copying_rows: as in `commit`.
     """
     spec, logits = inputs.spec, verified.logits
     state = inputs.state.replace(cache=verified.cache)
     target = state_constrained(choose(logits, state.sampling, spec.features, inputs.noise))
-    proposing = drafting if drafting is None or copying is None else drafting | copying
+    proposing = drafting_rows
+    if drafting_rows is not None and copying_rows is not None:
+        proposing = drafting_rows | copying_rows
     accepted, bonus = accept(proposed_tokens, target, proposing)
-    if (budget := state.budget) is not None and drafting is not None:
-        budget = settle(budget, drafting, accepted, state.done)
+    if (budget := state.budget) is not None and drafting_rows is not None:
+        budget = settle(budget, drafting_rows, accepted, state.done)
     usable = state_constrained(leading_numbers(logits))
-    copies = state.copying
-    if copies is not None and copying is not None:
-        copies = copies.settle(copying & ~state.done, accepted)
-    state = commit(spec, state, proposed_tokens, accepted, bonus, drafting, copying, usable)
-    if copies is not None:
-        copies = copies.looked_up(state.tokens[:, : inputs.visible], state.cache.length)
-    state = state.replace(budget=budget, copying=copies)
+    copying = state.copying
+    if copying is not None and copying_rows is not None:
+        copying = copying.settle(copying_rows & ~state.done, accepted)
+    state = commit(
+        spec, state, proposed_tokens, accepted, bonus, drafting_rows, copying_rows, usable
+    )
+    if copying is not None:
+        copying = copying.looked_up(state.tokens[:, : inputs.visible], state.cache.length)
+    state = state.replace(budget=budget, copying=copying)
     if spec.drafter is not None:
         inputs = inputs._replace(state=state)
         state = state.replace(drafter_state=spec.drafter.update(inputs, verified, accepted))
@@ -255,12 +271,10 @@ def decode(
     def proposing(carry: Carry) -> jax.Array:
         """Whether a row drafts, or all copy: for one that copies the others would pay."""
         _, state = carry
-        assert state.budget is not None
-        drafting = state.budget.drafting_rows
-        if state.copying is None:
-            return jnp.any(drafting & ~state.done)
-        copying = state.copying.rows
-        return jnp.any(drafting & ~copying & ~state.done) | jnp.all(copying | state.done)
+        drafting_rows, copying_rows = _proposing_rows(state)
+        assert drafting_rows is not None
+        drafts = jnp.any(drafting_rows & ~state.done)
+        return drafts if copying_rows is None else drafts | jnp.all(copying_rows | state.done)
 
     def alternate(carry: Carry) -> Carry:
         # Two loops instead of a conditional: XLA copies the cache around a conditional in every
@@ -313,13 +327,13 @@ def statistics(passes: np.ndarray, prompt_tokens: int, new_tokens: int, gamma: i
     (starts,) = np.nonzero(passes)
     committed = np.diff(starts, append=new_tokens)
     record = passes[starts]
-    copies = record > COPIED
+    copying = record > COPIED
     # Less where a limit cut the block.
-    accepted = np.minimum(np.where(copies, record - COPIED, record) - 1, committed)
+    accepted = np.minimum(np.where(copying, record - COPIED, record) - 1, committed)
     return Counts(
         iterations=len(starts),
         plain=int((record < 0).sum()),
-        accepted=tuple(int((accepted[~copies] > position).sum()) for position in range(gamma)),
-        copying=int(copies.sum()),
-        copied=int(accepted[copies].sum()),
+        accepted=tuple(int((accepted[~copying] > position).sum()) for position in range(gamma)),
+        copying=int(copying.sum()),
+        copied=int(accepted[copying].sum()),
     )

@@ -247,7 +247,7 @@ class Pace:
 
     @property
     def copy_cost(self) -> float:
-        """Of an iteration that copies, as `cost`, in tokens that would be decoded in its time."""
+        """Tokens that are decoded without copies in the time of an iteration that copies."""
         if COPYING not in self._estimates:
             return 0.0
         return self._cost(COPYING) * max(1.0, self._known_gain or 1.0)

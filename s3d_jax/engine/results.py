@@ -23,7 +23,8 @@ class Stats:
         cached_tokens: prompt tokens that were in the cache already, from a conversation's previous
             turn; they are not prefilled.
         plain_iterations: iterations that neither drafted nor copied: how often a method fell back.
-        copying_iterations: iterations that copied, where the text repeated itself.
+        copying_iterations: iterations that copied, where the text repeated itself (and a few
+            elsewhere, while their cost was measured).
         iteration_cost: of an iteration with a draft, in steps of plain decoding, by which a method
             decides whether to draft; None where it does not decide.
         peak_memory_bytes: the device allocator's peak where it reports one (GPU, TPU), otherwise

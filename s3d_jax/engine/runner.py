@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from s3d_jax.decoding.sizes import SlotPlan
-from s3d_jax.decoding.state import COPIED, DecodeState
+from s3d_jax.decoding.state import DecodeState
 from s3d_jax.decoding.step import Counts, decode_jit, statistics
 from s3d_jax.drafters.base import Target
 from s3d_jax.engine.costs import BY_BUDGETS, MOST_PER_CALL, Experiences, Pace
@@ -189,8 +189,7 @@ class Runner:
     def _counts(self, i: int, passes: np.ndarray) -> Counts:
         """What prompt i cost, by its row of `DecodeState.passes`."""
         if self._without_draft:
-            # The loop of AR knows of no draft that it left out.
-            passes = np.where(passes > COPIED, passes, -passes)
+            passes = -passes  # the loop of AR knows of no draft that it left out
         return statistics(passes, len(self._prompts[i]), len(self.tokens[i]), self._spec.gamma)
 
     def _decode_plainly(self) -> None:

@@ -131,6 +131,17 @@ def test_copies_that_are_not_accepted_need_more_of_the_text_to_match():
     assert free.rows.tolist() == [True]
 
 
+def test_attempts_to_draft_come_before_copies():
+    """Else a row whose text repeats itself would never see that drafts pay again."""
+    dear = PassCosts(30.0, (1, 1, 1, 1))
+    state = run(CONFIG, PARAMS, PROMPTS[:1], 90, draft=DRAFT, costs=dear, copies=True)
+    (text,) = outputs(state, PROMPTS[:1])
+    assert text == outputs(run(CONFIG, PARAMS, PROMPTS[:1], 90), PROMPTS[:1])[0]
+    found = statistics(np.asarray(state.passes)[0], len(PROMPTS[0]), 90, 3)
+    assert found.copying > found.drafting
+    assert found.drafting == sum(at < found.iterations for at in (0, 16, 32, 64))
+
+
 def test_it_is_an_option_of_s3d():
     lm = tiny_lm()
     assert registry.choose(lm.target, "s3d").copies

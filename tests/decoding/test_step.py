@@ -409,14 +409,16 @@ def test_statistics_of_a_part():
     """Iterations of 3, 1 and 4 tokens (γ = 4) after a prompt of two; EOS cuts the last."""
     passes = np.array([9, 9, 3, 0, 0, 1, 5, 0, 0, 0, 7, 7])
     assert statistics(passes, 2, 8, 4) == (3, 0, (2, 2, 1, 1), 0, 0)
+    assert statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0), 0, 0)
+    assert statistics(passes, 2, 4, 4) == (2, 0, (1, 1, 0, 0), 0, 0)
+    assert statistics(passes, 2, 1, 4) == (1, 0, (1, 0, 0, 0), 0, 0)
+    assert statistics(passes, 2, 0, 4) == (0, 0, (0, 0, 0, 0), 0, 0)
     passes[2] += COPIED  # its two tokens were copied
-    assert statistics(passes, 2, 8, 4) == (3, 0, (1, 1, 1, 1), 1, 2)
-    assert statistics(passes, 2, 7, 4) == (3, 0, (2, 2, 1, 0))
-    assert statistics(passes, 2, 4, 4) == (2, 0, (1, 1, 0, 0))
-    assert statistics(passes, 2, 1, 4) == (1, 0, (1, 0, 0, 0))
-    assert statistics(passes, 2, 0, 4) == (0, 0, (0, 0, 0, 0))
+    found = statistics(passes, 2, 8, 4)
+    assert found == (3, 0, (1, 1, 1, 1), 1, 2) and found.drafting == 2
+    assert statistics(passes, 2, 1, 4) == (1, 0, (0, 0, 0, 0), 1, 1)
     passes = np.array([9, 9, 3, 0, 0, -1, -1, 5, 0])
-    assert statistics(passes, 2, 7, 4) == (4, 2, (2, 2, 0, 0))
+    assert statistics(passes, 2, 7, 4) == (4, 2, (2, 2, 0, 0), 0, 0)
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 17, 512, 513, 1300])

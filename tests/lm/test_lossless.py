@@ -95,7 +95,7 @@ def test_oracle_liar_and_noise_on_real_checkpoints(real, name, steps):
         return (at[:, None] * 7 + jnp.arange(gamma) * 11) % lm.config.vocab_size
 
     for propose in (oracle, liar, noise):
-        batch = Batch(lm.engine, prompts, gamma=gamma, **options)
+        batch = Batch(lm.engine, prompts, gamma=gamma, copies=False, **options)
         drafter = drafter_of(propose)(batch._spec.drafter.settings)
         batch._spec = dataclasses.replace(batch._spec, drafter=drafter)
         assert list(batch.run(steps))
