@@ -155,14 +155,15 @@ def _loop_facts(lm: Any) -> dict[str, Any]:
     from s3d_jax.decoding.sizes import SlotPlan
     from s3d_jax.decoding.state import DecodeSpec, init_state
     from s3d_jax.decoding.step import decode_jit
-    from s3d_jax.drafters.s3d import drafter_of
+    from s3d_jax.drafters.s3d import S3D, drafter_of
     from s3d_jax.keys import seeded_keys
     from s3d_jax.settings.sampling import SamplingConfig
 
     slots, prompt = 2048, np.arange(8, dtype=np.int32)
     keys = seeded_keys(np.zeros(1, np.uint32), np.zeros(1, np.uint32))
     sampling, features = batch_sampling([SamplingConfig()], keys, lm.config.vocab_size)
-    spec = DecodeSpec(lm.config, drafter_of(lm.draft_config, lm.config), features)
+    drafter = drafter_of(lm.draft_config, lm.config)
+    spec = DecodeSpec(lm.config, drafter, features, copies=isinstance(drafter, S3D))
     state = init_state(spec, [prompt], SlotPlan((8,), (100,), spec.gamma, slots), sampling)
     program = decode_jit.lower(
         spec, lm.params, lm.draft_params, state, np.int32(9), visible=None
