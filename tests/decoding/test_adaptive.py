@@ -156,10 +156,13 @@ def lm() -> LM:
 @pytest.mark.parametrize("temperature", sampled([0.0, 1.0], [1.0]))
 def test_neighbours_do_not_matter_and_streams_give_the_same(lm, temperature):
     """Tokens, iterations, and what was drafted in them; rows differ in length, limit and end."""
-    options = dict(temperature=temperature)
+    options = dict(temperature=temperature, copies=False)
     limits, seeds = [NEW, 5, 23, 31], [4, 1, 2, 3]
     rows = lm.generate(PROMPTS, max_new_tokens=limits, seed=seeds, **options)
     assert any(row.stats.plain_iterations for row in rows)
+    # Where no row drafts, rows copy only if all can. That changes no token.
+    copying = lm.generate(PROMPTS, max_new_tokens=limits, seed=seeds, temperature=temperature)
+    assert [row.tokens for row in copying] == [row.tokens for row in rows]
     for prompt, limit, seed, row in zip(PROMPTS, limits, seeds, rows, strict=True):
         alone = dict(max_new_tokens=limit, seed=[seed], **options)
         (single,) = lm.generate([prompt], **alone)
@@ -183,7 +186,8 @@ def test_a_row_that_waits_at_its_turning_point_spends_nothing(temperature):
     config = CONFIG.replace(rope=rope)
     tuned = Tuning(GAMMA, DRAFT.skip, FAIR.replace(draft=1.2), 0.9)
     lm = LM(config, PARAMS, draft_config=DRAFT, tuning=tuned)
-    prompts, options = [[*range(1, 26)], [7, 3]], dict(max_new_tokens=60, temperature=temperature)
+    prompts = [[*range(1, 26)], [7, 3]]
+    options = dict(max_new_tokens=60, temperature=temperature, copies=False)
     rows = lm.generate(prompts, seed=[1, 2], **options)
     for prompt, seed, row in zip(prompts, [1, 2], rows, strict=True):
         (alone,) = lm.generate([prompt], seed=[seed], **options)
