@@ -28,8 +28,8 @@ class Run:
         iterations: passes of the full model after the prefill; 0 where it is not known.
         plain_iterations: iterations among them in which a method that drafts neither drafted nor
             copied.
-        copying_iterations: iterations among them that copied.
         accepted: for each draft position, how often its token was accepted.
+        copying_iterations: iterations among them that copied.
     """
 
     tokens: list[int]
@@ -40,8 +40,8 @@ class Run:
     compile_seconds: float = 0.0
     iterations: int = 0
     plain_iterations: int = 0
-    copying_iterations: int = 0
     accepted: tuple[int, ...] = ()
+    copying_iterations: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
