@@ -53,7 +53,7 @@ def label(row: Mapping[str, Any]) -> str:
         elif name == "costs":
             words.append(f"{value} costs")
         elif name == "copies":
-            words += [name] if value else []
+            words.append(name)
         elif name in ("dtype", "mode"):
             words.append(value)
         else:
