@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+from jax.sharding import Mesh
 
 from s3d_jax.conversation import Conversation
 from s3d_jax.drafters.base import SecondModel, Target
@@ -76,11 +77,11 @@ def load(
             with the package, which writes stories and answers as a booking assistant.
         dtype: "float32", "bfloat16" or "float16" to cast the weights to; None keeps what is stored.
             Of an int8 checkpoint it is the type of all that is not int8.
-        draft: which of the checkpoint's trained drafts; None takes the one called "default", or the
-            only one. One of the kind "eagle" or "medusa" is the one that the method of this name
-            uses. A checkpoint without any drafts untrained. Where the layers that it changes
-            have at most 64 MiB, they are copied and changed once (`merge_deltas`), unless the draft
-            is of the mode "merged".
+        draft: which of the checkpoint's trained drafts; None takes the one that `s3d tune --drafts`
+            preferred on this device, else the one called "default", or the only one. One of the
+            kind "eagle" or "medusa" is the one that the method of this name uses. A checkpoint
+            without any drafts untrained. Where the layers that it changes have at most 64 MiB, they
+            are copied and changed once (`merge_deltas`), unless the draft is of the mode "merged".
         use_draft: False leaves the trained drafts alone.
         draft_model: a second, smaller model of the same vocabulary, for the method "two-model": its
             checkpoint folder, loaded with `dtype`, or an LM.
@@ -116,17 +117,11 @@ def load(
     if draft is not None and use_draft and draft in draft_names(path):
         chosen = {draft_kind(path, draft): draft}
     others = chosen.keys() & KINDS.keys() - {S3D}
-    name = choose_draft(path, None if others else draft) if use_draft else None
+    asked = draft if use_draft and not others else None
+    if asked is not None:
+        choose_draft(path, asked)  # says which drafts there are
     devices = None if mesh is None else build_mesh(mesh)
     loaded = checkpoint.load(path, dtype, mesh=devices, progress=progress)
-    trained = None if name is None else read_draft(path, name, loaded.config, mesh=devices)
-    draft_params = trained.params if trained else None
-    if (
-        trained
-        and draft_params
-        and is_merged(loaded.config, loaded.params, trained.config, draft_params)
-    ):
-        draft_params = merge_deltas(loaded.config, loaded.params, draft_params)
     if draft_model is not None and not isinstance(draft_model, LM):
         draft_model = load(
             draft_model,
@@ -137,19 +132,65 @@ def load(
             progress=progress,
         )
     config = loaded.config.replace(kv_cache=kv_cache)
+    name = None
+    if use_draft:  # what one device prefers says little of several
+        name = choose_draft(path, asked, config=config if devices is None else None)
     return LM(
         config,
         loaded.params,
-        draft_config=trained.config if trained else None,
-        draft_params=draft_params,
+        **_draft(path, config, loaded.params, name, devices),
         tokenizer=tokenizer_or_none(loaded.header.path),
         eos_token_ids=loaded.header.eos_token_ids,
         max_length=max_length,
         draft_model=draft_model,
         feature_drafts=StoredFeatures(path, config, loaded.params, chosen) if use_draft else None,
-        # What one device gains says little of several.
-        tuning=read_tuning(path, config, name) if devices is None else None,
     )
+
+
+def with_draft(lm: "LM", path: "str | os.PathLike[str]", name: str) -> "LM":
+    """The same model with another draft of its checkpoint; they share the target's arrays.
+
+    Args:
+        lm: from `load`, on one device.
+        path: the checkpoint folder that it was loaded from.
+        name: of the draft. One of the kind "eagle" or "medusa" is added for the method of this
+            name.
+
+    Raises:
+        CheckpointError: there is no such draft, or it is damaged.
+    """
+    kind = draft_kind(path, name)
+    own = name if kind == S3D else None
+    return LM(
+        lm.config,
+        lm.params,
+        **_draft(path, lm.config, lm.params, own, None),
+        tokenizer=lm.tokenizer,
+        eos_token_ids=lm.eos_token_ids,
+        max_length=lm.max_length,
+        draft_model=lm.draft_model,
+        feature_drafts=StoredFeatures(path, lm.config, lm.params, {kind: name}),
+    )
+
+
+def _draft(
+    path: "str | os.PathLike[str]",
+    config: ModelConfig,
+    params: Params,
+    name: str | None,
+    mesh: Mesh | None,
+) -> dict[str, Any]:
+    """What an LM takes of a draft of its checkpoint; None is the untrained one."""
+    found: dict[str, Any] = {"draft_name": name}
+    if mesh is None:  # what one device gains says little of several
+        found["tuning"] = read_tuning(path, config, name)
+    if name is None:
+        return found
+    trained = read_draft(path, name, config, mesh=mesh)
+    arrays = trained.params
+    if is_merged(config, params, trained.config, arrays):
+        arrays = merge_deltas(config, params, arrays)
+    return found | {"draft_config": trained.config, "draft_params": arrays}
 
 
 def tokenizer_or_none(folder: Path) -> Any:
@@ -170,6 +211,7 @@ class LM:
         config, params: the target model.
         draft_config, draft_params: the draft; γ and skip may be overridden per call. A model
             without a trained draft has the untrained one: always exact, seldom accepted.
+        draft_name: of the checkpoint's draft that this is, or None.
         tokenizer: a transformers tokenizer, or None (then only ids go in and come out).
         eos_token_ids: tokens that end a text.
         max_length: tokens (prompt and output) that a row may have at most.
@@ -194,6 +236,7 @@ class LM:
         *,
         draft_config: DraftConfig | None = None,
         draft_params: DraftParams | None = None,
+        draft_name: str | None = None,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
         max_length: int | None = None,
@@ -208,6 +251,7 @@ class LM:
         if draft_params is None:
             draft_params = untrained_draft(config, params)
         self.draft_params = draft_params
+        self.draft_name = draft_name
         self.tokenizer = tokenizer
         self.eos_token_ids = checked_ids(eos_token_ids, config.vocab_size)
         length = plain(config.max_position_embeddings if max_length is None else max_length)

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from s3d_jax.drafters.stored import DEFAULT_NAME, choose_draft, draft_names
+    from s3d_jax.drafters.stored import DEFAULT_NAME, draft_names
     from s3d_jax.lm import load
     from s3d_jax.texts.documents import read_documents
     from s3d_jax.train.distill import distill, prompts_of
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     documents = read_documents(arguments.prompts, lm.tokenizer, None, prompts=True)
     order = np.random.default_rng(config.seed).permutation(len(documents))
     prompts = prompts_of([documents[i] for i in order], selection)
-    used = choose_draft(arguments.model, options.get("draft")) if use_draft else None
+    used = lm.draft_name
     parts = ["config.json", "weights.json", *([f"drafts/{used}/config.json"] if used else [])]
     folder = Path(arguments.model)
     path = distill(

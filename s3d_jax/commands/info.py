@@ -57,13 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
     from s3d_jax.nn import transformer as model
     from s3d_jax.nn.cache import cache_bytes
     from s3d_jax.storage import native as checkpoint
-    from s3d_jax.storage.tuning import read_entries
+    from s3d_jax.storage.tuning import read_entries, read_preferred
 
     header = checkpoint.read_header(arguments.model or EMBEDDED)
     config = header.config.replace(kv_cache=given(ModelOptions, arguments).get("kv_cache"))
     header = dataclasses.replace(header, config=config)
     drafts = {name: _draft_facts(header, name) for name in draft_names(header.path)}
-    tuned = read_entries(header.path)
+    tuned, preferred = read_entries(header.path), read_preferred(header.path)
     parameters = model.num_params(config)
     weights = model.weight_bytes(config)
     cache = cache_bytes(config, 1, None)
@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         "config": config.to_dict(),
         "drafts": drafts,
         "tuning": tuned,
+        "preferred_drafts": preferred,
         "tokenizer": header.has_tokenizer,
         "eos_token_ids": list(header.eos_token_ids),
         "generation_config_ignored": header.generation_config_ignored,
@@ -123,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         *_mesh_rows(mesh),
         *_draft_rows(drafts, default_draft(config)),
         *map(_tuning_row, tuned),
+        *map(_preferred_row, preferred),
         ("tokenizer", "yes" if header.has_tokenizer else "none: use --ids"),
         ("end of text", ", ".join(map(str, header.eos_token_ids)) or "none"),
     ]
@@ -210,7 +212,7 @@ def _ledgers(arguments: argparse.Namespace, header: "Header") -> list["Ledger"]:
         )
     drafting: Drafting | None = None
     if drafts:
-        chosen = choose_draft(header.path, arguments.draft)
+        chosen = choose_draft(header.path, arguments.draft, config=config)
         stored = None if chosen is None else read_draft(header.path, chosen, config)
         drafting = (default_draft(config), None)
         if stored is not None:
@@ -319,10 +321,18 @@ def _draft_rows(
 def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
     key, tuned = entry["key"], entry["tuning"]
     skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
-    cache = f", {key['kv_cache']} cache" if "kv_cache" in key else ""
     return (
         "tuned",
         f"γ={tuned['gamma']}, layers {skipped} skipped, improvement factor "
-        f"{tuned['improvement_factor']:.2f}; {key['dtype']}{cache}, "
+        f"{tuned['improvement_factor']:.2f}; {_precision(key)}, "
         f"draft {key['draft'] or 'untrained'}, {key['device']}",
     )
+
+
+def _preferred_row(choice: dict[str, Any]) -> tuple[str, str]:
+    key = choice["key"]
+    return "preferred", f"draft {key['draft']}; {_precision(key)}, {key['device']}"
+
+
+def _precision(key: dict[str, Any]) -> str:
+    return key["dtype"] + (f", {key['kv_cache']} cache" if "kv_cache" in key else "")

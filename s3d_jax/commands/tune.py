@@ -35,10 +35,16 @@ depends on the prompts: take prompts like the ones that the model will see.
              hidden states, as in CLaSp (arXiv 2505.24196); one pass as costly as L
 The layers that a trained draft was trained to skip are always a candidate.
 
+--drafts compares trained drafts of one model: those of the mode two-pass are tuned first, one by
+one; then all decode in turns, with the settings that loading takes. Of the kind s3d the fastest is
+the one that loading uses here from then on, unless --draft names another. Drafts of the kinds eagle
+and medusa are compared too; they are used by --method.
+
 examples:
   s3d tune --plot tuning.png
   s3d tune --model models/smollm --suite mt_bench.jsonl --search greedy
-  s3d tune --gammas 2,4,6 --limit 4 --check 2 --no-save        # a first look"""
+  s3d tune --gammas 2,4,6 --limit 4 --check 2 --no-save        # a first look
+  s3d tune --model models/smollm --drafts all                  # which draft is the fastest here"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,12 @@ class _Options(Checked):
         "settings that are measured: half have the best predictions, the others cover all "
         "settings; the fastest is chosen. 0 trusts the prediction",
         least=0,
+    )
+    drafts: str | None = option(
+        None,
+        "compare several trained drafts, see below",
+        metavar="all|NAME,NAME",
+        shown="tune one draft (--draft)",
     )
     no_save: bool = option(False, "show the choice, and keep nothing")
     json: bool = option(False, "print one JSON object and no tables")
@@ -86,63 +98,124 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from s3d_jax.bench.report import about, check_plot
-    from s3d_jax.drafters.stored import choose_draft
-    from s3d_jax.lm import EMBEDDED
-    from s3d_jax.storage.tuning import check_writable, save_tuning
+    from s3d_jax.drafters.stored import S3D, draft_kind
+    from s3d_jax.lm import EMBEDDED, LM, with_draft
+    from s3d_jax.storage.tuning import check_writable, save_preferred, save_tuning
     from s3d_jax.texts.suites import default_suites, read_suites
     from s3d_jax.tune import report
+    from s3d_jax.tune.contest import compare
     from s3d_jax.tune.plan import tune
 
     options = build(_Options, arguments)
     gammas = parse_gammas(options.gammas)
     if options.plot:
         check_plot(options.plot)
-    lm = load_model(arguments)
     folder = Path(arguments.model or EMBEDDED)
+    names = _compared(folder, options, getattr(arguments, "draft", None))
+    if names:
+        arguments.draft = names[0]  # for loading alone: there may be no default
+    lm = load_model(arguments)
     if not options.no_save:
         check_writable(folder)
     room = lm.max_length - options.max_new_tokens
     suites = options.suite or default_suites(lm, folder)
     prompts = read_suites(suites, lm, room, options.limit)
-    with contextlib.ExitStack() as stack:
+    stack = contextlib.ExitStack()
 
-        def progress(what: str, total: int) -> Callable[[], None]:
-            stack.close()  # the bar of the stage before
-            bar = stack.enter_context(tqdm(total=total, desc=what, disable=None, leave=False))
-            return lambda: bar.update() and None
+    def progress(what: str, total: int) -> Callable[[], None]:
+        stack.close()  # the bar of the stage before
+        bar = stack.enter_context(tqdm(total=total, desc=what, disable=None, leave=False))
+        return lambda: bar.update() and None
 
-        plan = tune(
-            lm,
-            prompts,
-            gammas=gammas,
-            kind=options.search,
-            max_new_tokens=options.max_new_tokens,
-            check=options.check,
-            progress=progress,
-        )
-    draft = choose_draft(folder, getattr(arguments, "draft", None))
-    found = {
+    def tuned(lm: LM) -> dict[str, Any]:
+        """Tunes one draft, and keeps and shows what was found."""
+        with stack:
+            plan = tune(
+                lm,
+                prompts,
+                gammas=gammas,
+                kind=options.search,
+                max_new_tokens=options.max_new_tokens,
+                check=options.check,
+                progress=progress,
+            )
+        found = {
+            **common,
+            "precision": lm.config.precisions,
+            "draft": lm.draft_name,
+            "search": options.search,
+            **plan.to_dict(),
+        }
+        lm.tuning = plan.tuning
+        show(report.table(found))
+        if not options.no_save:
+            measured = {name: value for name, value in found.items() if name != "tuning"}
+            path = save_tuning(folder, lm.config, lm.draft_name, plan.tuning, measured)
+            show(f"\nKept in {path}: loading the model on this device uses it from now on.")
+        return found
+
+    def show(text: str) -> None:
+        if not options.json:
+            print(text)
+
+    common = {
         "about": about(),
         "model": folder.name,
-        "precision": lm.config.precisions,
-        "draft": draft,
         "suites": list(suites),
-        "search": options.search,
         "max_new_tokens": options.max_new_tokens,
-        **plan.to_dict(),
     }
+    if not names:
+        found = tuned(lm)
+    else:
+        kinds = {name: draft_kind(folder, name) for name in names}
+        drafts = {name: (kinds[name], with_draft(lm, folder, name)) for name in names}
+        plans = []
+        for name, (kind, model) in drafts.items():
+            if kind == S3D and model.draft_config.mode != "merged":
+                show(f"## {name}\n")
+                plans.append(tuned(model))
+                show("")
+        with stack:
+            standings = compare(
+                drafts, prompts, max_new_tokens=options.max_new_tokens, progress=progress
+            )
+        rows = [dataclasses.asdict(standing) for standing in standings]
+        preferred = next((s.draft for s in standings if s.method == S3D), None)
+        found = {**common, "plans": plans, "drafts": rows, "preferred": preferred}
+        show(report.comparison(found))
+        if preferred and not options.no_save:
+            measured = {**common, "drafts": rows}
+            path = save_preferred(folder, lm.config, preferred, measured)
+            show(f"\nKept in {path}: loading uses {preferred!r} here, unless --draft is given.")
     if options.json:
         print(json.dumps(found), file=arguments.stdout)
-    else:
-        print(report.table(found))
-    if not options.no_save:
-        measured = {name: value for name, value in found.items() if name != "tuning"}
-        path = save_tuning(folder, lm.config, draft, plan.tuning, measured)
-        if not options.json:
-            print(f"\nKept in {path}: loading the model on this device uses it from now on.")
     if options.plot:  # last: a failure here loses least
         report.draw(found, options.plot)
     return 0
+
+
+def _compared(folder: Path, options: _Options, draft: str | None) -> list[str]:
+    """The drafts to compare; none without --drafts.
+
+    Raises:
+        InputError: options that do not fit together, fewer than two drafts, or one that is missing.
+    """
+    from s3d_jax.drafters.stored import draft_names
+
+    if options.drafts is None:
+        return []
+    if draft is not None:
+        raise InputError("--draft names the only draft to tune: leave it out with --drafts")
+    if options.plot:
+        raise InputError("--plot shows the tuning of one draft: leave it out with --drafts")
+    known = draft_names(folder)
+    names = list(known) if options.drafts == "all" else options.drafts.split(",")
+    for name in names:
+        if name not in known:
+            raise InputError(f"{folder} has no draft {name!r}: it has {', '.join(known) or 'none'}")
+    if len(set(names)) < 2:
+        raise InputError(f"--drafts compares two drafts or more, got {', '.join(names) or 'none'}")
+    return list(dict.fromkeys(names))
 
 
 def parse_gammas(text: str) -> list[int]:

@@ -35,6 +35,7 @@ from s3d_jax.storage.json_files import read_json_object, write_json
 from s3d_jax.storage.native import read_header
 from s3d_jax.storage.staging import staged_folder
 from s3d_jax.storage.trees import flatten, unflatten
+from s3d_jax.storage.tuning import preferred_draft
 from s3d_jax.weights.base import num_bytes
 from s3d_jax.weights.formats import takes_deltas
 from s3d_jax.weights.trees import Params, store_tree, widen_tree
@@ -157,8 +158,22 @@ def draft_names(model: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in folder.glob("*/config.json") if _is_name(p.parent)))
 
 
-def choose_draft(model: str | os.PathLike[str], name: str | None, kind: str = S3D) -> str | None:
-    """The draft of a kind to use: `name`; if that is None, the default, or the only one.
+def choose_draft(
+    model: str | os.PathLike[str],
+    name: str | None,
+    kind: str = S3D,
+    *,
+    config: ModelConfig | None = None,
+) -> str | None:
+    """The draft of a kind to use.
+
+    Args:
+        model: the native checkpoint folder.
+        name: None is the one that `s3d tune --drafts` preferred; without one the default, or the
+            only one.
+        kind: the drafter that uses it.
+        config: the target as it computes here; None asks for no preference. What is preferred is
+            of the kind S3D.
 
     Returns:
         Its name, or None if the checkpoint has no draft of the kind.
@@ -180,6 +195,10 @@ def choose_draft(model: str | os.PathLike[str], name: str | None, kind: str = S3
         return name
     # What cannot be read, or is of an unknown kind, counts as S3D's: reading it says what is wrong.
     names = tuple(n for n in names if (kinds[n] if kinds[n] in KINDS else S3D) == kind)
+    if config is not None and kind == S3D:
+        preferred = preferred_draft(model, config)
+        if preferred in names:
+            return preferred
     if (default := default_name(kind)) in names:
         return default
     if len(names) > 1:

@@ -1,10 +1,11 @@
 """The settings that `s3d tune` chose, in a checkpoint's tuning.json.
 
     {"format": "s3d_jax tuning", "version": 1, "entries": [{"key": ..., "tuning": ...,
-      "measured": ...}]}
+      "measured": ...}], "preferred": [{"key": ..., "measured": ...}]}
 
-An entry belongs to a device, a dtype, a kind of cache and a draft. It no longer applies once the
-draft is trained again.
+An entry belongs to a device, a dtype, a kind of cache and a draft, and so does the draft that is
+preferred to others (`s3d tune --drafts`). Neither applies any longer once the draft is trained
+again.
 """
 
 import json
@@ -24,6 +25,7 @@ from s3d_jax.storage.staging import write_atomically
 FORMAT, VERSION = "s3d_jax tuning", 1
 FILE = "tuning.json"
 _AGAIN = "delete it, and run s3d tune again"
+_DEVICE = frozenset({"device", "dtype", "kv_cache"})
 
 
 def read_tuning(
@@ -60,18 +62,54 @@ def read_entries(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: the file is damaged, or of another version.
     """
-    path = Path(model) / FILE
+    return _read(Path(model))["entries"]
+
+
+def read_preferred(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The drafts that were preferred, with their measurements, for all devices.
+
+    Raises:
+        CheckpointError: as `read_entries`.
+    """
+    return _read(Path(model))["preferred"]
+
+
+def preferred_draft(model: str | os.PathLike[str], config: ModelConfig) -> str | None:
+    """The draft that was the fastest of several on this device.
+
+    Args:
+        model, config: as in `read_tuning`.
+
+    Returns:
+        None if they were not compared, or if it was removed or trained again since.
+
+    Raises:
+        CheckpointError: as `read_entries`.
+    """
+    for found in read_preferred(model):
+        name = found["key"].get("draft")
+        there = isinstance(name, str) and (Path(model) / "drafts" / name / "config.json").exists()
+        if there and found["key"] == _key(Path(model), config, name):
+            return name
+    return None
+
+
+def _read(model: Path) -> dict[str, list[dict[str, Any]]]:
+    """The two lists of the file."""
+    path = model / FILE
     if not path.exists():
-        return []
+        return {"entries": [], "preferred": []}
     fields = read_json_object(path, advice=_AGAIN)
     try:
         found, entries = (fields["format"], fields["version"]), fields["entries"]
+        preferred = fields.get("preferred", [])
         whole = all(isinstance(e["key"], dict) and isinstance(e["tuning"], dict) for e in entries)
+        whole = whole and all(isinstance(e["key"], dict) for e in preferred)
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     if found != (FORMAT, VERSION) or not whole:
         raise _damaged(path, f"no {FORMAT} of version {VERSION}")
-    return entries
+    return {"entries": entries, "preferred": preferred}
 
 
 def save_tuning(
@@ -96,15 +134,44 @@ def save_tuning(
     Raises:
         CheckpointError: the existing file is damaged, or the file cannot be written.
     """
-    path = Path(model) / FILE
-    key = _key(Path(model), config, draft)
+    lists, key = _read(Path(model)), _key(Path(model), config, draft)
     entry = {"key": key, "tuning": tuning.to_dict(), "measured": dict(measured)}
     # Without draft_crc32: entries for an earlier training of the draft are removed, too.
-    same = {"device", "dtype", "kv_cache", "draft"}
-    others = [
-        e for e in read_entries(model) if any(e["key"].get(name) != key.get(name) for name in same)
-    ]
-    fields = {"format": FORMAT, "version": VERSION, "entries": [*others, entry]}
+    others = _others(lists["entries"], key, _DEVICE | {"draft"})
+    return _write(Path(model), {**lists, "entries": [*others, entry]})
+
+
+def save_preferred(
+    model: str | os.PathLike[str], config: ModelConfig, draft: str, measured: Mapping[str, Any]
+) -> Path:
+    """Stores which draft loading uses on this device, in place of an earlier choice.
+
+    Args:
+        model, config: as in `read_tuning`.
+        draft: its name.
+        measured: the measurements it was chosen by (JSON).
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: as `save_tuning`.
+    """
+    lists, key = _read(Path(model)), _key(Path(model), config, draft)
+    others = _others(lists["preferred"], key, _DEVICE)
+    choice = {"key": key, "measured": dict(measured)}
+    return _write(Path(model), {**lists, "preferred": [*others, choice]})
+
+
+def _others(
+    entries: list[dict[str, Any]], key: Mapping[str, Any], same: frozenset[str]
+) -> list[dict[str, Any]]:
+    return [e for e in entries if any(e["key"].get(name) != key.get(name) for name in same)]
+
+
+def _write(model: Path, lists: Mapping[str, Any]) -> Path:
+    path = model / FILE
+    fields = {"format": FORMAT, "version": VERSION, **lists}
     try:
         write_atomically(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:

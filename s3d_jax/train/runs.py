@@ -18,7 +18,6 @@ from s3d_jax.drafters.stored import (
     DEFAULT_NAME,
     S3D,
     check_name,
-    choose_draft,
     draft_kind,
     draft_names,
     read_draft,
@@ -27,20 +26,20 @@ from s3d_jax.drafters.stored import (
 )
 from s3d_jax.errors import CheckpointError, ConfigError, TrainingError
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.lm import LM, default_draft, tokenizer_or_none
+from s3d_jax.lm import LM, tokenizer_or_none
 from s3d_jax.machine import default_device
 from s3d_jax.mesh import by_first_host, is_first_host, on_mesh
-from s3d_jax.nn.draft import DraftParams, OwnVocabulary, recalled_layers, untrained_draft
-from s3d_jax.nn.features import FeatureDraft
+from s3d_jax.nn.draft import DraftParams, untrained_draft
 from s3d_jax.nn.sharding import on_host, shape_of
 from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.settings.training import AdapterConfig, PretrainConfig, TrainDraftConfig
+from s3d_jax.settings.training import PretrainConfig, TrainDraftConfig
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage.staging import check_apart, check_replaceable
+from s3d_jax.train.beginning import beginning, beginning_of_features, vocabulary_of
 from s3d_jax.train.bridges import fitted_draft, fitted_fuse
 from s3d_jax.train.data import Batches, concatenate, pack, row_length_for
-from s3d_jax.train.draft import NO_ADAPTER, DraftTask, check_trainable, frequent_tokens
+from s3d_jax.train.draft import DraftTask, check_trainable
 from s3d_jax.train.features import FeatureTask
 from s3d_jax.train.folder import check_run, has_states
 from s3d_jax.train.loop import fit
@@ -111,7 +110,7 @@ def train_draft(
     replaces = config.out is None and config.draft_name in draft_names(model)
     lm = checkpoint.load(model, config.dtype, mesh=devices, over_data=True, progress=progress)
     tokenizer, ends = tokenizer_or_none(stored.path), stored.eos_token_ids
-    begin = _beginning if config.kind == S3D else _beginning_of_features
+    begin = beginning if config.kind == S3D else beginning_of_features
     draft, adapter, start = begin(model, lm.config.replace(shards=1, over_data=False), config)
     limit = stored.config.max_position_embeddings
     corpus = read_corpus(
@@ -128,7 +127,7 @@ def train_draft(
     common: dict[str, Any] = dict(
         objective=config.objective,
         start=start,
-        vocabulary=_vocabulary(config, start, corpus, lm.config.vocab_size),
+        vocabulary=vocabulary_of(config, start, corpus, lm.config.vocab_size),
     )
     task: DraftTask | FeatureTask
     if isinstance(draft, FeatureConfig):
@@ -429,135 +428,6 @@ def _check_destination(
                 f"the draft {folder.name!r} of {model} is of the kind {kind!r}, not "
                 f"{config.kind!r}: choose another name"
             )
-
-
-def _beginning(
-    model: str | os.PathLike[str], target: ModelConfig, config: TrainDraftConfig
-) -> tuple[DraftConfig, AdapterConfig, DraftParams | None]:
-    """The settings and ranks of the draft to train, and the arrays of the draft it starts from."""
-    _check_vocabulary_size(target, config)
-    if isinstance(config.draft, FeatureConfig):
-        raise ConfigError("kind 's3d' takes a DraftConfig as its draft, got a FeatureConfig")
-    if config.start is None:
-        adapter = config.adapter or AdapterConfig()
-        if config.fit_rows and (config.mode != "adapter" or adapter.bridge_rank < 2):
-            raise ConfigError(
-                "fit_rows (--fit-rows) fits bridges: it needs mode 'adapter' and a bridge_rank "
-                "(--bridge-rank) of 2 or more"
-            )
-        draft = config.draft or default_draft(target)
-        if config.fit_rows and not any(draft.skip):
-            raise ConfigError(
-                "fit_rows (--fit-rows) fits bridges, and without skipped layers there are none"
-            )
-        return draft, adapter, None
-    if config.fit_rows:
-        raise ConfigError(
-            "start (--start) takes that draft's bridges: leave out fit_rows (--fit-rows)"
-        )
-    if config.mode != "adapter":
-        raise ConfigError(f"mode {config.mode!r} starts from scratch: leave out start (--start)")
-    name = config.start
-    choose_draft(model, name)  # says which drafts there are
-    start = read_draft(model, name, target)
-    assert start.params is not None
-    _check_same_vocabulary(config, start.params)
-    draft = config.draft or start.config
-    if draft.replace(gamma=start.config.gamma) != start.config:
-        raise ConfigError(
-            f"start {name!r} has another skip, block attention or mode: only γ may differ"
-        )
-    had = AdapterConfig(
-        rank=_rank(start.params.deltas),
-        bridge_rank=_rank(start.params.bridges),
-        chain_rank=_rank(start.params.chain),
-        recall=recalled_layers(target, start.params.bridges),
-    )
-    ranks = config.adapter or NO_ADAPTER
-    if ranks.bridge_rank and not any(draft.skip):
-        raise ConfigError(
-            f"the draft {name!r} skips no layer, so there is no gap to bridge (--bridge-rank)"
-        )
-    names = [field.name for field in dataclasses.fields(AdapterConfig)]
-    adapter = AdapterConfig(*(getattr(ranks, n) or getattr(had, n) for n in names))
-    for n in names:
-        if getattr(adapter, n) < getattr(had, n):
-            raise ConfigError(
-                f"the draft {name!r} has {n.replace('_', ' ')} {getattr(had, n)}, which can grow "
-                f"but not shrink: got {getattr(adapter, n)} (--{n.replace('_', '-')})"
-            )
-    return draft, adapter, start.params
-
-
-def _beginning_of_features(
-    model: str | os.PathLike[str], target: ModelConfig, config: TrainDraftConfig
-) -> tuple[FeatureConfig, AdapterConfig, FeatureDraft | None]:
-    """`_beginning` of the kinds that read hidden states."""
-    _check_vocabulary_size(target, config)
-    if config.adapter is not None:
-        raise ConfigError(f"kind {config.kind!r} has no adapter (--rank, --bridge-rank, …)")
-    if config.fit_rows and (config.kind != "eagle" or config.start is not None):
-        raise ConfigError(
-            "fit_rows (--fit-rows) fits what a new draft begins with, of the kinds 's3d' and "
-            "'eagle': leave it out"
-        )
-    if config.remat:
-        raise ConfigError("remat (--remat) is of kind 's3d': one layer has few activations")
-    if not isinstance(config.draft, FeatureConfig | None):
-        raise ConfigError(f"kind {config.kind!r} takes a FeatureConfig, got {config.draft!r}")
-    if config.start is None:
-        return config.draft or FeatureConfig(), NO_ADAPTER, None
-    choose_draft(model, config.start, config.kind)
-    found = read_draft(model, config.start, target)
-    _check_same_vocabulary(config, found.params)
-    draft = config.draft or found.config
-    if config.kind == "medusa" and draft.gamma != found.config.gamma:
-        raise ConfigError(
-            f"the draft {config.start!r} has {found.config.gamma} heads: γ (--gamma) must be that, "
-            f"got {draft.gamma}"
-        )
-    return draft, NO_ADAPTER, found.params
-
-
-def _check_same_vocabulary(config: TrainDraftConfig, start: OwnVocabulary) -> None:
-    own, wanted = start.vocabulary, config.vocabulary
-    if own is not None and wanted not in (None, len(own)):
-        raise ConfigError(
-            f"the draft {config.start!r} drafts {len(own)} tokens, not {wanted} (--draft-vocab): "
-            "train a new one without --start"
-        )
-
-
-def _check_vocabulary_size(target: ModelConfig, config: TrainDraftConfig) -> None:
-    wanted = config.vocabulary
-    if wanted is not None and wanted > target.vocab_size:
-        raise ConfigError(
-            f"vocabulary (--draft-vocab) is {wanted}: the model has {target.vocab_size} tokens"
-        )
-
-
-def _rank(parts: Mapping[str, Any]) -> int:
-    """The largest rank of the low-rank parts in a tree."""
-    ranks = (
-        _rank(part) if isinstance(part, Mapping) else part.shape[-1] * (name == "down")
-        for name, part in parts.items()
-    )
-    return max(ranks, default=0)
-
-
-def _vocabulary(
-    config: TrainDraftConfig, start: OwnVocabulary | None, corpus: Corpus, vocab_size: int
-) -> np.ndarray | None:
-    """The tokens that can be drafted: those of the draft to start from, or the data's frequent."""
-    wanted = config.vocabulary
-    if start is not None and start.vocabulary is not None:
-        return np.asarray(start.vocabulary)
-    if wanted is None:
-        return None
-    learnt = np.bincount(corpus.rows.tokens[corpus.rows.learn], minlength=vocab_size)
-    # What is only read counts a little: answers repeat words of their questions.
-    read = np.bincount(corpus.rows.tokens[~corpus.rows.learn], minlength=vocab_size)
-    return frequent_tokens(learnt + 0.1 * read, wanted)
 
 
 def _about_vocabulary(

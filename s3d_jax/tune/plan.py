@@ -156,8 +156,7 @@ def tune(
         raise InputError("a model of one layer has none that a draft could skip")
     gammas = sorted(set(gammas))
     calibration, held_out = split(prompts)
-    others = held_out or calibration
-    others = others[:: -(-len(others) // _CHECK_PROMPTS)]
+    others = to_check_with(prompts)
 
     step = progress("writing", 1)
     texts = write_texts(lm, calibration, max_new_tokens)
@@ -180,13 +179,18 @@ def tune(
     costs = clock.costs()
     best, gamma = _ranking(predict(expected, costs))[0]
     some = calibration[:: -(-len(calibration) // _TIMED_PROMPTS)]
-    plain, ours = _decoded(lm, [(best.skip, gamma)], some, max_new_tokens, "timing", progress)
+    plain, ours = decoded(
+        _with_settings(lm, [(best.skip, gamma)]), some, max_new_tokens, "timing", progress
+    )
     costs = costs.scaled(
         _seconds_per_iteration(plain), best.kept, gamma, _seconds_per_iteration(ours)
     )
     candidates = predict(expected, costs)
     settings = _to_check(candidates, check)
-    rows = _decoded(lm, settings, others, max_new_tokens, "checking", progress) if settings else []
+    rows = []
+    if settings:
+        in_turns = _with_settings(lm, settings)
+        rows = decoded(in_turns, others, max_new_tokens, "checking", progress)
     checks = _compared(candidates, settings, rows)
     return TuningPlan(
         candidates=tuple(candidates),
@@ -207,6 +211,13 @@ def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         by_category.setdefault(prompt.category, []).append(prompt)
     rows = by_category.values()
     return [p for row in rows for p in row[::2]], [p for row in rows for p in row[1::2]]
+
+
+def to_check_with(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Up to 8 of the prompts that predictions do not use; of all where they use all."""
+    calibration, held_out = split(prompts)
+    others = held_out or calibration
+    return others[:: -(-len(others) // _CHECK_PROMPTS)]
 
 
 def predict(expected: Sequence[Expected], costs: Costs) -> list[Candidate]:
@@ -250,22 +261,27 @@ def _to_check(candidates: Sequence[Candidate], count: int) -> list[Setting]:
     return [(candidate.skip, gamma) for candidate, gamma in chosen]
 
 
-def _decoded(
-    lm: LM,
-    settings: Sequence[Setting],
+def _with_settings(lm: LM, settings: Sequence[Setting]) -> list[Ours]:
+    """Plain decoding, and S3D with each of the settings."""
+    ours = [Ours("ar", {}, lm)]
+    for skip, gamma in settings:
+        ours.append(Ours("s3d", {"gamma": gamma, "skip": skip, "adaptive": False}, lm))
+    return ours
+
+
+def decoded(
+    contestants: Sequence[Ours],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     what: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Decodes plainly and with each of the settings, in turns, as `s3d bench` does.
+    """Lets contestants decode in turns, as `s3d bench` does.
 
     Returns:
-        Its rows, with the seconds that decoding all prompts took.
+        Its rows, with the seconds that decoding all prompts took. The first contestant, plain
+        decoding, is what the others are compared with.
     """
-    contestants = [Ours("ar", {}, lm)]
-    for skip, gamma in settings:
-        contestants.append(Ours("s3d", {"gamma": gamma, "skip": skip, "adaptive": False}, lm))
     step = progress(what, len(contestants) * len(prompts) * (1 + _TURNS))
     records = measure.take_turns(contestants, prompts, max_new_tokens, _TURNS, step)
     rows = measure.summary(contestants, prompts, records, max_new_tokens)

@@ -77,6 +77,49 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparison(report: Mapping[str, Any]) -> str:
+    """The drafts, the fastest first, and what it means.
+
+    Args:
+        report: of the command with --drafts.
+    """
+    rows, preferred = report["drafts"], report["preferred"]
+    cells = [
+        [
+            row["draft"],
+            row["method"],
+            _settings(row["settings"]),
+            f"{row['tokens_per_iteration']:.2f}",
+            f"{row['improvement_factor']:.2f} ± {row['spread']:.2f}",
+            f"{row['memory_bytes'] / 2**20:.0f}",
+            f"{100 * row['identical_to_ar']:.0f} %",
+        ]
+        for row in rows
+    ]
+    headings = ["draft", "method", "settings", "τ", "over AR", "MiB", "same as AR"]
+    lines = [f"{report['model']}, drafts in turns:", "", *markdown(headings, cells), ""]
+    fastest = rows[0]
+    if fastest["improvement_factor"] < 1:
+        lines.append("Plain decoding is faster here than any of them: take --method ar.")
+    elif fastest["draft"] != preferred:
+        lines.append(
+            f"The fastest is {fastest['draft']}: use it with --method {fastest['method']} --draft "
+            f"{fastest['draft']}."
+        )
+    if preferred:
+        lines.append(f"The fastest of the method s3d is {preferred}.")
+    return "\n".join(lines)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    parts = [f"γ={settings['gamma']}"]
+    if settings.get("mode") == "merged":
+        parts.append("merged")
+    if "skip" in settings:
+        parts.append(f"skip {skipped(settings['skip'])}")
+    return ", ".join(parts)
+
+
 def _checked_on(report: Mapping[str, Any]) -> str:
     count = report["check_prompts"]
     others, prompts = report["held_out"], "prompt" if count == 1 else f"{count} prompts"

@@ -10,10 +10,16 @@ import s3d_jax
 from s3d_jax import lm as generate
 from s3d_jax.commands.main import main
 from s3d_jax.commands.tune import parse_gammas
-from s3d_jax.errors import InputError
+from s3d_jax.drafters.stored import save_draft
+from s3d_jax.errors import CheckpointError, InputError
+from s3d_jax.keys import make_key
+from s3d_jax.nn.features import FeatureDraft, new_weights
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.storage import native as checkpoint
+from s3d_jax.tune import contest
 from tests.bench.test_measure import full_disk
 from tests.tiny import tiny_config, tiny_params
+from tests.train.test_objective import noisy_draft
 
 
 @pytest.fixture
@@ -42,6 +48,78 @@ def test_settings_are_chosen_shown_and_kept(tiny, capsys):
     assert main(["info", "--model", model, "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["tuning"]
     assert entry["tuning"]["gamma"] == lm.tuning.gamma and entry["key"]["draft"] is None
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A model with two drafts of two passes, a merged one and an EAGLE; and a suite."""
+    config = tiny_config(num_layers=4)
+    params = tiny_params(config)
+    model = checkpoint.save(tmp_path / "model", config, params)
+    for name, skip, mode in (
+        ("deep", (False, True, False, False), "two-pass"),
+        ("flat", (False, True, True, True), "two-pass"),
+        ("joined", (False,) * 4, "merged"),
+    ):
+        draft = DraftConfig(skip, 2, mode=mode)
+        save_draft(model, name, draft, noisy_draft(config, params, draft), {})
+    weights = new_weights("eagle", config, params, 2, make_key(0))
+    save_draft(model, "eagle", FeatureConfig(2), FeatureDraft(weights), {}, kind="eagle")
+    suite = tmp_path / "ids.jsonl"
+    rows = [{"prompt_tokens": [*range(1, n)]} for n in (3, 5)]
+    suite.write_text("\n".join(map(json.dumps, rows)))
+    return str(model), str(suite)
+
+
+def test_drafts_are_compared_and_the_fastest_is_kept(several, monkeypatch, capsys):
+    model, suite = several
+    times = {"deep": 3.0, "flat": 2.0, "joined": 1.0, "eagle": 0.5}
+    real = contest.decoded
+
+    def by_draft(contestants, *others):
+        plain, *rows = real(contestants, *others)
+        for ours, row in zip(contestants[1:], rows, strict=True):
+            assert row["identical_to_ar"] == 1.0
+            row["seconds"] = times["eagle" if ours.method == "eagle" else ours.lm.draft_name]
+        return [plain | {"seconds": 4.0}, *rows]
+
+    monkeypatch.setattr(contest, "decoded", by_draft)
+    command = ["tune", "--model", model, "--suite", suite, "--max-new-tokens", "6"]
+    command += ["--gammas", "1,2", "--check", "0"]
+    with pytest.raises(CheckpointError, match="none is called 'default'"):
+        s3d_jax.load(model)
+    assert main([*command, "--drafts", "all"]) == 0
+    shown = capsys.readouterr().out
+    table = [line.split("|") for line in shown.splitlines() if " over AR" in line or "±" in line]
+    ranking = [(cells[1].strip(), cells[5].strip()[:4]) for cells in table[1:]]
+    assert ranking == [("eagle", "8.00"), ("joined", "4.00"), ("flat", "2.00"), ("deep", "1.33")]
+    assert "## deep" in shown and "## flat" in shown and "## joined" not in shown
+    assert "use it with --method eagle --draft eagle" in shown
+    assert "The fastest of the method s3d is joined." in shown
+    lm = s3d_jax.load(model)
+    assert lm.draft_name == "joined" and lm.tuning is None
+    assert s3d_jax.load(model, draft="deep").tuning.gamma in (1, 2)
+    assert main(["info", "--model", model]) == 0
+    assert "preferred    draft joined; float32" in capsys.readouterr().out
+
+    times["flat"] = 0.1
+    assert main([*command, "--drafts", "deep,flat", "--json", "--no-save"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["draft"] for row in found["drafts"]] == ["flat", "deep"]
+    assert found["preferred"] == "flat" and len(found["plans"]) == 2
+    assert s3d_jax.load(model).draft_name == "joined"  # --no-save
+
+
+def test_mistakes_about_drafts(several, capsys):
+    model, suite = several
+    for options, message in (
+        (["--drafts", "deep"], "compares two drafts or more, got deep"),
+        (["--drafts", "deep,none"], "has no draft 'none': it has deep, eagle, flat, joined"),
+        (["--drafts", "all", "--draft", "deep"], "leave it out with --drafts"),
+        (["--drafts", "all", "--plot", "t.png"], "--plot shows the tuning of one draft"),
+    ):
+        assert main(["tune", "--model", model, "--suite", suite, *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_was_measured_is_kept_before_it_is_drawn(tiny, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from s3d_jax.settings.training import (
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.texts.documents import Document
 from s3d_jax.train import runs
+from s3d_jax.train.beginning import beginning_of_features
 from s3d_jax.train.distill import distill, prompts_of
 from tests.tiny import tiny_config, tiny_lm
 from tests.train.command import run, train
@@ -81,7 +82,7 @@ def test_drafts_of_other_kinds_are_trained_and_used_like_s3d_s(
     again = read_draft(model / "model", f"{kind}-2", tiny_config())
     assert len(again.params.vocabulary) == 20
     config = TrainDraftConfig(kind=kind, start=kind)
-    draft, _, start = runs._beginning_of_features(model / "model", tiny_config(), config)
+    draft, _, start = beginning_of_features(model / "model", tiny_config(), config)
     assert draft.gamma == 3 and start is not None
     capsys.readouterr()
     for wrong, message in (

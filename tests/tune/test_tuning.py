@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import pytest
@@ -15,7 +16,13 @@ from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import DraftConfig, PassCosts, Tuning
 from s3d_jax.storage import native as checkpoint
 from s3d_jax.storage import tuning
-from s3d_jax.storage.tuning import check_writable, read_tuning, save_tuning
+from s3d_jax.storage.tuning import (
+    check_writable,
+    preferred_draft,
+    read_tuning,
+    save_preferred,
+    save_tuning,
+)
 from tests.tiny import tiny_config, tiny_params
 from tests.train.test_objective import noisy_draft
 
@@ -93,6 +100,46 @@ def test_a_draft_that_was_trained_anew_is_another_one(model):
     assert s3d_jax.load(model).tuning == OTHER and len(tuning.read_entries(model)) == 1
 
 
+def test_loading_takes_the_preferred_draft_of_this_device(model, monkeypatch):
+    config, params = tiny_config(), tiny_params(tiny_config())
+    other = OWN.replace(gamma=5)
+    save_draft(model, "other", other, noisy_draft(config, params, other), {})
+    assert s3d_jax.load(model).draft_name == "default"
+    save_tuning(model, config, "other", CHOICE, {})
+    save_preferred(model, config, "other", {"drafts": []})
+    lm = s3d_jax.load(model)
+    assert (lm.draft_name, lm.draft_config, lm.tuning) == ("other", other, CHOICE)
+    assert s3d_jax.load(model, draft="default").draft_config == OWN
+    assert s3d_jax.load(model, use_draft=False).draft_name is None
+    assert s3d_jax.load(model, dtype="bfloat16").draft_name == "default"
+    assert s3d_jax.load(model, kv_cache="int8").draft_name == "default"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(tuning, "machine_name", lambda: "some GPU")
+        assert s3d_jax.load(model).draft_name == "default"
+        save_preferred(model, config, "default", {})
+    assert preferred_draft(model, config) == "other"
+    assert read_tuning(model, config, "other") == CHOICE  # kept beside it
+
+    save_draft(model, "third", OWN, noisy_draft(config, params, OWN), {})
+    save_preferred(model, config, "third", {})  # in place of the earlier choice
+    assert s3d_jax.load(model).draft_name == "third"
+    assert len(tuning.read_preferred(model)) == 2
+    again = jax.tree.map(lambda x: 2 * x, noisy_draft(config, params, OWN))
+    save_draft(model, "third", OWN, again, {}, overwrite=True)
+    assert s3d_jax.load(model).draft_name == "default"  # that one was another
+
+
+def test_a_preference_names_one_of_drafts_without_a_default(model):
+    config, params = tiny_config(), tiny_params(tiny_config())
+    for name in ("a", "b"):
+        save_draft(model, name, OWN, noisy_draft(config, params, OWN), {})
+    shutil.rmtree(model / "drafts" / "default")
+    with pytest.raises(CheckpointError, match="none is called 'default'"):
+        s3d_jax.load(model)
+    save_preferred(model, config, "b", {})
+    assert s3d_jax.load(model).draft_name == "b"
+
+
 def test_damage_is_said(model):
     config = tiny_config()
     path = save_tuning(model, config, "default", CHOICE, {})
@@ -104,6 +151,7 @@ def test_damage_is_said(model):
         "[]",
         json.dumps(good | {"version": 2}),
         json.dumps(good | {"entries": [{"key": entry["key"]}]}),
+        json.dumps(good | {"preferred": [{"key": "other"}]}),
         json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"gamma": 0}}]}),
         json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"skip": skip}}]}),
         json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"more": 1}}]}),
