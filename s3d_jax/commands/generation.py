@@ -105,8 +105,12 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         add_options(group, settings)
 
 
-def load_model(arguments: argparse.Namespace) -> "LM":
+def load_model(arguments: argparse.Namespace, *, use_draft: bool = True) -> "LM":
     """The model that the options name.
+
+    Args:
+        arguments: `ModelOptions` among them.
+        use_draft: as in `load`.
 
     Raises:
         InputError: a draft model for a method that has none; else as `load`.
@@ -116,7 +120,7 @@ def load_model(arguments: argparse.Namespace) -> "LM":
     options = given(ModelOptions, arguments)
     if "draft_model" in options and getattr(arguments, "method", "two-model") != "two-model":
         raise InputError("--draft-model is for --method two-model")
-    return load(arguments.model, **options, progress=True)
+    return load(arguments.model, **options, use_draft=use_draft, progress=True)
 
 
 def decoding_options(arguments: argparse.Namespace, lm: "LM") -> dict[str, Any]:

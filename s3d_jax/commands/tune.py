@@ -112,9 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(options.plot)
     folder = Path(arguments.model or EMBEDDED)
     names = _compared(folder, options, getattr(arguments, "draft", None))
-    if names:
-        arguments.draft = names[0]  # for loading alone: there may be no default
-    lm = load_model(arguments)
+    lm = load_model(arguments, use_draft=not names)
     if not options.no_save:
         check_writable(folder)
     room = lm.max_length - options.max_new_tokens

@@ -64,7 +64,7 @@ def several(tmp_path):
         draft = DraftConfig(skip, 2, mode=mode)
         save_draft(model, name, draft, noisy_draft(config, params, draft), {})
     weights = new_weights("eagle", config, params, 2, make_key(0))
-    save_draft(model, "eagle", FeatureConfig(2), FeatureDraft(weights), {}, kind="eagle")
+    save_draft(model, "an-eagle", FeatureConfig(2), FeatureDraft(weights), {}, kind="eagle")
     suite = tmp_path / "ids.jsonl"
     rows = [{"prompt_tokens": [*range(1, n)]} for n in (3, 5)]
     suite.write_text("\n".join(map(json.dumps, rows)))
@@ -92,9 +92,9 @@ def test_drafts_are_compared_and_the_fastest_is_kept(several, monkeypatch, capsy
     shown = capsys.readouterr().out
     table = [line.split("|") for line in shown.splitlines() if " over AR" in line or "±" in line]
     ranking = [(cells[1].strip(), cells[5].strip()[:4]) for cells in table[1:]]
-    assert ranking == [("eagle", "8.00"), ("joined", "4.00"), ("flat", "2.00"), ("deep", "1.33")]
+    assert ranking == [("an-eagle", "8.00"), ("joined", "4.00"), ("flat", "2.00"), ("deep", "1.33")]
     assert "## deep" in shown and "## flat" in shown and "## joined" not in shown
-    assert "use it with --method eagle --draft eagle" in shown
+    assert "use it with --method eagle --draft an-eagle" in shown
     assert "The fastest of the method s3d is joined." in shown
     lm = s3d_jax.load(model)
     assert lm.draft_name == "joined" and lm.tuning is None
@@ -114,7 +114,7 @@ def test_mistakes_about_drafts(several, capsys):
     model, suite = several
     for options, message in (
         (["--drafts", "deep"], "compares two drafts or more, got deep"),
-        (["--drafts", "deep,none"], "has no draft 'none': it has deep, eagle, flat, joined"),
+        (["--drafts", "deep,none"], "has no draft 'none': it has an-eagle, deep, flat, joined"),
         (["--drafts", "all", "--draft", "deep"], "leave it out with --drafts"),
         (["--drafts", "all", "--plot", "t.png"], "--plot shows the tuning of one draft"),
     ):
