@@ -30,7 +30,7 @@ from s3d_jax.engine.prompts import Message, Prompt
 from s3d_jax.engine.queue import Queue
 from s3d_jax.engine.results import Result
 from s3d_jax.engine.runner import UNLIMITED, Engine
-from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.errors import CheckpointError, ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.mesh import mesh_of
 from s3d_jax.nn.draft import DraftParams, untrained_draft, with_head
@@ -117,9 +117,15 @@ def load(
     if draft is not None and use_draft and draft in draft_names(path):
         chosen = {draft_kind(path, draft): draft}
     others = chosen.keys() & KINDS.keys() - {S3D}
-    asked = draft if use_draft and not others else None
-    if asked is not None:
-        choose_draft(path, asked)  # says which drafts there are
+    name = None
+    if use_draft:
+        # What one device prefers says little of several.
+        computing = None if mesh is not None else _computing(path, dtype, kv_cache)
+        try:
+            name = choose_draft(path, None if others else draft, config=computing)
+        except CheckpointError:
+            if not others:  # else S3D's, which was not asked for, is the untrained one
+                raise
     devices = None if mesh is None else build_mesh(mesh)
     loaded = checkpoint.load(path, dtype, mesh=devices, progress=progress)
     if draft_model is not None and not isinstance(draft_model, LM):
@@ -132,9 +138,6 @@ def load(
             progress=progress,
         )
     config = loaded.config.replace(kv_cache=kv_cache)
-    name = None
-    if use_draft:  # what one device prefers says little of several
-        name = choose_draft(path, asked, config=config if devices is None else None)
     return LM(
         config,
         loaded.params,
@@ -147,29 +150,53 @@ def load(
     )
 
 
+def _computing(
+    path: "str | os.PathLike[str]", dtype: str | None, kv_cache: str | None
+) -> ModelConfig | None:
+    """The settings that a checkpoint will compute with; None where loading will refuse it."""
+    try:
+        config = checkpoint.read_header(path).config
+        return config.replace(kv_cache=kv_cache, dtype=dtype or config.dtype)
+    except (CheckpointError, ConfigError):
+        return None
+
+
 def with_draft(lm: "LM", path: "str | os.PathLike[str]", name: str) -> "LM":
     """The same model with another draft of its checkpoint; they share the target's arrays.
 
     Args:
         lm: from `load`, on one device.
         path: the checkpoint folder that it was loaded from.
-        name: of the draft. One of the kind "eagle" or "medusa" is added for the method of this
-            name.
+        name: of the draft. One of the kind "eagle" or "medusa" is for the method of this name, and
+            leaves S3D's draft as it is.
 
     Raises:
-        CheckpointError: there is no such draft, or it is damaged.
+        CheckpointError: there is no such draft, it is damaged, or of an unknown kind.
     """
     kind = draft_kind(path, name)
-    own = name if kind == S3D else None
+    others: dict[str, str] = {}
+    if kind in KINDS.keys() - {S3D}:
+        others = {kind: name}
+        own: dict[str, Any] = dict(
+            draft_config=lm.draft_config,
+            draft_params=lm.draft_params,
+            draft_name=lm.draft_name,
+            tuning=lm.tuning,
+        )
+    else:
+        own = _draft(path, lm.config, lm.params, name, None)
+    features = StoredFeatures(path, lm.config, lm.params, others)
+    for found in others:
+        features[found]  # now, since a damaged one should be found before it is needed
     return LM(
         lm.config,
         lm.params,
-        **_draft(path, lm.config, lm.params, own, None),
+        **own,
         tokenizer=lm.tokenizer,
         eos_token_ids=lm.eos_token_ids,
         max_length=lm.max_length,
         draft_model=lm.draft_model,
-        feature_drafts=StoredFeatures(path, lm.config, lm.params, {kind: name}),
+        feature_drafts=features,
     )
 
 

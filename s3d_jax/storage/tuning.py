@@ -26,6 +26,7 @@ FORMAT, VERSION = "s3d_jax tuning", 1
 FILE = "tuning.json"
 _AGAIN = "delete it, and run s3d tune again"
 _DEVICE = frozenset({"device", "dtype", "kv_cache"})
+_WORDS = ("device", "dtype", "draft")  # of the key of a preferred draft
 
 
 def read_tuning(
@@ -66,12 +67,15 @@ def read_entries(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_preferred(model: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The drafts that were preferred, with their measurements, for all devices.
+    """The drafts that are preferred, with their measurements, for all devices.
+
+    Those that were removed or trained again since are left out.
 
     Raises:
         CheckpointError: as `read_entries`.
     """
-    return _read(Path(model))["preferred"]
+    found = _read(Path(model))["preferred"]
+    return [e for e in found if e["key"]["draft_crc32"] == _draft_crc32(model, e["key"]["draft"])]
 
 
 def preferred_draft(model: str | os.PathLike[str], config: ModelConfig) -> str | None:
@@ -87,9 +91,8 @@ def preferred_draft(model: str | os.PathLike[str], config: ModelConfig) -> str |
         CheckpointError: as `read_entries`.
     """
     for found in read_preferred(model):
-        name = found["key"].get("draft")
-        there = isinstance(name, str) and (Path(model) / "drafts" / name / "config.json").exists()
-        if there and found["key"] == _key(Path(model), config, name):
+        name: str = found["key"]["draft"]
+        if found["key"] == _key(Path(model), config, name):
             return name
     return None
 
@@ -104,7 +107,9 @@ def _read(model: Path) -> dict[str, list[dict[str, Any]]]:
         found, entries = (fields["format"], fields["version"]), fields["entries"]
         preferred = fields.get("preferred", [])
         whole = all(isinstance(e["key"], dict) and isinstance(e["tuning"], dict) for e in entries)
-        whole = whole and all(isinstance(e["key"], dict) for e in preferred)
+        keys = [e["key"] for e in preferred]
+        whole = whole and all(isinstance(key[name], str) for key in keys for name in _WORDS)
+        whole = whole and all(isinstance(key["draft_crc32"], int) for key in keys)
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     if found != (FORMAT, VERSION) or not whole:
@@ -197,14 +202,17 @@ def _key(model: Path, config: ModelConfig, draft: str | None) -> dict[str, Any]:
         "device": machine_name(),
         "dtype": config.dtype,
         "draft": draft,
-        "draft_crc32": None,
+        "draft_crc32": None if draft is None else _draft_crc32(model, draft),
     }
     if config.kv_cache is not None:
         key["kv_cache"] = config.kv_cache
-    if draft is not None:
-        # config.json holds the checksums of the draft's arrays, so it changes with them.
-        key["draft_crc32"] = zlib.crc32((model / "drafts" / draft / "config.json").read_bytes())
     return key
+
+
+def _draft_crc32(model: str | os.PathLike[str], draft: str) -> int | None:
+    """Changes with the draft's arrays, whose checksums its config.json holds; None without it."""
+    path = Path(model) / "drafts" / draft / "config.json"
+    return zlib.crc32(path.read_bytes()) if path.exists() else None
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:

@@ -47,7 +47,8 @@ def compare(
 ) -> list[Standing]:
     """Lets each draft decode one greedy row, in turns with plain decoding.
 
-    Each always drafts, and none copies, with the γ and skip that loading takes here.
+    Each decodes as loading uses it here: with its tuned settings where `LM.tuning` has some, with
+    copies and by its budget where it has these.
 
     Args:
         drafts: by name, the method that uses the draft, and the model with it (`lm.with_draft`).
@@ -62,7 +63,7 @@ def compare(
     """
     if not drafts or not prompts:
         raise InputError("a comparison needs a draft and a prompt")
-    ours = [Ours(method, _always(method, lm), lm) for method, lm in drafts.values()]
+    ours = [Ours(method, {}, lm) for method, lm in drafts.values()]
     contestants = [Ours("ar", {}, ours[0].lm), *ours]
     some = to_check_with(prompts)
     plain, *rows = decoded(contestants, some, max_new_tokens, "comparing", progress)
@@ -80,8 +81,3 @@ def compare(
         for name, contestant, row in zip(drafts, ours, rows, strict=True)
     ]
     return sorted(standings, key=lambda s: -s.improvement_factor)
-
-
-def _always(method: str, lm: LM) -> dict[str, Any]:
-    """Options by which a draft is used in every iteration, where that is not so anyway."""
-    return {"adaptive": False} if method == "s3d" and lm.draft_config.mode != "merged" else {}

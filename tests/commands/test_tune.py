@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from s3d_jax.commands.tune import parse_gammas
 from s3d_jax.drafters.stored import save_draft
 from s3d_jax.errors import CheckpointError, InputError
 from s3d_jax.keys import make_key
+from s3d_jax.lm import with_draft
 from s3d_jax.nn.features import FeatureDraft, new_weights
 from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
 from s3d_jax.storage import native as checkpoint
@@ -107,7 +109,13 @@ def test_drafts_are_compared_and_the_fastest_is_kept(several, monkeypatch, capsy
     found = json.loads(capsys.readouterr().out)
     assert [row["draft"] for row in found["drafts"]] == ["flat", "deep"]
     assert found["preferred"] == "flat" and len(found["plans"]) == 2
+    assert [row["settings"]["copies"] for row in found["drafts"]] == [True, True]  # as loading does
     assert s3d_jax.load(model).draft_name == "joined"  # --no-save
+    # One of S3D's alone says nothing of the others.
+    assert main([*command, "--drafts", "deep,an-eagle"]) == 0
+    shown = capsys.readouterr().out
+    assert "The fastest of the method s3d" not in shown and "Kept in" not in shown
+    assert s3d_jax.load(model).draft_name == "joined"
 
 
 def test_mistakes_about_drafts(several, capsys):
@@ -120,6 +128,30 @@ def test_mistakes_about_drafts(several, capsys):
     ):
         assert main(["tune", "--model", model, "--suite", suite, *options]) == 2
         assert message in capsys.readouterr().err
+    config = Path(model) / "drafts" / "an-eagle" / "config.json"
+    config.write_text(config.read_text().replace('"eagle"', '"hydra"'))
+    command = ["tune", "--suite", suite, "--drafts", "all", "--model"]
+    assert main([*command, model]) == 2  # before anything is loaded
+    assert "'an-eagle' of" in (said := capsys.readouterr().err) and "'hydra'" in said
+    assert main([*command, str(Path(model) / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_another_draft_of_a_model(several):
+    """One of another kind is added, and damage is found at once."""
+    model, _ = several
+    deep = s3d_jax.load(model, draft="deep")
+    assert with_draft(deep, model, "flat").draft_name == "flat"
+    eagle = with_draft(deep, model, "an-eagle")
+    assert (eagle.draft_name, eagle.draft_config) == ("deep", deep.draft_config)
+    assert list(eagle.feature_drafts) == ["eagle"]
+    # S3D's draft, which nobody named, is then the untrained one.
+    alone = s3d_jax.load(model, draft="an-eagle")
+    assert alone.draft_name is None and "eagle" in alone.feature_drafts
+    config = Path(model) / "drafts" / "an-eagle" / "config.json"
+    config.write_text(config.read_text().replace('"gamma": 2', '"gamma": 0'))
+    with pytest.raises(CheckpointError, match="gamma must be an integer >= 1"):
+        with_draft(deep, model, "an-eagle")
 
 
 def test_what_was_measured_is_kept_before_it_is_drawn(tiny, tmp_path, monkeypatch, capsys):

@@ -129,15 +129,25 @@ def test_loading_takes_the_preferred_draft_of_this_device(model, monkeypatch):
     assert s3d_jax.load(model).draft_name == "default"  # that one was another
 
 
-def test_a_preference_names_one_of_drafts_without_a_default(model):
+def test_a_preference_names_one_of_drafts_without_a_default(model, monkeypatch):
     config, params = tiny_config(), tiny_params(tiny_config())
     for name in ("a", "b"):
         save_draft(model, name, OWN, noisy_draft(config, params, OWN), {})
     shutil.rmtree(model / "drafts" / "default")
     with pytest.raises(CheckpointError, match="none is called 'default'"):
         s3d_jax.load(model)
+    # Nothing is loaded before that is said.
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(CheckpointError, match="none is called 'default'"):
+        s3d_jax.load(model)
+    monkeypatch.undo()
     save_preferred(model, config, "b", {})
     assert s3d_jax.load(model).draft_name == "b"
+    with pytest.raises(CheckpointError, match="none is called 'default'"):
+        s3d_jax.load(model, mesh="model=1")
+    shutil.rmtree(model / "drafts" / "b")
+    assert s3d_jax.load(model).draft_name == "a"
+    assert tuning.read_preferred(model) == []
 
 
 def test_damage_is_said(model):
@@ -152,6 +162,7 @@ def test_damage_is_said(model):
         json.dumps(good | {"version": 2}),
         json.dumps(good | {"entries": [{"key": entry["key"]}]}),
         json.dumps(good | {"preferred": [{"key": "other"}]}),
+        json.dumps(good | {"preferred": [{"key": {}}]}),
         json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"gamma": 0}}]}),
         json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"skip": skip}}]}),
         json.dumps(good | {"entries": [entry | {"tuning": entry["tuning"] | {"more": 1}}]}),
