@@ -48,6 +48,8 @@ def label(row: Mapping[str, Any]) -> str:
         if name == "skip":
             skipped = [i for i, s in enumerate(value) if s]
             words.append(f"skip {ranges(skipped)}")
+        elif name == "leaves":
+            words.append(f"leaves {'+'.join(map(str, value))}")
         elif name == "adaptive":
             words += [] if value else ["fixed"]
         elif name == "costs":

@@ -11,6 +11,7 @@ from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
 from s3d_jax.settings.arguments import RAW, add_options, build
+from s3d_jax.settings.drafting import parse_leaves
 from s3d_jax.settings.options import option
 from s3d_jax.settings.records import Checked
 
@@ -121,13 +122,16 @@ def _parse_setting(text: str, entry: str, own: Sequence[str]) -> tuple[str, Any]
             first, _, last = value.partition("-")
             if layers := range(int(first), int(last or first) + 1):
                 return name, layers
-        if name in set(own) - {"gamma", "ngram", "adaptive", "copies", "skip", "dtype"} and value:
+        if name == "leaves":
+            return name, parse_leaves(value)
+        known = {"gamma", "ngram", "adaptive", "copies", "skip", "leaves", "dtype"}
+        if name in set(own) - known and value:
             return name, int(value) if value.isdecimal() else value
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, InputError):
         pass
     raise InputError(
         f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3, "
-        "skip=3-6, adaptive=no and copies=no; of hf dtype=float32, bfloat16 or float16"
+        "skip=3-6, leaves=2+1, adaptive=no and copies=no; of hf dtype=float32, bfloat16 or float16"
     )
 
 

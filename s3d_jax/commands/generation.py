@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from s3d_jax.drafters import registry
 from s3d_jax.errors import InputError
 from s3d_jax.settings.arguments import add_options, build, given
-from s3d_jax.settings.drafting import parse_skip
+from s3d_jax.settings.drafting import parse_leaves, parse_skip
 from s3d_jax.settings.options import option
 from s3d_jax.settings.sampling import SamplingConfig
 
@@ -28,7 +28,8 @@ class ModelOptions:
         None,
         "which of the trained drafts; s3d info lists them",
         metavar="NAME",
-        shown='"default", or the only one',
+        shown="the fastest that s3d tune --drafts found on this device, else the one called "
+        '"default", or the only one',
     )
     max_length: int | None = option(None, "tokens per row at most", shown="the model's")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
@@ -64,6 +65,13 @@ class _Decoding:
         metavar="LAYERS",
         shown="what s3d tune chose for this device, else the draft's own; of self-spec the middle "
         "half, of early-exit the last half",
+    )
+    leaves: str | None = option(
+        None,
+        'of s3d: other candidates that are verified beside the draft tokens, "2+1": two for the '
+        "first, one for the second",
+        metavar="N+N",
+        shown="what s3d tune chose for this device, else none",
     )
     adaptive: bool | None = option(
         None, "of s3d: decode plainly for a while where drafting does not pay", shown="yes"
@@ -127,9 +135,11 @@ def decoding_options(arguments: argparse.Namespace, lm: "LM") -> dict[str, Any]:
     """Keyword arguments of `generate` and `conversation`.
 
     Raises:
-        InputError: --skip names layers that the model does not have.
+        InputError: --skip names layers that the model does not have, or --leaves is no such list.
     """
     options = dataclasses.asdict(build(_Decoding, arguments))
     if options["skip"] is not None:
         options["skip"] = parse_skip(options["skip"], lm.config.num_layers)
+    if options["leaves"] is not None:
+        options["leaves"] = parse_leaves(options["leaves"])
     return {"method": arguments.method, **options, **given(SamplingConfig, arguments)}

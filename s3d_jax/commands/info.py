@@ -321,9 +321,10 @@ def _draft_rows(
 def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
     key, tuned = entry["key"], entry["tuning"]
     skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
+    leaves = f", leaves {'+'.join(map(str, tuned['leaves']))}" if "leaves" in tuned else ""
     return (
         "tuned",
-        f"γ={tuned['gamma']}, layers {skipped} skipped, improvement factor "
+        f"γ={tuned['gamma']}, layers {skipped} skipped{leaves}, improvement factor "
         f"{tuned['improvement_factor']:.2f}; {_precision(key)}, "
         f"draft {key['draft'] or 'untrained'}, {key['device']}",
     )

@@ -230,11 +230,20 @@ def choose(
     Returns:
         int32 [B, T].
     """
-    if noise is not None:
-        # Whole on each device of a mesh, so that sums over the vocabulary are those of one device.
-        logits = constrained(logits, DATA)
-        logits = warp(logits, params, features) + noise
-    return largest(logits)
+    return largest(scores(logits, params, features, noise))
+
+
+def scores(
+    logits: jax.Array,
+    params: SamplingParams,
+    features: SamplingFeatures,
+    noise: jax.Array | None,
+) -> jax.Array:
+    """What `choose` takes the largest of, float32 [B, T, V]."""
+    if noise is None:
+        return logits
+    # Whole on each device of a mesh, so that sums over the vocabulary are those of one device.
+    return warp(constrained(logits, DATA), params, features) + noise
 
 
 def accept(

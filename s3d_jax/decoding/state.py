@@ -73,7 +73,7 @@ class Proposal(NamedTuple):
     """What a drafter proposes.
 
     Attributes:
-        tokens: int32 [B, γ].
+        tokens: int32 [B, γ+k], the draft tokens, then the k leaves beside them.
         cache: the target's cache, whose scratch slots may have been written.
         drafter_state: the drafter's own state; None keeps it as it was.
     """
@@ -84,7 +84,7 @@ class Proposal(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What verifying w proposed tokens gave.
+    """What verifying w proposed tokens gave, leaves included.
 
     Attributes:
         logits: float32 [B, w+1, V], after x_n and after each token; biased and penalized.
@@ -139,9 +139,14 @@ class Proposer:
         raise NotImplementedError
 
     @property
+    def leaf_depths(self) -> tuple[int, ...]:
+        """The place of each leaf that it proposes beside the draft tokens, from 1 (`comb`)."""
+        return ()
+
+    @property
     def block(self) -> int:
         """Slots that an iteration writes after each row's committed tokens, γ+1 or more."""
-        return self.gamma + 1
+        return self.gamma + 1 + len(self.leaf_depths)
 
     @property
     def keeps_state(self) -> bool:
@@ -166,14 +171,14 @@ class Proposer:
         return state
 
     def propose(self, inputs: "Inputs") -> Proposal:
-        """γ draft tokens for each row.
+        """γ draft tokens for each row, and the leaves.
 
         With `DecodeSpec.copies` it is not called in iterations in which all rows copy.
         """
         raise NotImplementedError
 
     def verify(self, inputs: "Inputs", tokens: jax.Array) -> Verified:
-        """The target's pass over x_n and the proposed tokens, int32 [B, γ].
+        """The target's pass over x_n and the proposed tokens, int32 [B, γ+k].
 
         A drafter may let rows of its own ride in this pass (`block`).
         """
@@ -211,6 +216,11 @@ class DecodeSpec:
     def gamma(self) -> int:
         """Draft tokens per iteration; 0 for AR."""
         return 0 if self.drafter is None else self.drafter.gamma
+
+    @property
+    def leaf_depths(self) -> tuple[int, ...]:
+        """The place of each leaf beside the draft tokens, from 1."""
+        return () if self.drafter is None else self.drafter.leaf_depths
 
     @property
     def block(self) -> int:
@@ -363,7 +373,10 @@ def process(
     state: DecodeState,
     proposed_tokens: jax.Array | None = None,
 ) -> jax.Array:
-    """Logit bias and penalties on [B, T, V]; position t has seen proposed_tokens[:, :t] as well."""
+    """Logit bias and penalties on [B, T, V].
+
+    Position t has seen proposed_tokens[:, :t] as well, and a leaf the tokens before its place.
+    """
     sampling = state.sampling
     if spec.features.biased:
         logits = logits + sampling.logit_bias[:, None, :]
@@ -371,7 +384,11 @@ def process(
         counts = jnp.broadcast_to(state.output_counts[:, None], logits.shape)
         if proposed_tokens is not None:
             one_hot = jax.nn.one_hot(proposed_tokens, logits.shape[-1], dtype=jnp.int32)
-            counts = counts.at[:, 1:].add(jnp.cumsum(one_hot, axis=1))
+            depths = spec.leaf_depths if proposed_tokens.shape[1] else ()
+            drafted = proposed_tokens.shape[1] - len(depths)
+            before = jnp.pad(jnp.cumsum(one_hot[:, :drafted], axis=1), ((0, 0), (1, 0), (0, 0)))
+            of_leaves = before[:, np.array(depths, int) - 1] + one_hot[:, drafted:]
+            counts = counts + jnp.concatenate([before, of_leaves], axis=1)
         logits = penalize(logits, sampling, state.prompt_tokens, counts)
     return logits
 
@@ -382,9 +399,16 @@ def last_token(state: DecodeState) -> jax.Array:
 
 
 def verify_pass(inputs: Inputs, proposed_tokens: jax.Array) -> Verified:
-    """The full model over x_n and w proposed tokens."""
+    """The full model over x_n and w proposed tokens, leaves included."""
     config, params, state = inputs.spec.config, inputs.params, inputs.state
     block = jnp.concatenate([last_token(state), proposed_tokens], axis=1)
-    hidden, cache = hidden_states(config, params, block, state.cache, visible=inputs.visible)
+    hidden, cache = hidden_states(
+        config,
+        params,
+        block,
+        state.cache,
+        leaf_depths=inputs.spec.leaf_depths if proposed_tokens.shape[1] else (),
+        visible=inputs.visible,
+    )
     logits = process(inputs.spec, logits_of(config, params, hidden), state, proposed_tokens)
     return Verified(logits, cache, hidden)

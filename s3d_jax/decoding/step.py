@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s3d_jax.decoding.adaptive import settle
+from s3d_jax.decoding.comb import accept_comb, row_depths
 from s3d_jax.decoding.copying import continuation
 from s3d_jax.decoding.sampling import accept, choose
 from s3d_jax.decoding.state import (
@@ -24,26 +25,23 @@ from s3d_jax.decoding.state import (
     verify_pass,
 )
 from s3d_jax.jax_settings import under_usual_jax_settings
+from s3d_jax.nn.cache import moved
 from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.weights.trees import Params
 
 
-def leading_numbers(logits: jax.Array) -> jax.Array:
-    """How many positions of each block come before the first without a usable distribution.
+def are_usable(logits: jax.Array) -> jax.Array:
+    """Which positions have a usable distribution: bool [B, T].
 
     A position has none if some of its logits are NaN or +infinity, or all are -infinity, as after
     an overflow of float16. Single ones may be -infinity (`logit_bias`).
 
     Args:
         logits: float32 [B, T, V].
-
-    Returns:
-        int32 [B], 0 … T.
     """
     # XLA's largest number is not NaN where there are NaN, so these are looked for.
     no_nan = jnp.sum(jnp.isnan(logits), axis=-1, dtype=jnp.int32) == 0
-    finite = jnp.isfinite(jnp.max(logits, axis=-1)) & no_nan
-    return jnp.sum(jnp.cumprod(finite, axis=1, dtype=jnp.int32), axis=1)
+    return jnp.isfinite(jnp.max(logits, axis=-1)) & no_nan
 
 
 def commit(
@@ -63,8 +61,9 @@ def commit(
         proposed_tokens, accepted, bonus: of `accept`.
         drafting_rows, copying_rows: bool [B], whose proposals are of the drafter, and copies; None
             is all, and none.
-        usable: int32 [B], from `leading_numbers`; a row that needs more of the block ends there, as
-            broken. None is all.
+        usable: bool [B, γ+1], whether x_n and each proposed token have a usable distribution after
+            them (`are_usable`). A row that needs one which is not ends there, as broken. None is
+            all.
     """
     length = state.cache.length
     record = 1 + accepted
@@ -77,7 +76,8 @@ def commit(
     block = jnp.where(column == accepted[:, None], bonus[:, None], block)
     wanted = count = jnp.minimum(accepted + 1, state.limit - (length + 1))
     if usable is not None:
-        count = jnp.minimum(count, usable)
+        leading = jnp.sum(jnp.cumprod(usable, axis=1, dtype=jnp.int32), axis=1)
+        count = jnp.minimum(count, leading)
     short = count < wanted
     stops = jnp.any(block[..., None] == state.stop_ids, axis=-1) & (column < count[:, None])
     stopped = jnp.any(stops, axis=1)
@@ -133,6 +133,7 @@ def step(
         assert drafting_rows is not None and copying_rows is not None
         period, n = state.copying.period, state.cache.length
         copied = continuation(state.tokens[:, :visible], n, period, spec.gamma)
+        copied = jnp.pad(copied, ((0, 0), (0, len(spec.leaf_depths))))
 
         def propose(carry: tuple[Any, jax.Array, DecodeState]) -> Any:
             inputs = Inputs(spec, params, drafter_params, carry[2], visible, noise)
@@ -164,7 +165,7 @@ def _proposing_rows(state: DecodeState) -> tuple[jax.Array | None, jax.Array | N
 
 
 def _proposed(inputs: Inputs) -> tuple[jax.Array, DecodeState]:
-    """The drafter's tokens, int32 [B, γ], and the state with what it wrote."""
+    """The drafter's tokens, int32 [B, γ+k], and the state with what it wrote."""
     state, drafter = inputs.state, inputs.spec.drafter
     assert drafter is not None
     proposal = drafter.propose(inputs)
@@ -201,16 +202,27 @@ def _accept_and_commit(
         inputs, proposed_tokens, verified: of the iteration.
         drafting_rows, copying_rows: as in `commit`.
     """
-    spec, logits = inputs.spec, verified.logits
+    spec, logits, noise = inputs.spec, verified.logits, inputs.noise
     state = inputs.state.replace(cache=verified.cache)
-    target = state_constrained(choose(logits, state.sampling, spec.features, inputs.noise))
+    depths = spec.leaf_depths if proposed_tokens.shape[1] else ()
+    if depths and noise is not None:
+        noise = noise[:, row_depths(spec.gamma, depths)]
+    target = state_constrained(choose(logits, state.sampling, spec.features, noise))
+    usable = state_constrained(are_usable(logits))
     proposing = drafting_rows
     if drafting_rows is not None and copying_rows is not None:
         proposing = drafting_rows | copying_rows
-    accepted, bonus = accept(proposed_tokens, target, proposing)
+    if depths:
+        accepted, bonus, path = accept_comb(proposed_tokens, target, depths, proposing)
+        proposed_tokens = jnp.take_along_axis(proposed_tokens, path[:, 1:] - 1, axis=1)
+        usable = jnp.take_along_axis(usable, path, axis=1)
+        # Only the last token of a path can be a leaf.
+        n, last = state.cache.length, jnp.take_along_axis(path, accepted[:, None], axis=1)[:, 0]
+        state = state.replace(cache=moved(state.cache, n + last, n + accepted))
+    else:
+        accepted, bonus = accept(proposed_tokens, target, proposing)
     if (budget := state.budget) is not None and drafting_rows is not None:
         budget = settle(budget, drafting_rows, accepted, state.done)
-    usable = state_constrained(leading_numbers(logits))
     copying = state.copying
     if copying is not None and copying_rows is not None:
         copying = copying.settle(copying_rows & ~state.done, accepted)

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s3d_jax.decoding.sampling import SamplingFeatures, choose
+from s3d_jax.decoding.sampling import SamplingFeatures, scores
 from s3d_jax.decoding.sizes import SlotPlan
 from s3d_jax.decoding.state import Inputs, Proposer, process
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.draft import DraftParams, begin_chain, chained, with_head
 from s3d_jax.nn.features import FeatureDraft
-from s3d_jax.nn.largest import largest
+from s3d_jax.nn.largest import largest, largest_few
 from s3d_jax.nn.transformer import logits_of
 from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, PassCosts, Tuning
 from s3d_jax.settings.model import ModelConfig
@@ -158,48 +158,71 @@ def pick_tokens(
         noise: of these T positions, from `inputs.noise`.
         vocabulary: int32 [V'], the tokens that can be drafted; None is all.
     """
+    return pick_few(inputs, logits, noise, vocabulary, 1)[..., 0]
+
+
+def pick_few(
+    inputs: Inputs,
+    logits: jax.Array,
+    noise: jax.Array | None,
+    vocabulary: jax.Array | None,
+    count: int,
+) -> jax.Array:
+    """`pick_tokens`, and after each token the next best ones: int32 [B, T, count]."""
     spec, state = inputs.spec, inputs.state
     # A broken draft may cost speed but never correctness: NaN would be chosen always.
     logits = jnp.nan_to_num(jnp.clip(logits, -1e30, 1e30))
+
+    def best(x: jax.Array) -> jax.Array:
+        return largest(x)[..., None] if count == 1 else largest_few(x, count)
+
     if vocabulary is not None:
         if spec.features == SamplingFeatures():
-            return vocabulary[largest(logits)]
+            return vocabulary[best(logits)]
         others = jnp.full((*logits.shape[:2], spec.config.vocab_size), -1e30)
         logits = others.at[:, :, vocabulary].set(logits)
-    return choose(process(spec, logits, state), state.sampling, spec.features, noise)
+    return best(scores(process(spec, logits, state), state.sampling, spec.features, noise))
 
 
 def pick_chained(inputs: Inputs, hidden: jax.Array, before: jax.Array | None = None) -> jax.Array:
-    """The draft tokens of a block, the chain's corrections included: int32 [B, γ].
+    """The draft tokens of a block and their leaves, the chain's corrections included.
 
     Args:
         inputs: of the iteration.
         hidden: [B, γ, D], the input of the head.
         before: int32 [B, 1], the token by which the chain corrects the first row; None does not
             correct it.
+
+    Returns:
+        int32 [B, γ+k], as in `Proposal`.
     """
     spec, params, draft = inputs.spec, inputs.params, inputs.drafter_params
     gamma = hidden.shape[1]
+    leaves = [spec.leaf_depths.count(i) for i in range(1, gamma + 1)]
     draft = with_head(spec.config, params, draft)
     logits = logits_of(spec.config, params, hidden, draft)
+    picked: list[jax.Array] = []  # of each row, [B, 1, 1 + its leaves]
     if not draft.chain or (gamma == 1 and before is None):
         noise = None if inputs.noise is None else inputs.noise[:, :gamma]
-        return pick_tokens(inputs, logits, noise, draft.vocabulary)
-    chain = begin_chain(spec.config, params, draft, hidden, logits)
-    counts, rows = inputs.state.output_counts, jnp.arange(hidden.shape[0])
-    tokens: list[jax.Array] = []
-    for i in range(gamma):
-        here = slice(i, i + 1)
-        q = logits[:, here]
-        if before is not None:
-            q = chained(spec.config, params, draft, chain.rows(here), q, before)
-        if tokens and spec.features.penalized:
-            counts = counts.at[rows, tokens[-1][:, 0]].add(1)
-        noise = None if inputs.noise is None else inputs.noise[:, here]
-        state = inputs.state.replace(output_counts=counts)
-        before = pick_tokens(inputs._replace(state=state), q, noise, draft.vocabulary)
-        tokens.append(before)
-    return jnp.concatenate(tokens, axis=1)
+        found = pick_few(inputs, logits, noise, draft.vocabulary, 1 + max(leaves))
+        picked = [found[:, i : i + 1, : 1 + count] for i, count in enumerate(leaves)]
+    else:
+        chain = begin_chain(spec.config, params, draft, hidden, logits)
+        counts, rows = inputs.state.output_counts, jnp.arange(hidden.shape[0])
+        for i, count in enumerate(leaves):
+            here = slice(i, i + 1)
+            q = logits[:, here]
+            if before is not None:
+                q = chained(spec.config, params, draft, chain.rows(here), q, before)
+            if picked and spec.features.penalized:
+                counts = counts.at[rows, picked[-1][:, 0, 0]].add(1)
+            noise = None if inputs.noise is None else inputs.noise[:, here]
+            state = inputs.state.replace(output_counts=counts)
+            known = inputs._replace(state=state)
+            picked.append(pick_few(known, q, noise, draft.vocabulary, 1 + count))
+            before = picked[-1][:, :, 0]
+    tokens = [row[:, :, 0] for row in picked]
+    return jnp.concatenate([*tokens, *(row[:, 0, 1:] for row in picked)], axis=1)
 
 
 def checked_bool(name: str, value: Any) -> bool:

@@ -39,7 +39,7 @@ class Merged(Drafter):
     model: ModelConfig
 
     name: ClassVar[str] = "s3d"
-    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive", "copies")
+    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "leaves", "adaptive", "copies")
 
     @classmethod
     def candidates(cls, target: Target) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ class Merged(Drafter):
 
     @classmethod
     def choose(cls, target: Target, options: Mapping[str, Any]) -> Choice:
-        """Takes γ. Refuses skipped layers, adaptive drafting and copies.
+        """Takes γ. Refuses skipped layers, leaves, adaptive drafting and copies.
 
         Raises:
             ConfigError: a value is wrong, or does not fit the target.

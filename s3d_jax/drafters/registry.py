@@ -108,6 +108,7 @@ def choose(
     *,
     gamma: int | None = None,
     skip: Sequence[bool] | None = None,
+    leaves: Sequence[int] | None = None,
     adaptive: bool | None = None,
     copies: bool | None = None,
     ngram: int | None = None,
@@ -118,8 +119,8 @@ def choose(
     Args:
         target: the model.
         method: one of `method_names()`.
-        gamma, skip, adaptive, copies, ngram: options of the built-in drafters; None where not
-            given.
+        gamma, skip, leaves, adaptive, copies, ngram: options of the built-in drafters; None where
+            not given.
         **own: options of a drafter from outside.
 
     Raises:
@@ -130,7 +131,8 @@ def choose(
 
     if method not in method_names():
         raise ConfigError(f"method must be one of {method_names()}, got {method!r}")
-    options = dict(gamma=gamma, skip=skip, adaptive=adaptive, copies=copies, ngram=ngram) | own
+    options = dict(gamma=gamma, skip=skip, leaves=leaves, adaptive=adaptive, copies=copies)
+    options |= dict(ngram=ngram) | own
     given = {name: value for name, value in options.items() if value is not None}
     if foreign := sorted(set(given) - set(option_names(method))):
         raise ConfigError(

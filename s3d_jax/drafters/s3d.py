@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import jax
 
+from s3d_jax.decoding.comb import leaf_depths
 from s3d_jax.decoding.state import Inputs, Proposal, last_token
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_chained
 from s3d_jax.drafters.merged import Merged
+from s3d_jax.errors import ConfigError
 from s3d_jax.machine import default_device
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import hidden_states
@@ -27,14 +29,14 @@ class S3D(Drafter):
     settings: DraftConfig
 
     name: ClassVar[str] = "s3d"
-    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "adaptive", "copies")
+    options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "leaves", "adaptive", "copies")
 
     @classmethod
     def default_settings(cls, target: Target) -> DraftConfig:
         """The tuned settings where there are some, else the draft's own."""
         if (tuned := target.tuning) is None:
             return target.draft_config
-        return target.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip)
+        return target.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip, leaves=tuned.leaves)
 
     @classmethod
     def candidates(cls, target: Target) -> list[dict[str, Any]]:
@@ -55,32 +57,49 @@ class S3D(Drafter):
         options = dict(options)
         adaptive = checked_bool("adaptive", options.pop("adaptive", True))
         copies = checked_bool("copies", options.pop("copies", adaptive))
+        if {"gamma", "skip"} & set(options):
+            options.setdefault("leaves", ())  # those of tuning are for its other settings
         drafter = super().choose(target, options).drafter
         assert isinstance(drafter, S3D)
         if not adaptive:
             return Choice(drafter, copies=copies)
         tuned, draft = target.tuning, drafter.settings
-        if tuned is not None and (tuned.gamma, tuned.skip) == (draft.gamma, draft.skip):
+        chosen = draft.gamma, draft.skip, draft.leaves
+        if tuned is not None and (tuned.gamma, tuned.skip, tuned.leaves) == chosen:
             return Choice(drafter, tuned.costs, tuned.improvement_factor, copies)
         memory_bound = bound_by_memory(target.config, default_device().platform)
         return Choice(drafter, PassCosts.estimated(draft, memory_bound), copies=copies)
 
     def validate(self, target: Target) -> None:
         self.settings.validate_for(target.config)
+        most, tokens = max(self.settings.leaves, default=0), target.config.vocab_size
+        if target.draft_params.vocabulary is not None:
+            tokens = len(target.draft_params.vocabulary)
+        if most >= tokens:
+            raise ConfigError(
+                f"leaves (--leaves) has {most} beside one draft token, and the draft has only "
+                f"{tokens} tokens to choose from"
+            )
 
     def params(self, target: Target) -> Any:
         return target.draft_params
 
     def described(self, target: Target, costs: PassCosts | None) -> dict[str, Any]:
-        """γ; what is skipped, where that is not the draft's own; where the costs come from."""
+        """γ; skipped layers that are not the draft's own; leaves; where the costs come from."""
         found: dict[str, Any] = {"gamma": self.gamma}
         if self.settings.skip != target.draft_config.skip:
             found["skip"] = self.settings.skip
+        if self.leaf_depths:
+            found["leaves"] = self.settings.leaves
         found["adaptive"] = costs is not None
         if costs is not None:
             tuned = target.tuning is not None and costs == target.tuning.costs
             found["costs"] = "tuned" if tuned else "measured"
         return found
+
+    @property
+    def leaf_depths(self) -> tuple[int, ...]:
+        return leaf_depths(self.settings.leaves)
 
     def propose(self, inputs: Inputs) -> Proposal:
         hidden, cache = self.draft_pass(inputs)

@@ -37,6 +37,9 @@ class GenerateOptions(TypedDict, total=False):
             untrained methods 4.
         skip: one entry per layer, True = the draft skips it; the default as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
+        leaves: of "s3d": how many other candidates for the first, second, … draft token are
+            verified with them; the default as with gamma, else none. They pay where more rows cost
+            a pass little, as on GPUs.
         adaptive: of "s3d": each row decodes plainly for a while where drafting does not pay
             (default); False always drafts, as merged drafts do in any case.
         copies: of "s3d": where a text repeats itself, a row proposes what followed the last time,
@@ -56,6 +59,7 @@ class GenerateOptions(TypedDict, total=False):
     method: str
     gamma: int | None
     skip: Sequence[bool] | None
+    leaves: Sequence[int] | None
     adaptive: bool | None
     copies: bool | None
     ngram: int | None
@@ -111,6 +115,7 @@ def check_options(
     method: str = registry.DEFAULT,
     gamma: int | None = None,
     skip: Sequence[bool] | None = None,
+    leaves: Sequence[int] | None = None,
     adaptive: bool | None = None,
     copies: bool | None = None,
     ngram: int | None = None,
@@ -124,8 +129,8 @@ def check_options(
     Args:
         target: the model.
         rows: B.
-        max_new_tokens, method, gamma, skip, adaptive, copies, ngram, stop, eos_token_ids, seed: see
-            GenerateOptions.
+        max_new_tokens, method, gamma, skip, leaves, adaptive, copies, ngram, stop, eos_token_ids,
+            seed: see GenerateOptions.
         **others: sampling settings, and options that only a drafter from outside takes.
 
     Raises:
@@ -141,6 +146,7 @@ def check_options(
         method,
         gamma=gamma,
         skip=skip,
+        leaves=leaves,
         adaptive=adaptive,
         copies=copies,
         ngram=ngram,

@@ -91,24 +91,70 @@ def layout_of_merged(
         slots, visible: as in `layout_after_committed`.
     """
     t, m = num_tokens, num_masks
-    count = t * (1 + m)
-    written, ring = _in_slots(cache, count, slots, visible)
-    row = written - cache.length[:, None]  # of the block; below 0 for committed tokens
     of_masks = np.repeat(np.arange(t), m)
     token = np.concatenate([np.arange(t), of_masks])  # that a row is, or belongs to
     first = np.concatenate([np.arange(t), t + m * of_masks])
-    last = np.arange(count)
+    last = np.arange(t * (1 + m))
     if bidirectional:
         last = np.concatenate([np.arange(t), first[t:] + m - 1])
+    places = token + np.concatenate([np.zeros(t, int), np.tile(np.arange(1, m + 1), t)])
+    return _layout_of_branches(cache, token, first, last, places, slots, visible)
+
+
+def layout_of_comb(
+    cache: KVCache,
+    num_tokens: int,
+    leaf_depths: tuple[int, ...],
+    slots: int,
+    visible: int | None = None,
+) -> Layout:
+    """The layout of a comb: tokens after each row's committed ones, then leaves beside them.
+
+    A leaf at depth i stands where token i of the block does, and sees the tokens before that one
+    and itself. The key of a leaf is scratch, in a slot after those of the tokens.
+
+    Args:
+        cache: holds the committed length of each row.
+        num_tokens: of the block without the leaves.
+        leaf_depths: of each leaf, from 1.
+        slots, visible: as in `layout_after_committed`.
+    """
+    tokens = np.arange(num_tokens)
+    own = np.arange(num_tokens + len(leaf_depths))
+    trunk = np.concatenate([tokens, np.array(leaf_depths, int) - 1])
+    places = np.concatenate([tokens, np.array(leaf_depths, int)])
+    return _layout_of_branches(cache, trunk, own, own, places, slots, visible)
+
+
+def _layout_of_branches(
+    cache: KVCache,
+    trunk: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    places: np.ndarray,
+    slots: int,
+    visible: int | None,
+) -> Layout:
+    """The layout of a block after each row's committed tokens that is no plain sequence.
+
+    Args:
+        cache: holds the committed length of each row.
+        trunk, first, last: int [T]; a row of the block sees the committed tokens, the block's rows
+            up to `trunk`, and those from `first` to `last`.
+        places: int [T], the position of each row, counted from the first one's.
+        slots, visible: as in `layout_after_committed`.
+    """
+    count = len(trunk)
+    written, ring = _in_slots(cache, count, slots, visible)
+    row = written - cache.length[:, None]  # of the block; below 0 for committed tokens
     at = row[:, None]
-    seen = (at <= token[:, None]) | ((at >= first[:, None]) & (at <= last[:, None]))
+    seen = (at <= trunk[:, None]) | ((at >= first[:, None]) & (at <= last[:, None]))
     if ring:
         seen &= written[:, None] >= 0
-    offsets = token + np.concatenate([np.zeros(t, int), np.tile(np.arange(1, m + 1), t)])
-    positions = cache.length[:, None] + offsets.astype(np.int32)
-    mask = row - t
-    of_mask = cache.length[:, None] + mask // m + mask % m + 1
-    slot_positions = jnp.where((row >= t) & (row < count), of_mask, written)
+    offsets = jnp.asarray(places, jnp.int32)
+    positions = cache.length[:, None] + offsets
+    of_row = cache.length[:, None] + offsets[jnp.clip(row, 0, count - 1)]
+    slot_positions = jnp.where((row >= 0) & (row < count), of_row, written)
     return Layout(cache.length, positions, slot_positions, seen, ring)
 
 

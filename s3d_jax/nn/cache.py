@@ -196,6 +196,27 @@ def write(cache: Stored, new: jax.Array, start: jax.Array, ring: bool = False) -
     return jax.tree.map(lambda x, block: _write(x, block, start, ring), cache, written)
 
 
+def moved(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
+    """The cache with what is at one position of each row at another one as well.
+
+    Args:
+        cache: any.
+        source, target: int [B]; the position after `target` must have a slot too.
+    """
+
+    def move(x: jax.Array) -> jax.Array:
+        ring = x.shape[2] < cache.slots
+        # The next slot is written as it is, for the reason that `_write` gives.
+        at = jnp.stack([source, target + 1], axis=1)
+        if ring:
+            at %= x.shape[2]
+        block = jnp.take_along_axis(x, at[:, None, :, None], axis=2)
+        return _write(x, block, target, ring)
+
+    keys, values = jax.tree.map(move, (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
+
+
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array, ring: bool) -> jax.Array:
     if ring:
         at = (start[:, None] + jnp.arange(new.shape[2])) % cache.shape[2]

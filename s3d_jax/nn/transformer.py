@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.keys import make_key
 from s3d_jax.mesh import DATA, MODEL, constrained
-from s3d_jax.nn.attention import Attention, Layout, layout_after_committed, layout_of_merged
+from s3d_jax.nn.attention import (
+    Attention,
+    Layout,
+    layout_after_committed,
+    layout_of_comb,
+    layout_of_merged,
+)
 from s3d_jax.nn.cache import KVCache, init_cache
 from s3d_jax.nn.draft import (
     DraftParams,
@@ -136,6 +142,7 @@ class Transformer(nn.Module):
         draft: DraftParams | None = None,
         num_masks: int = 0,
         mask_places: MaskPlaces = "each",
+        leaf_depths: tuple[int, ...] = (),
         bidirectional: bool = False,
         visible: int | None = None,
         layout: Layout | None = None,
@@ -160,6 +167,9 @@ class Transformer(nn.Module):
                 whole = layout_of_merged(
                     cache, tokens.shape[1], num_masks, bidirectional, slots, visible
                 )
+            elif leaf_depths:
+                count = x.shape[1] - len(leaf_depths)
+                whole = layout_of_comb(cache, count, leaf_depths, slots, visible)
             else:
                 whole = layout_after_committed(cache, x.shape[1], bidirectional, slots, visible)
             if whole.ring and slots < (window or slots) + x.shape[1] - 1:
@@ -292,6 +302,7 @@ def hidden_states(
     draft: DraftParams | None = None,
     num_masks: int = 0,
     mask_places: MaskPlaces = "each",
+    leaf_depths: tuple[int, ...] = (),
     bidirectional: bool = False,
     visible: int | None = None,
     layout: Layout | None = None,
@@ -313,6 +324,8 @@ def hidden_states(
         mask_places: static. "each": the masks follow each token, and what is of the draft is so for
             all rows. "last": they follow all tokens, which run as the target (`layout_of_merged`).
             "alone": there are no others, T·num_masks in all; `tokens` count, and do nothing else.
+        leaf_depths: static; the last of the tokens are leaves of a comb, at these depths
+            (`layout_of_comb`).
         bidirectional: the block's tokens see each other both ways, not only backwards.
         visible: static; only the first `visible` slots of the cache are read, so that a long cache
             costs nothing while it is empty. The block must end before it. None reads all.
@@ -332,6 +345,7 @@ def hidden_states(
         draft=draft,
         num_masks=num_masks,
         mask_places=mask_places,
+        leaf_depths=leaf_depths,
         bidirectional=bidirectional,
         visible=visible,
         layout=layout,

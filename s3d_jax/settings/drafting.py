@@ -7,9 +7,10 @@ from typing import Any, Literal, Self
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.options import option
-from s3d_jax.settings.records import Record, check, is_positive
+from s3d_jax.settings.records import Record, check, is_integer, is_positive
 
 MAX_NGRAM = 64
+MAX_LEAVES = 16
 
 
 def default_name(kind: str) -> str:
@@ -29,6 +30,18 @@ def symmetric_skip(num_layers: int, num_skipped: int) -> tuple[bool, ...]:
     )
     first = (num_layers - num_skipped + 1) // 2
     return tuple(first <= i < first + num_skipped for i in range(num_layers))
+
+
+def parse_leaves(text: str) -> tuple[int, ...]:
+    """ "2+1" -> (2, 1); "0" or "" are none.
+
+    Raises:
+        InputError: it is something else.
+    """
+    parts = text.replace(" ", "").split("+") if text.strip() else []
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f'--leaves takes numbers like "2+1", got {text!r}')
+    return tuple(map(int, parts))
 
 
 def parse_skip(text: str, num_layers: int) -> tuple[bool, ...]:
@@ -62,12 +75,15 @@ class DraftConfig(Record):
         block_attention: inside the draft block, "causal" or "bidirectional".
         mode: "two-pass" drafts in a pass of its own, before verification. "merged" drafts within
             the verify pass, for the next iteration, and runs all layers.
+        leaves: other candidates for the first, second, … draft token, that many of each, which the
+            verify pass checks as well (`decoding.comb`). A choice for a device, not of a draft.
     """
 
     skip: tuple[bool, ...]
     gamma: int = 4
     block_attention: Literal["causal", "bidirectional"] = "causal"
     mode: Literal["two-pass", "merged"] = "two-pass"
+    leaves: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +102,22 @@ class DraftConfig(Record):
             "a merged draft runs within the verify pass, through all layers: it skips none (leave "
             "out skip, --skip), or it is two-pass",
         )
+        check(
+            isinstance(self.leaves, tuple)
+            and all(is_integer(n) and n >= 0 for n in self.leaves)
+            and sum(self.leaves) <= MAX_LEAVES,
+            "leaves (--leaves) must say how many candidates the first, second, … draft token has "
+            f"beside it, {MAX_LEAVES} in all at most, got {self.leaves!r:.80}",
+        )
+        check(
+            len(self.leaves) <= self.gamma,
+            f"leaves (--leaves) has {len(self.leaves)} entries, and there are only {self.gamma} "
+            "draft tokens (gamma, --gamma)",
+        )
+        check(
+            self.mode != "merged" or not any(self.leaves),
+            "a merged draft has no leaves (--leaves): its verify pass is full of its own masks",
+        )
 
     def validate_for(self, config: ModelConfig) -> None:
         """Raises ConfigError unless `skip` has one entry per layer of the model."""
@@ -95,10 +127,12 @@ class DraftConfig(Record):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Leaves out the mode "two-pass", the only one that older versions know."""
+        """For JSON, without what older versions do not know, where it is as they have it."""
         fields = super().to_dict()
         if self.mode == "two-pass":
             del fields["mode"]
+        if not self.leaves:
+            del fields["leaves"]
         return fields
 
     @property
@@ -162,15 +196,19 @@ class Tuning:
         gamma, skip: as in DraftConfig.
         costs: of the passes with these settings.
         improvement_factor: speed over that of plain decoding; below 1, S3D does not pay.
+        leaves: as in DraftConfig; `costs.verify[gamma]` includes them.
     """
 
     gamma: int
     skip: tuple[bool, ...]
     costs: PassCosts
     improvement_factor: float
+    leaves: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", DraftConfig(self.skip, self.gamma).skip)  # checks them
+        checked = DraftConfig(self.skip, self.gamma, leaves=self.leaves)
+        object.__setattr__(self, "skip", checked.skip)
+        object.__setattr__(self, "leaves", checked.leaves)
         if len(self.costs.verify) != self.gamma + 1:
             raise ConfigError(f"there are no costs for each of 0 … {self.gamma} draft tokens")
         object.__setattr__(self, "improvement_factor", float(self.improvement_factor))
@@ -185,8 +223,11 @@ class Tuning:
         return cls(**{**fields, "costs": PassCosts.from_dict(fields["costs"])})
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+        """For JSON. No leaves are left out: older versions do not know them."""
+        fields = dataclasses.asdict(self)
+        if not self.leaves:
+            del fields["leaves"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)

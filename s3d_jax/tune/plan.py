@@ -22,6 +22,7 @@ from s3d_jax.tune.acceptance import (
     num_measured,
     write_texts,
 )
+from s3d_jax.tune.combs import Comb, combs_of, with_fastest, worth_trying
 from s3d_jax.tune.costs import Clock, Costs, num_programs
 from s3d_jax.tune.search import Search, num_judged, search
 
@@ -80,8 +81,10 @@ class TuningPlan:
         candidates: the sets of layers, by their size, with their improvement factors.
         costs: of the passes; the predictions use them.
         checks: predictions that were measured.
-        tuning: the choice: the fastest of the checked settings, or without checks the best
-            prediction.
+        combs: leaves beside the draft tokens of the choice, and none, compared; empty where none
+            can pay, or without checks.
+        tuning: the choice: the fastest of the checked settings, with the leaves of the fastest
+            comb; or without checks the best prediction.
         calibration_prompts, calibration_tokens, check_prompts: what was decoded.
         held_out: whether the check uses other prompts than the prediction.
     """
@@ -89,6 +92,7 @@ class TuningPlan:
     candidates: tuple[Candidate, ...]
     costs: Costs
     checks: tuple[Check, ...]
+    combs: tuple[Comb, ...]
     tuning: Tuning
     calibration_prompts: int
     calibration_tokens: int
@@ -108,6 +112,7 @@ class TuningPlan:
             "costs": dataclasses.asdict(self.costs),
             "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
             "checks": [dataclasses.asdict(c) | {"error": c.error} for c in self.checks],
+            "combs": [dataclasses.asdict(comb) for comb in self.combs],
             "calibration_prompts": self.calibration_prompts,
             "calibration_tokens": self.calibration_tokens,
             "check_prompts": self.check_prompts,
@@ -192,11 +197,19 @@ def tune(
         in_turns = _with_settings(lm, settings)
         rows = decoded(in_turns, others, max_new_tokens, "checking", progress)
     checks = _compared(candidates, settings, rows)
+    tuning, combs = choose(candidates, costs, checks), tuple[Comb, ...]()
+    if checks and (tried := worth_trying(costs, tuning)):
+        tried = [(), *tried]
+        in_turns = _with_settings(lm, [(tuning.skip, tuning.gamma)] * len(tried), tried)
+        rows = decoded(in_turns, others, max_new_tokens, "combing", progress)
+        combs = combs_of(tried, rows)
+        tuning = with_fastest(tuning, combs, costs)
     return TuningPlan(
         candidates=tuple(candidates),
         costs=costs,
         checks=checks,
-        tuning=choose(candidates, costs, checks),
+        combs=combs,
+        tuning=tuning,
         calibration_prompts=len(calibration),
         calibration_tokens=texts.new_tokens,
         check_prompts=len(others) if checks else 0,
@@ -261,11 +274,14 @@ def _to_check(candidates: Sequence[Candidate], count: int) -> list[Setting]:
     return [(candidate.skip, gamma) for candidate, gamma in chosen]
 
 
-def _with_settings(lm: LM, settings: Sequence[Setting]) -> list[Ours]:
-    """Plain decoding, and S3D with each of the settings."""
+def _with_settings(
+    lm: LM, settings: Sequence[Setting], combs: Sequence[tuple[int, ...]] | None = None
+) -> list[Ours]:
+    """Plain decoding, and S3D with each of the settings, with the leaves of each comb."""
     ours = [Ours("ar", {}, lm)]
-    for skip, gamma in settings:
-        ours.append(Ours("s3d", {"gamma": gamma, "skip": skip, "adaptive": False}, lm))
+    for (skip, gamma), leaves in zip(settings, combs or [()] * len(settings), strict=True):
+        options = {"gamma": gamma, "skip": skip, "leaves": leaves, "adaptive": False}
+        ours.append(Ours("s3d", options, lm))
     return ours
 
 

@@ -62,12 +62,18 @@ def table(report: Mapping[str, Any]) -> str:
                 map(_check_cells, checks),
             ),
         ]
+    if combs := report["combs"]:
+        lines += ["", "Other candidates beside the draft tokens, with the fastest setting:", ""]
+        headings = ("leaves", "τ", "IF meas.", "same as AR")
+        lines += markdown(headings, [_comb_cells(comb) for comb in combs])
     draft, verify = tuning["costs"]["draft"], tuning["costs"]["verify"][-1]
+    chosen = f"γ={tuning['gamma']}, layers {skipped(tuning['skip'])} skipped"
+    if tuning.get("leaves"):
+        chosen += f", leaves {joined(tuning['leaves'])}"
     lines += [
         "",
-        f"Chosen: γ={tuning['gamma']}, layers {skipped(tuning['skip'])} skipped; improvement "
-        f"factor {tuning['improvement_factor']:.2f}, draft pass {draft:.2f} and verify pass "
-        f"{verify:.2f} steps.",
+        f"Chosen: {chosen}; improvement factor {tuning['improvement_factor']:.2f}, draft pass "
+        f"{draft:.2f} and verify pass {verify:.2f} steps.",
     ]
     if not report["pays"]:
         lines += [
@@ -75,6 +81,11 @@ def table(report: Mapping[str, Any]) -> str:
             '(method="ar"). What is chosen is what S3D loses least with.'
         ]
     return "\n".join(lines)
+
+
+def joined(leaves: Sequence[int]) -> str:
+    """Leaves as options take them: "2+1"."""
+    return "+".join(map(str, leaves))
 
 
 def comparison(report: Mapping[str, Any]) -> str:
@@ -111,12 +122,23 @@ def comparison(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _comb_cells(comb: Mapping[str, Any]) -> list[str]:
+    return [
+        joined(comb["leaves"]) or "none",
+        f"{comb['tokens_per_iteration']:.2f}",
+        f"{comb['measured']:.2f} ± {comb['spread']:.2f}",
+        f"{100 * comb['identical_to_ar']:.0f} %",
+    ]
+
+
 def _settings(settings: Mapping[str, Any]) -> str:
     parts = [f"γ={settings['gamma']}"]
     if settings.get("mode") == "merged":
         parts.append("merged")
     if "skip" in settings:
         parts.append(f"skip {skipped(settings['skip'])}")
+    if "leaves" in settings:
+        parts.append(f"leaves {joined(settings['leaves'])}")
     return ", ".join(parts)
 
 

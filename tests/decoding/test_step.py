@@ -311,9 +311,14 @@ def test_the_state_is_donated_and_no_second_cache_lives(prompts):
 @pytest.mark.parametrize(
     "program, name",
     combinations(
-        ["prefill", "decode", "merged"],
+        ["prefill", "decode", "merged", "comb"],
         BATCHES,
-        quick=[("prefill", "ragged"), ("decode", "one row"), ("merged", "one row")],
+        quick=[
+            ("prefill", "ragged"),
+            ("decode", "one row"),
+            ("merged", "one row"),
+            ("comb", "one row"),
+        ],
     ),
 )
 def test_programs_copy_no_cache_inside(program, name):
@@ -332,6 +337,9 @@ def test_programs_copy_no_cache_inside(program, name):
                 CONFIG, PARAMS, state.tokens[:, :64], state.cache, jnp.int32(0), 64
             )
         else:
+            if program == "comb":
+                settings = spec.drafter.settings.replace(leaves=(2, 1))
+                spec = dataclasses.replace(spec, drafter=S3D(settings))
             recalls = noisy_draft(CONFIG, PARAMS, spec.drafter.settings, recall=CONFIG.num_layers)
             lowered = decode_jit.lower(spec, PARAMS, recalls, state, jnp.int32(5), 64)
         memory = lowered.compile().memory_analysis()

@@ -10,7 +10,7 @@ import pytest
 
 import s3d_jax
 from s3d_jax.commands.main import main
-from s3d_jax.decoding.step import leading_numbers
+from s3d_jax.decoding.step import are_usable
 from s3d_jax.drafters import registry
 from s3d_jax.errors import CheckpointError, NumericalError
 from s3d_jax.lm import LM
@@ -102,7 +102,8 @@ def test_a_forbidden_token_is_no_error():
 def test_which_logits_are_numbers():
     nan, inf = np.nan, np.inf
     rows = [[[0, 1], [-inf, 0]], [[nan, 0], [0, 0]], [[0, 0], [0, inf]], [[0, 0], [-inf, -inf]]]
-    assert leading_numbers(jnp.array(rows, jnp.float32)).tolist() == [2, 0, 1, 1]
+    usable = are_usable(jnp.array(rows, jnp.float32)).tolist()
+    assert usable == [[True, True], [False, True], [True, False], [True, False]]
 
 
 @pytest.fixture(scope="module")
