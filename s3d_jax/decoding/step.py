@@ -25,7 +25,7 @@ from s3d_jax.decoding.state import (
     verify_pass,
 )
 from s3d_jax.jax_settings import under_usual_jax_settings
-from s3d_jax.nn.cache import moved
+from s3d_jax.nn.cache import KVCache, moved
 from s3d_jax.nn.sharding import state_constrained
 from s3d_jax.weights.trees import Params
 
@@ -217,8 +217,8 @@ def _accept_and_commit(
         proposed_tokens = jnp.take_along_axis(proposed_tokens, path[:, 1:] - 1, axis=1)
         usable = jnp.take_along_axis(usable, path, axis=1)
         # Only the last token of a path can be a leaf.
-        n, last = state.cache.length, jnp.take_along_axis(path, accepted[:, None], axis=1)[:, 0]
-        state = state.replace(cache=moved(state.cache, n + last, n + accepted))
+        last = jnp.take_along_axis(path, accepted[:, None], axis=1)[:, 0]
+        state = state.replace(cache=_at_its_place(state.cache, last, accepted))
     else:
         accepted, bonus = accept(proposed_tokens, target, proposing)
     if (budget := state.budget) is not None and drafting_rows is not None:
@@ -236,6 +236,24 @@ def _accept_and_commit(
         inputs = inputs._replace(state=state)
         state = state.replace(drafter_state=spec.drafter.update(inputs, verified, accepted))
     return state_constrained(state)
+
+
+def _at_its_place(cache: KVCache, last: jax.Array, accepted: jax.Array) -> KVCache:
+    """The cache with the last committed token's key and value after those of the others.
+
+    Args:
+        cache: after the verify pass.
+        last: int32 [B], the row of the block that holds it.
+        accepted: int32 [B], the place where it belongs.
+    """
+    n = cache.length
+
+    def move(carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        return jnp.bool(False), moved(carry[1], n + last, n + accepted)
+
+    # One turn, or mostly none; see `step`. A move takes two kernels for each array of the cache.
+    needed = jnp.any(last != accepted)
+    return jax.lax.while_loop(lambda carry: carry[0], move, (needed, cache))[1]
 
 
 @under_usual_jax_settings

@@ -80,8 +80,8 @@ def init_cache(
     """An empty cache for `batch` rows of `slots` positions.
 
     A pass over T tokens writes T slots, the first at each row's length. XLA clamps a write that
-    does not fit, and it then overwrites committed slots. Callers therefore keep γ+1 slots of slack
-    after the last token that a row may commit.
+    does not fit, and it then overwrites committed slots. Callers therefore keep slack for a whole
+    block (`SlotPlan.block`) after the last token that a row may commit.
 
     Args:
         config, batch, slots: the model, B and S.
