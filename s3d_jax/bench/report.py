@@ -13,6 +13,7 @@ from typing import Any
 
 from s3d_jax.errors import InputError
 from s3d_jax.machine import machine_name
+from s3d_jax.settings.drafting import shown_leaves
 
 _GIB = 2**30
 
@@ -49,7 +50,7 @@ def label(row: Mapping[str, Any]) -> str:
             skipped = [i for i, s in enumerate(value) if s]
             words.append(f"skip {ranges(skipped)}")
         elif name == "leaves":
-            words.append(f"leaves {'+'.join(map(str, value))}")
+            words.append(f"leaves {shown_leaves(value)}")
         elif name == "adaptive":
             words += [] if value else ["fixed"]
         elif name == "costs":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from s3d_jax.commands.generation import ModelOptions, add_model
 from s3d_jax.errors import InputError
 from s3d_jax.settings.arguments import add_options, given
+from s3d_jax.settings.drafting import shown_leaves
 
 _CONTEXT = 2048  # tokens
 
@@ -321,7 +322,7 @@ def _draft_rows(
 def _tuning_row(entry: dict[str, Any]) -> tuple[str, str]:
     key, tuned = entry["key"], entry["tuning"]
     skipped = [i for i, skip in enumerate(tuned["skip"]) if skip]
-    leaves = f", leaves {'+'.join(map(str, tuned['leaves']))}" if "leaves" in tuned else ""
+    leaves = f", leaves {shown_leaves(tuned['leaves'])}" if "leaves" in tuned else ""
     return (
         "tuned",
         f"γ={tuned['gamma']}, layers {skipped} skipped{leaves}, improvement factor "

@@ -140,7 +140,11 @@ class Proposer:
 
     @property
     def leaf_depths(self) -> tuple[int, ...]:
-        """The place of each leaf that it proposes beside the draft tokens, from 1 (`comb`)."""
+        """The place of each leaf that it proposes beside the draft tokens, from 1 (`comb`).
+
+        With leaves `update` gets what was verified in the order of the block, and an accepted leaf
+        is not where the draft token of its place is.
+        """
         return ()
 
     @property
@@ -221,6 +225,10 @@ class DecodeSpec:
     def leaf_depths(self) -> tuple[int, ...]:
         """The place of each leaf beside the draft tokens, from 1."""
         return () if self.drafter is None else self.drafter.leaf_depths
+
+    def depths_in(self, proposed_tokens: jax.Array) -> tuple[int, ...]:
+        """The place of each leaf among proposed tokens, which are none in plain iterations."""
+        return self.leaf_depths if proposed_tokens.shape[1] else ()
 
     @property
     def block(self) -> int:
@@ -384,7 +392,7 @@ def process(
         counts = jnp.broadcast_to(state.output_counts[:, None], logits.shape)
         if proposed_tokens is not None:
             one_hot = jax.nn.one_hot(proposed_tokens, logits.shape[-1], dtype=jnp.int32)
-            depths = spec.leaf_depths if proposed_tokens.shape[1] else ()
+            depths = spec.depths_in(proposed_tokens)
             drafted = proposed_tokens.shape[1] - len(depths)
             before = jnp.pad(jnp.cumsum(one_hot[:, :drafted], axis=1), ((0, 0), (1, 0), (0, 0)))
             of_leaves = before[:, np.array(depths, int) - 1] + one_hot[:, drafted:]
@@ -407,7 +415,7 @@ def verify_pass(inputs: Inputs, proposed_tokens: jax.Array) -> Verified:
         params,
         block,
         state.cache,
-        leaf_depths=inputs.spec.leaf_depths if proposed_tokens.shape[1] else (),
+        leaf_depths=inputs.spec.depths_in(proposed_tokens),
         visible=inputs.visible,
     )
     logits = process(inputs.spec, logits_of(config, params, hidden), state, proposed_tokens)

@@ -204,7 +204,7 @@ def _accept_and_commit(
     """
     spec, logits, noise = inputs.spec, verified.logits, inputs.noise
     state = inputs.state.replace(cache=verified.cache)
-    depths = spec.leaf_depths if proposed_tokens.shape[1] else ()
+    depths = spec.depths_in(proposed_tokens)
     if depths and noise is not None:
         noise = noise[:, row_depths(spec.gamma, depths)]
     target = state_constrained(choose(logits, state.sampling, spec.features, noise))
@@ -218,6 +218,7 @@ def _accept_and_commit(
         usable = jnp.take_along_axis(usable, path, axis=1)
         # Only the last token of a path can be a leaf.
         last = jnp.take_along_axis(path, accepted[:, None], axis=1)[:, 0]
+        last = jnp.where(state.done, accepted, last)
         state = state.replace(cache=_at_its_place(state.cache, last, accepted))
     else:
         accepted, bonus = accept(proposed_tokens, target, proposing)

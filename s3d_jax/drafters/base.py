@@ -181,7 +181,13 @@ def pick_few(
             return vocabulary[best(logits)]
         others = jnp.full((*logits.shape[:2], spec.config.vocab_size), -1e30)
         logits = others.at[:, :, vocabulary].set(logits)
-    return best(scores(process(spec, logits, state), state.sampling, spec.features, noise))
+    processed = process(spec, logits, state)
+    found = scores(processed, state.sampling, spec.features, noise)
+    if count > 1 and noise is not None:
+        # Greedy rows are warped to one token alone, which says nothing of the next ones.
+        greedy = state.sampling.temperature == 0
+        found = jnp.where(greedy[:, None, None], processed, found)
+    return best(found)
 
 
 def pick_chained(inputs: Inputs, hidden: jax.Array, before: jax.Array | None = None) -> jax.Array:

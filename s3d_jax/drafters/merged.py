@@ -15,7 +15,7 @@ from s3d_jax.decoding.state import Inputs, Proposal, Verified, last_token, proce
 from s3d_jax.drafters.base import Choice, Drafter, Target, checked_bool, pick_chained
 from s3d_jax.errors import ConfigError
 from s3d_jax.nn.transformer import hidden_states, logits_of
-from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, checked_leaves
 from s3d_jax.settings.model import ModelConfig
 
 
@@ -53,6 +53,10 @@ class Merged(Drafter):
             ConfigError: a value is wrong, or does not fit the target.
         """
         options = dict(options)
+        if any(checked_leaves(options.pop("leaves", ()), target.draft_config.gamma)):
+            raise ConfigError(
+                "a merged draft has no leaves (--leaves): its verify pass is full of its own masks"
+            )
         for name in ("adaptive", "copies"):
             if checked_bool(name, options.pop(name, False)):
                 raise ConfigError(

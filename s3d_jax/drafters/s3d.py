@@ -17,16 +17,23 @@ from s3d_jax.errors import ConfigError
 from s3d_jax.machine import default_device
 from s3d_jax.nn.cache import KVCache
 from s3d_jax.nn.transformer import hidden_states
-from s3d_jax.settings.drafting import DraftConfig, PassCosts
+from s3d_jax.settings.drafting import DraftConfig, PassCosts, checked_leaves
 from s3d_jax.settings.model import ModelConfig
-from s3d_jax.weights.formats import bound_by_memory
+from s3d_jax.weights.formats import bound_by_memory, exact_sums
 
 
 @dataclasses.dataclass(frozen=True)
 class S3D(Drafter):
-    """Drafts γ tokens at once: x_n and γ-1 mask tokens run through the kept layers."""
+    """Drafts γ tokens at once: x_n and γ-1 mask tokens run through the kept layers.
+
+    Attributes:
+        settings: of the draft.
+        leaves: other candidates for the first, second, … draft token, that many of each, which the
+            verify pass checks as well (`decoding.comb`).
+    """
 
     settings: DraftConfig
+    leaves: tuple[int, ...] = ()
 
     name: ClassVar[str] = "s3d"
     options: ClassVar[tuple[str, ...]] = ("gamma", "skip", "leaves", "adaptive", "copies")
@@ -36,14 +43,14 @@ class S3D(Drafter):
         """The tuned settings where there are some, else the draft's own."""
         if (tuned := target.tuning) is None:
             return target.draft_config
-        return target.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip, leaves=tuned.leaves)
+        return target.draft_config.replace(gamma=tuned.gamma, skip=tuned.skip)
 
     @classmethod
     def candidates(cls, target: Target) -> list[dict[str, Any]]:
         if target.draft_config.mode == "merged":
             return Merged.candidates(target)
         usual = cls.default_settings(target).gamma
-        return [{"gamma": gamma} for gamma in sorted({2, 3, 4, 6, usual})]
+        return [{}, *({"gamma": gamma} for gamma in (2, 3, 4, 6) if gamma != usual)]
 
     @classmethod
     def choose(cls, target: Target, options: Mapping[str, Any]) -> Choice:
@@ -57,22 +64,31 @@ class S3D(Drafter):
         options = dict(options)
         adaptive = checked_bool("adaptive", options.pop("adaptive", True))
         copies = checked_bool("copies", options.pop("copies", adaptive))
-        if {"gamma", "skip"} & set(options):
-            options.setdefault("leaves", ())  # those of tuning are for its other settings
-        drafter = super().choose(target, options).drafter
-        assert isinstance(drafter, S3D)
+        tuned = target.tuning
+        leaves = options.pop("leaves", None)
+        if leaves is None:  # those of tuning are for its own settings
+            leaves = () if tuned is None or {"gamma", "skip"} & set(options) else tuned.leaves
+        settings = cls.default_settings(target).replace(**options)
+        drafter = cls(settings, checked_leaves(leaves, settings.gamma))
+        drafter.validate(target)
         if not adaptive:
             return Choice(drafter, copies=copies)
-        tuned, draft = target.tuning, drafter.settings
-        chosen = draft.gamma, draft.skip, draft.leaves
+        chosen = settings.gamma, settings.skip, drafter.leaves
         if tuned is not None and (tuned.gamma, tuned.skip, tuned.leaves) == chosen:
             return Choice(drafter, tuned.costs, tuned.improvement_factor, copies)
         memory_bound = bound_by_memory(target.config, default_device().platform)
-        return Choice(drafter, PassCosts.estimated(draft, memory_bound), copies=copies)
+        return Choice(drafter, PassCosts.estimated(settings, memory_bound), copies=copies)
 
     def validate(self, target: Target) -> None:
         self.settings.validate_for(target.config)
-        most, tokens = max(self.settings.leaves, default=0), target.config.vocab_size
+        if not self.leaves:
+            return
+        if exact_sums(target.config) and default_device().platform == "cpu":
+            raise ConfigError(
+                "leaves (--leaves) would change last bits of this model, whose texts are the same "
+                "bits on CPUs by every method: leave them out (they seldom pay on CPUs)"
+            )
+        most, tokens = max(self.leaves), target.config.vocab_size
         if target.draft_params.vocabulary is not None:
             tokens = len(target.draft_params.vocabulary)
         if most >= tokens:
@@ -90,7 +106,7 @@ class S3D(Drafter):
         if self.settings.skip != target.draft_config.skip:
             found["skip"] = self.settings.skip
         if self.leaf_depths:
-            found["leaves"] = self.settings.leaves
+            found["leaves"] = self.leaves
         found["adaptive"] = costs is not None
         if costs is not None:
             tuned = target.tuning is not None and costs == target.tuning.costs
@@ -99,7 +115,7 @@ class S3D(Drafter):
 
     @property
     def leaf_depths(self) -> tuple[int, ...]:
-        return leaf_depths(self.settings.leaves)
+        return leaf_depths(self.leaves)
 
     def propose(self, inputs: Inputs) -> Proposal:
         hidden, cache = self.draft_pass(inputs)

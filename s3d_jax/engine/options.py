@@ -38,8 +38,8 @@ class GenerateOptions(TypedDict, total=False):
         skip: one entry per layer, True = the draft skips it; the default as with gamma. For
             "self-spec" the middle half, for "early-exit" the last half by default.
         leaves: of "s3d": how many other candidates for the first, second, … draft token are
-            verified with them; the default as with gamma, else none. They pay where more rows cost
-            a pass little, as on GPUs.
+            verified with them; None takes the tuned ones with the tuned gamma and skip, else none.
+            They pay where more rows cost a pass little, as on GPUs.
         adaptive: of "s3d": each row decodes plainly for a while where drafting does not pay
             (default); False always drafts, as merged drafts do in any case.
         copies: of "s3d": where a text repeats itself, a row proposes what followed the last time,

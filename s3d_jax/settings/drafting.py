@@ -1,13 +1,13 @@
 """Settings of the drafters, what passes cost, and what tuning chose."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.options import option
-from s3d_jax.settings.records import Record, check, is_integer, is_positive
+from s3d_jax.settings.records import Record, check, is_integer, is_list, is_positive, plain
 
 MAX_NGRAM = 64
 MAX_LEAVES = 16
@@ -33,15 +33,44 @@ def symmetric_skip(num_layers: int, num_skipped: int) -> tuple[bool, ...]:
 
 
 def parse_leaves(text: str) -> tuple[int, ...]:
-    """ "2+1" -> (2, 1); "0" or "" are none.
+    """ "2+1" -> (2, 1); "0" is none.
 
     Raises:
         InputError: it is something else.
     """
-    parts = text.replace(" ", "").split("+") if text.strip() else []
+    parts = text.replace(" ", "").split("+")
     if not all(part.isdecimal() for part in parts):
         raise InputError(f'--leaves takes numbers like "2+1", got {text!r}')
     return tuple(map(int, parts))
+
+
+def shown_leaves(leaves: Sequence[int]) -> str:
+    """As `parse_leaves` takes them."""
+    return "+".join(map(str, leaves)) or "0"
+
+
+def checked_leaves(leaves: Any, gamma: int) -> tuple[int, ...]:
+    """Numbers of leaves beside the first, second, … draft token, without zeros at the end.
+
+    Raises:
+        ConfigError: they are no such numbers, too many, or for more than γ draft tokens.
+    """
+    found = plain(leaves)
+    check(
+        is_list(found)
+        and all(is_integer(n) and n >= 0 for n in found)
+        and sum(found) <= MAX_LEAVES,
+        "leaves (--leaves) must say how many candidates the first, second, … draft token has "
+        f"beside it, {MAX_LEAVES} in all at most, got {leaves!r:.80}",
+    )
+    while found and not found[-1]:
+        found = found[:-1]
+    check(
+        len(found) <= gamma,
+        f"leaves (--leaves) has {len(found)} entries, and there are only {gamma} draft tokens "
+        "(gamma, --gamma)",
+    )
+    return tuple(found)
 
 
 def parse_skip(text: str, num_layers: int) -> tuple[bool, ...]:
@@ -75,15 +104,12 @@ class DraftConfig(Record):
         block_attention: inside the draft block, "causal" or "bidirectional".
         mode: "two-pass" drafts in a pass of its own, before verification. "merged" drafts within
             the verify pass, for the next iteration, and runs all layers.
-        leaves: other candidates for the first, second, … draft token, that many of each, which the
-            verify pass checks as well (`decoding.comb`). A choice for a device, not of a draft.
     """
 
     skip: tuple[bool, ...]
     gamma: int = 4
     block_attention: Literal["causal", "bidirectional"] = "causal"
     mode: Literal["two-pass", "merged"] = "two-pass"
-    leaves: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,22 +128,6 @@ class DraftConfig(Record):
             "a merged draft runs within the verify pass, through all layers: it skips none (leave "
             "out skip, --skip), or it is two-pass",
         )
-        check(
-            isinstance(self.leaves, tuple)
-            and all(is_integer(n) and n >= 0 for n in self.leaves)
-            and sum(self.leaves) <= MAX_LEAVES,
-            "leaves (--leaves) must say how many candidates the first, second, … draft token has "
-            f"beside it, {MAX_LEAVES} in all at most, got {self.leaves!r:.80}",
-        )
-        check(
-            len(self.leaves) <= self.gamma,
-            f"leaves (--leaves) has {len(self.leaves)} entries, and there are only {self.gamma} "
-            "draft tokens (gamma, --gamma)",
-        )
-        check(
-            self.mode != "merged" or not any(self.leaves),
-            "a merged draft has no leaves (--leaves): its verify pass is full of its own masks",
-        )
 
     def validate_for(self, config: ModelConfig) -> None:
         """Raises ConfigError unless `skip` has one entry per layer of the model."""
@@ -127,12 +137,10 @@ class DraftConfig(Record):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without what older versions do not know, where it is as they have it."""
+        """For JSON. Leaves out the mode "two-pass", the only one that older versions know."""
         fields = super().to_dict()
         if self.mode == "two-pass":
             del fields["mode"]
-        if not self.leaves:
-            del fields["leaves"]
         return fields
 
     @property
@@ -196,7 +204,7 @@ class Tuning:
         gamma, skip: as in DraftConfig.
         costs: of the passes with these settings.
         improvement_factor: speed over that of plain decoding; below 1, S3D does not pay.
-        leaves: as in DraftConfig; `costs.verify[gamma]` includes them.
+        leaves: of `drafters.s3d.S3D`; `costs.verify[gamma]` includes them.
     """
 
     gamma: int
@@ -206,9 +214,8 @@ class Tuning:
     leaves: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        checked = DraftConfig(self.skip, self.gamma, leaves=self.leaves)
-        object.__setattr__(self, "skip", checked.skip)
-        object.__setattr__(self, "leaves", checked.leaves)
+        object.__setattr__(self, "skip", DraftConfig(self.skip, self.gamma).skip)  # checks them
+        object.__setattr__(self, "leaves", checked_leaves(self.leaves, self.gamma))
         if len(self.costs.verify) != self.gamma + 1:
             raise ConfigError(f"there are no costs for each of 0 … {self.gamma} draft tokens")
         object.__setattr__(self, "improvement_factor", float(self.improvement_factor))

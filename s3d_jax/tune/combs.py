@@ -9,12 +9,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from s3d_jax.lm import LM
+from s3d_jax.machine import default_device
 from s3d_jax.settings.drafting import PassCosts, Tuning
 from s3d_jax.tune.costs import Costs
+from s3d_jax.weights.formats import exact_sums
 
 # Candidates, from the most to the fewest. By simulation on SmolLM2's draft they commit 14, 10 and 6
 # percent more tokens (docs/log), and one leaf more adds ever less.
 COMBS: tuple[tuple[int, ...], ...] = ((2, 1), (2,), (1,))
+MOST_ROWS = max(map(sum, COMBS))
 _WORTH = 1.05  # of an iteration without leaves: what one with them may cost to be tried
 
 
@@ -23,7 +27,7 @@ class Comb:
     """A comb that was tried.
 
     Attributes:
-        leaves: as in DraftConfig.
+        leaves: of `drafters.s3d.S3D`.
         measured: speed over plain decoding; of no leaves, (), what the others compare with.
         spread: its standard deviation over the repeats.
         tokens_per_iteration: τ.
@@ -37,11 +41,17 @@ class Comb:
     identical_to_ar: float
 
 
+def extra_rows(lm: LM) -> int:
+    """Rows that verify passes must be timed with, beyond those of the longest draft."""
+    exact = exact_sums(lm.config) and default_device().platform == "cpu"
+    return 0 if exact else MOST_ROWS
+
+
 def worth_trying(costs: Costs, tuning: Tuning) -> list[tuple[int, ...]]:
     """The combs that may pay with these settings.
 
     Args:
-        costs: of the passes. A verify pass costs the same for a leaf and for a draft token.
+        costs: of the passes, with `extra_rows`. A leaf costs what a draft token costs.
         tuning: the choice without leaves.
     """
     most, chosen = len(costs.verify) - 1, tuning.costs.iteration(tuning.gamma)

@@ -41,7 +41,8 @@ class Costs:
     """Seconds per iteration of one row.
 
     Attributes:
-        verify: without a draft pass, with w = 0 … γ draft tokens. The first is an AR step.
+        verify: without a draft pass, with w = 0, 1, … draft tokens, the largest γ of `draft` or
+            more. The first is an AR step.
         draft: what the draft pass adds, by γ and the number of layers kept. Between two measured
             numbers of layers it is interpolated.
         visible: slots of the cache that were read.
@@ -97,6 +98,7 @@ class Clock:
         texts: what is decoded. The programs read as much of the cache as these texts' tokens see on
             average.
         max_new_tokens: limit that the texts were written with.
+        extra: verify passes of so many more tokens than the largest γ are timed, too.
         progress: called after each program is compiled, `num_programs` times.
     """
 
@@ -107,10 +109,12 @@ class Clock:
         gammas: Sequence[int],
         texts: Texts,
         max_new_tokens: int,
+        extra: int = 0,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._lm, self._skips, self._gammas = lm, skips, gammas
-        most, whole = max(gammas), (False,) * lm.config.num_layers
+        self._most = most = max(gammas) + extra
+        whole = (False,) * lm.config.num_layers
         sampling, features = _greedy(lm)
         specs: dict[Any, DecodeSpec] = {0: DecodeSpec(lm.config, None, features)}
         for w in range(1, most + 1):
@@ -160,7 +164,7 @@ class Clock:
             g: {layers - sum(s): max(median[sum(s), g] - median[g], 1e-9) for s in self._skips}
             for g in self._gammas
         }
-        verify = tuple(median[w] for w in range(max(self._gammas) + 1))
+        verify = tuple(median[w] for w in range(self._most + 1))
         return Costs(verify, draft, self.visible)
 
     def _time(self, name: Any) -> float:
@@ -176,9 +180,9 @@ class Clock:
         return (time.perf_counter() - start) / count
 
 
-def num_programs(skips: Sequence[Skip], gammas: Sequence[int]) -> int:
+def num_programs(skips: Sequence[Skip], gammas: Sequence[int], extra: int = 0) -> int:
     """How many programs a `Clock` compiles."""
-    return 1 + max(gammas) + len(skips) * len(gammas)
+    return 1 + max(gammas) + extra + len(skips) * len(gammas)
 
 
 class _RepeatLast(Drafter):

@@ -22,7 +22,7 @@ from s3d_jax.tune.acceptance import (
     num_measured,
     write_texts,
 )
-from s3d_jax.tune.combs import Comb, combs_of, with_fastest, worth_trying
+from s3d_jax.tune.combs import Comb, combs_of, extra_rows, with_fastest, worth_trying
 from s3d_jax.tune.costs import Clock, Costs, num_programs
 from s3d_jax.tune.search import Search, num_judged, search
 
@@ -170,13 +170,15 @@ def tune(
     found = search(kind, judge, progress("searching", num_judged(kind, lm.config.num_layers)))
     own = lm.draft_config.skip
     timed = list({sum(skip): skip for skip in (found[0], found[-1], own)}.values())
+    extra = extra_rows(lm)
     clock = Clock(
         lm,
         timed,
         gammas,
         texts,
         max_new_tokens,
-        progress("compiling", num_programs(timed, gammas)),
+        extra,
+        progress("compiling", num_programs(timed, gammas, extra)),
     )
     step = progress("accepting", num_measured(found, own))
     expected = fit_acceptance(found, own, gammas, judge.acceptance, step)

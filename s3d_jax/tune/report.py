@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from s3d_jax.bench.report import check_plot, markdown, ranges, save_plot
+from s3d_jax.settings.drafting import shown_leaves
 
 # Both take the JSON object of the command: TuningPlan.to_dict() and the options.
 
@@ -69,7 +70,7 @@ def table(report: Mapping[str, Any]) -> str:
     draft, verify = tuning["costs"]["draft"], tuning["costs"]["verify"][-1]
     chosen = f"γ={tuning['gamma']}, layers {skipped(tuning['skip'])} skipped"
     if tuning.get("leaves"):
-        chosen += f", leaves {joined(tuning['leaves'])}"
+        chosen += f", leaves {shown_leaves(tuning['leaves'])}"
     lines += [
         "",
         f"Chosen: {chosen}; improvement factor {tuning['improvement_factor']:.2f}, draft pass "
@@ -81,11 +82,6 @@ def table(report: Mapping[str, Any]) -> str:
             '(method="ar"). What is chosen is what S3D loses least with.'
         ]
     return "\n".join(lines)
-
-
-def joined(leaves: Sequence[int]) -> str:
-    """Leaves as options take them: "2+1"."""
-    return "+".join(map(str, leaves))
 
 
 def comparison(report: Mapping[str, Any]) -> str:
@@ -124,7 +120,7 @@ def comparison(report: Mapping[str, Any]) -> str:
 
 def _comb_cells(comb: Mapping[str, Any]) -> list[str]:
     return [
-        joined(comb["leaves"]) or "none",
+        shown_leaves(comb["leaves"]),
         f"{comb['tokens_per_iteration']:.2f}",
         f"{comb['measured']:.2f} ± {comb['spread']:.2f}",
         f"{100 * comb['identical_to_ar']:.0f} %",
@@ -138,7 +134,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     if "skip" in settings:
         parts.append(f"skip {skipped(settings['skip'])}")
     if "leaves" in settings:
-        parts.append(f"leaves {joined(settings['leaves'])}")
+        parts.append(f"leaves {shown_leaves(settings['leaves'])}")
     return ", ".join(parts)
 
 

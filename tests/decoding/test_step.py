@@ -338,8 +338,8 @@ def test_programs_copy_no_cache_inside(program, name):
             )
         else:
             if program == "comb":
-                settings = spec.drafter.settings.replace(leaves=(2, 1))
-                spec = dataclasses.replace(spec, drafter=S3D(settings))
+                spec = dataclasses.replace(spec, drafter=S3D(spec.drafter.settings, (2, 1)))
+                state = begin(spec, prompts, [90] * len(prompts), slots, state.sampling)
             recalls = noisy_draft(CONFIG, PARAMS, spec.drafter.settings, recall=CONFIG.num_layers)
             lowered = decode_jit.lower(spec, PARAMS, recalls, state, jnp.int32(5), 64)
         memory = lowered.compile().memory_analysis()

@@ -7,7 +7,7 @@ import pytest
 
 from s3d_jax.settings.drafting import PassCosts, Tuning
 from s3d_jax.texts.suites import Prompt
-from s3d_jax.tune import combs, plan
+from s3d_jax.tune import plan
 from s3d_jax.tune.combs import Comb, with_fastest, worth_trying
 from s3d_jax.tune.costs import Costs
 from s3d_jax.tune.report import table
@@ -53,28 +53,27 @@ def test_the_fastest_comb_is_kept():
 
 
 def test_tuning_decodes_with_leaves_and_shows_it(monkeypatch):
-    """With rows that cost nothing; the times are of a clock that favours one comb."""
-    monkeypatch.setattr(combs, "_WORTH", 1e9)
+    """The times are of a clock that favours one comb."""
+    monkeypatch.setattr(plan, "worth_trying", lambda *_: [(2, 1), (2,)])
     real = plan.decoded
     seen = []
 
     def timed(contestants, prompts, max_new_tokens, what, progress):
         rows = real(contestants, prompts, max_new_tokens, what, progress)
         if what == "combing":
-            seen.extend(c.settings.get("leaves") for c in contestants)
             for contestant, row in zip(contestants, rows, strict=True):
-                row["seconds"] = {None: 4.0, (2,): 1.0}.get(contestant.settings.get("leaves"), 2.0)
+                seen.append(contestant.settings.get("leaves"))
+                row["seconds"] = {None: 4.0, (2,): 1.0}.get(seen[-1], 2.0)
         return rows
 
     monkeypatch.setattr(plan, "decoded", timed)
     prompts = [Prompt("a", np.arange(1, n, dtype=np.int32)) for n in (3, 6)]
     lm = tiny_lm(num_layers=2)
-    found = plan.tune(lm, prompts, gammas=(1, 3), max_new_tokens=6, check=1)
-    gamma = found.tuning.gamma
-    assert seen == [None, (), *[c for c in ((2, 1), (2,), (1,)) if gamma + sum(c) <= 3]]
-    if gamma == 1:  # with three draft tokens there are no costs of more rows
-        assert found.tuning.leaves == (2,) and found.tuning.improvement_factor == 4.0
-        assert [comb.identical_to_ar for comb in found.combs] == [1.0, 1.0, 1.0]
-        report = {**found.to_dict(), "model": "m", "precision": "float32", "draft": None}
-        shown = table({**report, "search": "symmetric", "suites": ["a"]})
-        assert "| 2 " in shown and "skipped, leaves 2; improvement factor 4.00" in shown
+    found = plan.tune(lm, prompts, gammas=(3,), max_new_tokens=6, check=1)
+    assert seen == [None, (), (2, 1), (2,)]
+    assert found.tuning.leaves == (2,) and found.tuning.improvement_factor == 4.0
+    assert found.tuning.costs.verify[3] == found.costs.verify[5] / found.costs.step
+    assert [comb.identical_to_ar for comb in found.combs] == [1.0, 1.0, 1.0]
+    report = {**found.to_dict(), "model": "m", "precision": "float32", "draft": None}
+    shown = table({**report, "search": "symmetric", "suites": ["a"]})
+    assert "| 2+1 " in shown and "skipped, leaves 2; improvement factor 4.00" in shown

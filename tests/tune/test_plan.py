@@ -110,14 +110,14 @@ def test_the_clock_times_all_passes(monkeypatch):
     texts = write_texts(lm, [Prompt("a", np.arange(1, 9, dtype=np.int32))], 16)
     skips = [symmetric_skip(2, 1), symmetric_skip(2, 0)]
     compiled = []
-    clock = Clock(lm, skips, (2,), texts, 16, lambda: compiled.append(1))
-    assert len(compiled) == num_programs(skips, (2,)) == 1 + 2 + 2
+    clock = Clock(lm, skips, (2,), texts, 16, 1, lambda: compiled.append(1))
+    assert len(compiled) == num_programs(skips, (2,), 1) == 1 + 2 + 1 + 2
     clock.take_turns(2)
     costs = clock.costs()
-    assert len(costs.verify) == 3 and min(costs.verify) > 0
+    assert len(costs.verify) == 4 and min(costs.verify) > 0
     assert {g: set(by_depth) for g, by_depth in costs.draft.items()} == {2: {1, 2}}
     # It looked at the clock for all; now it is told what it sees, 3 s too much in one turn of each.
-    seconds = {0: 2.0, 1: 2.1, 2: 2.5, (0, 2): 4.5, (1, 2): 3.0}
+    seconds = {0: 2.0, 1: 2.1, 2: 2.5, 3: 2.6, (0, 2): 4.5, (1, 2): 3.0}
     turns = Counter()
 
     def told(name):
@@ -128,12 +128,12 @@ def test_the_clock_times_all_passes(monkeypatch):
     clock.take_turns(9)
     assert turns == dict.fromkeys(seconds, 9)
     costs = clock.costs()
-    assert costs.verify == (2.0, 2.1, 2.5) and costs.draft == {2: {1: 0.5, 2: 2.0}}
+    assert costs.verify == (2.0, 2.1, 2.5, 2.6) and costs.draft == {2: {1: 0.5, 2: 2.0}}
     short = Texts(np.ones((1, 2), np.int32), (1,), (2,))
     assert clock.visible == 64 and _mean_visible(lm, short, 1, 40) == 96  # 2 · 40 + 3 and the rest
 
 
-def test_a_plan_of_a_tiny_model():
+def test_a_plan_of_a_tiny_model(monkeypatch):
     lm = tiny_lm(num_layers=2)
     prompts = [Prompt("a", np.arange(1, n, dtype=np.int32)) for n in (3, 5, 9, 12)]
     stages = []
@@ -146,6 +146,7 @@ def test_a_plan_of_a_tiny_model():
 
         return step
 
+    monkeypatch.setattr("s3d_jax.tune.plan.worth_trying", lambda *_: [])  # whatever the times are
     plan = tune(lm, prompts, gammas=(1, 2), max_new_tokens=12, check=2, progress=progress)
     assert [s[0] for s in stages] == [
         *("writing", "searching", "compiling", "accepting", "timing", "checking")
