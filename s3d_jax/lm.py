@@ -308,12 +308,16 @@ class LM:
 
     @property
     def draft_model(self) -> "LM | None":
-        """The second model; one of another vocabulary or mesh raises ConfigError."""
+        """The second model; another vocabulary or mesh is a ConfigError, no LM an InputError."""
         return self._draft_model
 
     @draft_model.setter
     def draft_model(self, model: "LM | None") -> None:
         if model is not None:
+            if not isinstance(model, LM):
+                raise InputError(
+                    f"draft_model is an LM (s3d_jax.load makes one), got {model!r:.80}"
+                )
             _check_same_vocabulary(self, model)
             if mesh_of(model.params) != mesh_of(self.params):
                 raise ConfigError(

@@ -259,5 +259,8 @@ def check_plot(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 's3d-jax[plots]'")
-    if path.suffix != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if path.suffix != ".png" or path.is_dir() or not folder.is_dir():
         raise InputError(f"--plot takes the name of a .png file in an existing folder, got {path}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {folder}: give --plot another place")

@@ -29,12 +29,13 @@ prints for each: speed with and without prefill, time to the first token, compil
 acceptance, improvement over plain decoding, whether the output is the same, memory."""
 
 _EPILOG = """\
-methods: s3d, ar, prompt-lookup, self-spec, early-exit, two-model (with --draft-model); where torch
-is installed, HF transformers on the same weights: hf, hf-prompt-lookup; and, where llama-cpp-python
-is, llama.cpp on --gguf: llama.cpp, llama.cpp-prompt-lookup. A method runs with the settings that
-are fastest on a few of the prompts, or with given ones: s3d:gamma=4, self-spec:gamma=2:skip=3-6,
-prompt-lookup:gamma=4:ngram=2, hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts, and
-s3d:copies=no never copies from the text. Each setting is a row of its own.
+methods: s3d, ar, prompt-lookup, self-spec, early-exit, eagle and medusa (with a draft of that
+kind), two-model (with --draft-model); where torch is installed, HF transformers on the same
+weights: hf, hf-prompt-lookup; and, where llama-cpp-python is, llama.cpp on --gguf: llama.cpp,
+llama.cpp-prompt-lookup. A method runs with the settings that are fastest on a few of the prompts,
+or with given ones: s3d:gamma=4, self-spec:gamma=2:skip=3-6, prompt-lookup:gamma=4:ngram=2,
+hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts, s3d:copies=no never copies from the text,
+and s3d:leaves=2+1 verifies other candidates as well. Each setting is a row of its own.
 
 examples:
   s3d bench --plot bench.png

@@ -58,6 +58,7 @@ def run_add(arguments: argparse.Namespace) -> int:
     from convert.sources import hub
     from s3d_jax.drafters.portable import FILES, add_draft
     from s3d_jax.drafters.stored import S3D, draft_kind
+    from s3d_jax.settings.drafting import default_name
 
     folder = Path(arguments.source)
     if not folder.exists():
@@ -65,6 +66,8 @@ def run_add(arguments: argparse.Namespace) -> int:
     added = add_draft(folder, arguments.model, arguments.name, overwrite=arguments.overwrite)
     print(f"draft {added.name!r} is in {added}")
     kind = draft_kind(arguments.model, added.name)
-    method = "" if kind == S3D else f" --method {kind}"
-    print(f'next: s3d generate "Once upon a time" --model {arguments.model}{method}')
+    options = "" if kind == S3D else f" --method {kind}"
+    if added.name != default_name(kind):
+        options += f" --draft {added.name}"
+    print(f'next: s3d generate "Once upon a time" --model {arguments.model}{options}')
     return 0

@@ -275,7 +275,10 @@ def _drafts_to_compare(folder: Path, options: _Options, draft: str | None) -> di
             "not known here: name those to compare (--drafts NAME,NAME)"
         )
     if len(kinds) < 2:
-        raise InputError(f"--drafts compares two drafts or more, got {', '.join(names) or 'none'}")
+        raise InputError(
+            f"--drafts compares two drafts or more, got {', '.join(names) or 'none'}: leave it out "
+            "to tune one, or add another (s3d train --name, s3d draft add --name)"
+        )
     return kinds
 
 

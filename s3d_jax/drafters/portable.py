@@ -21,9 +21,13 @@ import numpy as np
 
 from s3d_jax.drafters.stored import (
     KINDS,
+    S3D,
     StoredDraft,
     check_name,
     check_vocabulary,
+    choose_draft,
+    draft_kind,
+    draft_names,
     draft_tree,
     read_draft,
     save_draft,
@@ -63,6 +67,7 @@ def export_draft(
     from safetensors.numpy import save
 
     header = read_header(model)
+    choose_draft(model, name, draft_kind(model, name) if name in draft_names(model) else S3D)
     draft = read_draft(model, name, header.config)
     assert draft.params is not None  # read_draft read the weights
     arrays = {path: np.asarray(x) for path, x in flatten(draft_tree(draft.params)).items()}

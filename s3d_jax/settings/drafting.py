@@ -116,13 +116,17 @@ class DraftConfig(Record):
         _check_gamma(self.gamma)
         check(
             isinstance(self.skip, tuple),
-            f"skip must be a list with one entry per layer, got {self.skip!r}",
+            "skip must be a list with one entry per layer, True where it is skipped (as "
+            f"symmetric_skip makes it), got {self.skip!r:.80}",
         )
         check(
             all(isinstance(s, bool) for s in self.skip),
-            f"skip must hold only True and False, got {self.skip}",
+            f"skip must hold only True and False, one for each layer, got {self.skip!s:.80}",
         )
-        check(not all(self.skip), f"skip {self.skip} keeps no layer; the draft needs at least one")
+        check(
+            not all(self.skip),
+            f"skip (--skip) skips all {len(self.skip)} layers; the draft needs at least one",
+        )
         check(
             self.mode != "merged" or not any(self.skip),
             "a merged draft runs within the verify pass, through all layers: it skips none (leave "

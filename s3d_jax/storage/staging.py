@@ -145,8 +145,8 @@ def check_replaceable(out: str | os.PathLike[str], overwrite: bool) -> None:
         raise _write_error(shown, error) from error
     if not overwrite:
         raise CheckpointError(
-            f"{out} exists and is not empty: choose another folder, or replace it with --overwrite "
-            "(overwrite=True)"
+            f"{out} exists and is not empty: choose another folder"
+            + (", or replace it with --overwrite (overwrite=True)" if is_checkpoint else "")
         )
     if not is_checkpoint:
         raise CheckpointError(

@@ -408,7 +408,9 @@ def _check_destination(
     check_name(config.draft_name, config.kind)
     if config.mode == "full":
         if config.out is None:
-            raise ConfigError("mode 'full' changes the target: say where the new one goes (out)")
+            raise ConfigError(
+                "mode 'full' changes the target: say where the new one goes (out, --out)"
+            )
         check_apart(config.out, model)
         check_replaceable(config.out, overwrite)
     elif config.out is not None:

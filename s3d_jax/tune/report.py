@@ -7,6 +7,8 @@ from typing import Any
 from s3d_jax.bench.report import check_plot, markdown, ranges, save_plot
 from s3d_jax.settings.drafting import shown_leaves
 
+_LEAST = 0.01  # steps; a draft pass that seems to cost less was mismeasured
+
 # Both take the JSON object of the command: TuningPlan.to_dict() and the options.
 
 
@@ -27,6 +29,8 @@ def table(report: Mapping[str, Any]) -> str:
     for kept in depths:
         each = (f"{costs['draft'][g][kept] / step:.2f}" for g in gammas)
         cost_rows.append([f"draft pass, {kept} layers", *each])
+    of_depths = [[costs["draft"][g][kept] for kept in depths] for g in gammas]
+    contradict = any(row != sorted(row) or row[0] < _LEAST * step for row in of_depths)
     surface = []
     for c in candidates:
         factors = c["improvement_factor"].values()
@@ -41,7 +45,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['precision']}, draft {report['draft'] or 'untrained'}, "
         f"{report['search']} sets: {report['calibration_prompts']} prompts "
-        f"({', '.join(report['suites'])}), {report['calibration_tokens']} tokens",
+        f"({', '.join(report['suites'])}), {report['calibration_tokens']} tokens in all",
         "",
         f"Costs in steps of plain decoding ({1e3 * step:.3g} ms, {costs['visible']} slots read):",
         "",
@@ -53,6 +57,12 @@ def table(report: Mapping[str, Any]) -> str:
             ["layers", "skipped", *(f"γ={g}" for g in gammas), "τ", "accepted by position"], surface
         ),
     ]
+    if contradict:
+        lines += [
+            "",
+            "The costs of the draft pass contradict each other: something else ran on this "
+            "machine. Run the command again with nothing else running.",
+        ]
     if checks:
         lines += [
             "",

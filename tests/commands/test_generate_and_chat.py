@@ -81,7 +81,7 @@ def test_skip_names_the_layers_that_the_draft_skips(native, capsys):
     for options, message in (
         (["--skip", "9"], "--skip 9: the model has the layers 0 to 4"),
         (["--skip", "two"], "--skip takes layers like"),
-        (["--skip", "0-4"], "keeps no layer"),
+        (["--skip", "0-4"], "skips all"),
         (["--skip", "1", "--method", "prompt-lookup"], "has no skip"),
     ):
         assert main([*base, *options]) == 2

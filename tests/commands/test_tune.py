@@ -121,7 +121,7 @@ def test_drafts_are_compared_and_the_fastest_is_kept(several, monkeypatch, capsy
 def test_mistakes_about_drafts(several, capsys):
     model, suite = several
     for options, message in (
-        (["--drafts", "deep"], "compares two drafts or more, got deep"),
+        (["--drafts", "deep"], "compares two drafts or more, got deep: leave it out to tune one"),
         (["--drafts", "deep,none"], "has no draft 'none': it has an-eagle, deep, flat, joined"),
         (["--drafts", "all", "--draft", "deep"], "leave it out with --drafts"),
         (["--drafts", "all", "--plot", "t.png"], "--plot shows the tuning of one draft"),

@@ -102,7 +102,7 @@ def test_an_empty_text_is_refused(baby):
         ({"gamma": 2.5}, "gamma"),
         ({"gamma": 0, "method": "ar"}, "gamma"),
         ({"skip": (True, False)}, "skip has 2 entries, the model has 4 layers"),
-        ({"skip": (True,) * 4}, "keeps no layer"),
+        ({"skip": (True,) * 4}, "skips all"),
         ({"method": "hydra"}, "method must be one of"),
         ({"method": "medusa"}, "s3d train --kind medusa"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

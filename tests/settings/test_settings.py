@@ -100,7 +100,7 @@ def test_rope_config_refuses(fields, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"skip": (True, True)}, "keeps no layer"),
+        ({"skip": (True, True)}, "skips all"),
         ({"skip": (True, 0)}, "True and False"),
         ({"skip": 2}, "skip must be a list"),
         ({"skip": "no"}, "skip must be a list"),

@@ -286,7 +286,7 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
         (("--skip", "two"), "--skip takes layers"),
         (("--skip", "2-1"), "--skip takes layers"),
         (("--skip", "2-"), "--skip takes layers"),
-        (("--skip", "0-3"), "keeps no layer"),
+        (("--skip", "0-3"), "skips all"),
         (("--skip", ""), "--bridge-rank: no layer is skipped"),
         (("--skip", "", "--recall", "1"), "--bridge-rank, --recall: no layer is skipped"),
         (("--draft-mode", "merged"), "--bridge-rank: no layer is skipped"),
