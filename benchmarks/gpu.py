@@ -238,6 +238,8 @@ def texts(options: argparse.Namespace) -> Findings:
         methods = (
             "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4:copies=no,s3d:gamma=4"
         )
+        if not options.small:  # int8 models on CPUs take no leaves
+            methods += "".join(f",s3d:gamma=4:leaves={n}:adaptive=no" for n in ("2+1", "4+2+2"))
         if importlib.util.find_spec("torch") and not options.small:
             methods += ",hf"
         command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]
