@@ -83,7 +83,7 @@ class S3D(Drafter):
         self.settings.validate_for(target.config)
         if not self.leaves:
             return
-        if exact_sums(target.config) and default_device().platform == "cpu":
+        if not takes_leaves(target.config):
             raise ConfigError(
                 "leaves (--leaves) would change last bits of this model, whose texts are the same "
                 "bits on CPUs by every method: leave them out (they seldom pay on CPUs)"
@@ -134,6 +134,14 @@ class S3D(Drafter):
             bidirectional=self.settings.block_attention == "bidirectional",
             visible=inputs.visible,
         )
+
+
+def takes_leaves(config: ModelConfig) -> bool:
+    """Whether a model's texts are those of plain decoding with leaves too, on this device.
+
+    Where a token has the same bits in any block, a leaf, in a slot of its own, would have others.
+    """
+    return not exact_sums(config) or default_device().platform != "cpu"
 
 
 def drafter_of(draft: DraftConfig, model: ModelConfig) -> S3D | Merged:

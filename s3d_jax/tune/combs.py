@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from s3d_jax.drafters.s3d import takes_leaves
 from s3d_jax.lm import LM
 from s3d_jax.machine import default_device
 from s3d_jax.settings.drafting import PassCosts, Tuning
 from s3d_jax.tune.costs import Costs
-from s3d_jax.weights.formats import exact_sums
+from s3d_jax.weights.formats import bound_by_memory
 
 # Candidates, from the most to the fewest. On SmolLM2 they commit 16, 11 and 7 percent more tokens
 # (docs/log), and one leaf more adds ever less.
@@ -43,8 +44,8 @@ class Comb:
 
 def extra_rows(lm: LM) -> int:
     """Rows that verify passes must be timed with, beyond those of the longest draft."""
-    exact = exact_sums(lm.config) and default_device().platform == "cpu"
-    return 0 if exact else MOST_ROWS
+    cheap = bound_by_memory(lm.config, default_device().platform)
+    return MOST_ROWS if cheap and takes_leaves(lm.config) else 0
 
 
 def worth_trying(costs: Costs, tuning: Tuning) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from s3d_jax.bench import measure
 from s3d_jax.bench.contestants import Ours
+from s3d_jax.drafters.s3d import takes_leaves
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.jax_settings import under_usual_jax_settings
 from s3d_jax.lm import LM
@@ -200,10 +201,11 @@ def tune(
         rows = decoded(in_turns, others, max_new_tokens, "checking", progress)
     checks = _compared(candidates, settings, rows)
     tuning, combs = choose(candidates, costs, checks), tuple[Comb, ...]()
-    if checks and (tried := worth_trying(costs, tuning)):
-        tried = [(), *tried]
+    worth = worth_trying(costs, tuning) if checks and takes_leaves(lm.config) else []
+    if worth:
+        tried = [(), *worth]
         in_turns = _with_settings(lm, [(tuning.skip, tuning.gamma)] * len(tried), tried)
-        rows = decoded(in_turns, others, max_new_tokens, "combing", progress)
+        rows = decoded(in_turns, others, max_new_tokens, "trying leaves", progress)
         combs = combs_of(tried, rows)
         tuning = with_fastest(tuning, combs, costs)
     return TuningPlan(

@@ -12,7 +12,7 @@ from s3d_jax.decoding import sizes
 from s3d_jax.decoding.comb import accept_comb, leaf_depths, row_depths
 from s3d_jax.decoding.sampling import batch_sampling
 from s3d_jax.decoding.state import DecodeSpec, Inputs, Proposal, choice_noise, verify_pass
-from s3d_jax.drafters.s3d import S3D
+from s3d_jax.drafters.s3d import S3D, takes_leaves
 from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.lm import LM
@@ -28,7 +28,6 @@ from s3d_jax.settings.drafting import (
 )
 from s3d_jax.settings.model import RopeConfig
 from s3d_jax.settings.sampling import SamplingConfig
-from s3d_jax.tune.combs import extra_rows
 from s3d_jax.weights.trees import store_tree
 from tests.sampled import combinations
 from tests.tiny import (
@@ -278,7 +277,7 @@ def test_an_int8_model_keeps_its_bits():
     with pytest.raises(ConfigError, match="would change last bits of this model"):
         lm.generate(PROMPTS[0], leaves=(1,))
     assert len(lm.generate(PROMPTS[0], leaves=(0,), max_new_tokens=3)[0].tokens) == 3
-    assert (extra_rows(lm), extra_rows(tiny_lm())) == (0, 3)
+    assert (takes_leaves(lm.config), takes_leaves(tiny_config())) == (False, True)
 
 
 def test_tuned_leaves_are_used_with_the_tuned_settings_alone():

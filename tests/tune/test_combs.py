@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from s3d_jax.lm import LM
 from s3d_jax.settings.drafting import PassCosts, Tuning
 from s3d_jax.texts.suites import Prompt
 from s3d_jax.tune import plan
 from s3d_jax.tune.combs import Comb, with_fastest, worth_trying
 from s3d_jax.tune.costs import Costs
 from s3d_jax.tune.report import table
-from tests.tiny import tiny_lm
+from s3d_jax.weights.trees import store_tree
+from tests.tiny import tiny_config, tiny_lm, tiny_params
 
 SKIP = (False, True, True, False)
 
@@ -55,12 +57,13 @@ def test_the_fastest_comb_is_kept():
 def test_tuning_decodes_with_leaves_and_shows_it(monkeypatch):
     """The times are of a clock that favours one comb."""
     monkeypatch.setattr(plan, "worth_trying", lambda *_: [(2, 1), (2,)])
+    monkeypatch.setattr(plan, "extra_rows", lambda _: 3)
     real = plan.decoded
     seen = []
 
     def timed(contestants, prompts, max_new_tokens, what, progress):
         rows = real(contestants, prompts, max_new_tokens, what, progress)
-        if what == "combing":
+        if what == "trying leaves":
             for contestant, row in zip(contestants, rows, strict=True):
                 seen.append(contestant.settings.get("leaves"))
                 row["seconds"] = {None: 4.0, (2,): 1.0}.get(seen[-1], 2.0)
@@ -77,3 +80,13 @@ def test_tuning_decodes_with_leaves_and_shows_it(monkeypatch):
     report = {**found.to_dict(), "model": "m", "precision": "float32", "draft": None}
     shown = table({**report, "search": "symmetric", "suites": ["a"]})
     assert "| 2+1 " in shown and "skipped, leaves 2; improvement factor 4.00" in shown
+
+
+def test_an_int8_model_on_a_cpu_is_tuned_without_leaves(monkeypatch):
+    """Cheap as its rows may be: it refuses leaves."""
+    monkeypatch.setattr(plan, "worth_trying", lambda *_: [(1,)])
+    config = tiny_config(num_layers=2, quantization="int8")
+    lm = LM(config, store_tree(config, tiny_params(config.unquantized())))
+    prompts = [Prompt("a", np.arange(1, n, dtype=np.int32)) for n in (3, 6)]
+    found = plan.tune(lm, prompts, gammas=(1, 2), max_new_tokens=6, check=1)
+    assert found.checks and found.combs == () and found.tuning.leaves == ()
