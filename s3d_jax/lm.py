@@ -174,9 +174,10 @@ def with_draft(lm: "LM", path: "str | os.PathLike[str]", name: str) -> "LM":
         CheckpointError: there is no such draft, it is damaged, or of an unknown kind.
     """
     kind = draft_kind(path, name)
-    others: dict[str, str] = {}
-    if kind in KINDS.keys() - {S3D}:
-        others = {kind: name}
+    reads_hidden = kind in KINDS.keys() - {S3D}
+    features = StoredFeatures(path, lm.config, lm.params, {kind: name} if reads_hidden else {})
+    if reads_hidden:
+        features[kind]  # now, since a damaged one should be found before it is needed
         own: dict[str, Any] = dict(
             draft_config=lm.draft_config,
             draft_params=lm.draft_params,
@@ -185,9 +186,6 @@ def with_draft(lm: "LM", path: "str | os.PathLike[str]", name: str) -> "LM":
         )
     else:
         own = _draft(path, lm.config, lm.params, name, None)
-    features = StoredFeatures(path, lm.config, lm.params, others)
-    for found in others:
-        features[found]  # now, since a damaged one should be found before it is needed
     return LM(
         lm.config,
         lm.params,

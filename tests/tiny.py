@@ -25,6 +25,13 @@ from s3d_jax.settings.model import ModelConfig
 from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.weights.trees import Params, widen_tree
 
+# Options of `generate` for three prompts, which need different parts of the sampling code.
+OF_THREE_ROWS = {
+    "greedy": dict(),
+    "mixed": dict(temperature=[0.0, 0.8, 1.2], top_k=9, repetition_penalty=1.3, seed=7),
+    "biased": dict(logit_bias={4: 1.0, 6: -100.0}, presence_penalty=0.5),
+}
+
 
 def tiny_config(**changes) -> ModelConfig:
     sizes = dict(vocab_size=31, hidden_size=24, intermediate_size=40, num_layers=4)

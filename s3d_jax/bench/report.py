@@ -255,7 +255,8 @@ def check_plot(path: Path) -> None:
     """Fails before an hour of measurements if the picture could not be drawn after it.
 
     Raises:
-        InputError: matplotlib is not installed, or there is no such folder, or only a folder.
+        InputError: matplotlib is not installed; or there is no such folder, it cannot be written,
+            or the path is a folder itself.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 's3d-jax[plots]'")

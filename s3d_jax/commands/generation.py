@@ -71,7 +71,7 @@ class _Decoding:
         'of s3d: other candidates that are verified beside the draft tokens, "2+1": two for the '
         "first, one for the second",
         metavar="N+N",
-        shown="what s3d tune chose for this device, else none",
+        shown="what s3d tune chose for this device, unless --gamma or --skip is given; else none",
     )
     adaptive: bool | None = option(
         None, "of s3d: decode plainly for a while where drafting does not pay", shown="yes"

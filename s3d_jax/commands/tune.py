@@ -250,11 +250,11 @@ def _drafts_to_compare(folder: Path, options: _Options, draft: str | None) -> di
     """The kinds of the drafts to compare, by name; none without --drafts.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a draft is damaged.
-        InputError: options that do not fit together, fewer than two drafts, or one that is missing
-            or of a kind that is not known here.
+        CheckpointError: there is no checkpoint, or a draft is missing or damaged.
+        InputError: options that do not fit together, fewer than two drafts, or one of a kind that
+            is not known here.
     """
-    from s3d_jax.drafters.stored import KINDS, draft_kind, draft_names
+    from s3d_jax.drafters.stored import KINDS, choose_draft, draft_kind, draft_names
     from s3d_jax.storage.native import read_header
 
     if options.drafts is None:
@@ -267,7 +267,7 @@ def _drafts_to_compare(folder: Path, options: _Options, draft: str | None) -> di
     names = list(known) if options.drafts == "all" else options.drafts.split(",")
     for name in names:
         if name not in known:
-            raise InputError(f"{folder} has no draft {name!r}: it has {', '.join(known) or 'none'}")
+            choose_draft(folder, name)  # says which drafts there are
     kinds = {name: draft_kind(folder, name) for name in names}
     if foreign := [name for name, kind in kinds.items() if kind not in KINDS]:
         raise InputError(

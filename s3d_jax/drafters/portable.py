@@ -21,12 +21,10 @@ import numpy as np
 
 from s3d_jax.drafters.stored import (
     KINDS,
-    S3D,
     StoredDraft,
     check_name,
     check_vocabulary,
     choose_draft,
-    draft_kind,
     draft_names,
     draft_tree,
     read_draft,
@@ -67,7 +65,8 @@ def export_draft(
     from safetensors.numpy import save
 
     header = read_header(model)
-    choose_draft(model, name, draft_kind(model, name) if name in draft_names(model) else S3D)
+    if name not in draft_names(model):
+        choose_draft(model, name)  # says which drafts there are
     draft = read_draft(model, name, header.config)
     assert draft.params is not None  # read_draft read the weights
     arrays = {path: np.asarray(x) for path, x in flatten(draft_tree(draft.params)).items()}

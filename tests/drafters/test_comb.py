@@ -31,6 +31,7 @@ from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.weights.trees import store_tree
 from tests.sampled import combinations
 from tests.tiny import (
+    OF_THREE_ROWS,
     begin,
     counted,
     greedy_reference,
@@ -73,16 +74,12 @@ def rings(monkeypatch):
     "name, options",
     combinations(
         MODELS,
-        ["greedy", "mixed", "biased"],
+        OF_THREE_ROWS,
         quick=[("all parts", "mixed"), ("windows", "greedy")],
     ),
 )
 def test_every_text_is_that_of_plain_decoding(name, options):
-    options = {
-        "greedy": dict(),
-        "mixed": dict(temperature=[0.0, 0.8, 1.2], top_k=9, repetition_penalty=1.3, seed=7),
-        "biased": dict(logit_bias={4: 1.0, 6: -100.0}, presence_penalty=0.5),
-    }[options]
+    options = OF_THREE_ROWS[options]
     lm = model(**MODELS[name])
     expected = lm.generate(PROMPTS, max_new_tokens=NEW, method="ar", **options)
     taus = []

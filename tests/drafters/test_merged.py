@@ -25,7 +25,15 @@ from s3d_jax.settings.sampling import SamplingConfig
 from s3d_jax.tune.plan import tune
 from s3d_jax.weights.trees import store_tree
 from tests.sampled import combinations, sampled
-from tests.tiny import counted, greedy_reference, outputs, run, tiny_config, tiny_params
+from tests.tiny import (
+    OF_THREE_ROWS,
+    counted,
+    greedy_reference,
+    outputs,
+    run,
+    tiny_config,
+    tiny_params,
+)
 from tests.train.test_objective import _draft_stream, _target_stream, noisy_draft
 
 DRAFT = DraftConfig((False,) * 4, 3, mode="merged")
@@ -65,7 +73,7 @@ def rings(monkeypatch):
     "name, options",
     combinations(
         MODELS,
-        ["greedy", "mixed", "biased"],
+        OF_THREE_ROWS,
         quick=[
             ("untrained", "greedy"),
             ("all parts", "mixed"),
@@ -75,11 +83,7 @@ def rings(monkeypatch):
     ),
 )
 def test_every_text_is_that_of_plain_decoding(name, options):
-    options = {
-        "greedy": dict(),
-        "mixed": dict(temperature=[0.0, 0.8, 1.2], top_k=9, repetition_penalty=1.3, seed=7),
-        "biased": dict(logit_bias={4: 1.0, 6: -100.0}, presence_penalty=0.5),
-    }[options]
+    options = OF_THREE_ROWS[options]
     lm = model(**MODELS[name])
     results = lm.generate(PROMPTS, max_new_tokens=24, **options)
     expected = lm.generate(PROMPTS, max_new_tokens=24, method="ar", **options)
