@@ -102,9 +102,11 @@ def test_errors_go_to_stderr_with_exit_code_2(tmp_path, capsys):
     folder = write_folder(tmp_path / "hf")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
+    written = write_folder(tmp_path / "written")
     cases = [
         ([str(tmp_path / "nowhere"), str(tmp_path / "out")], "there is no such folder"),
-        ([str(folder), str(tmp_path / "full")], "--overwrite"),
+        ([str(folder), str(tmp_path / "full")], "choose another folder"),
+        ([str(folder), str(written)], "--overwrite"),
         (["export", str(folder), str(tmp_path / "out")], "is a HF checkpoint"),
         (["export", "nowhere", str(tmp_path / "out")], "no such folder"),
         (["export", "x", "y", "--max-shard-size", "5 apples"], "'5 apples' is no size"),
