@@ -6,7 +6,7 @@ from typing import Any
 
 from s3d_jax.commands.training import add_files, add_training, run_settings
 from s3d_jax.settings.arguments import RAW, add_options, build, given, refuse
-from s3d_jax.settings.drafting import DraftConfig, FeatureConfig
+from s3d_jax.settings.drafting import DraftConfig, FeatureConfig, parse_skip
 from s3d_jax.settings.training import AdapterConfig, DraftOptions, TrainDraftConfig
 
 _DESCRIPTION = """\
@@ -99,17 +99,13 @@ def run(arguments: argparse.Namespace) -> int:
         adapter = build(AdapterConfig, arguments)
     else:
         reason = "--start takes what that draft has"
-        refuse(
-            arguments,
-            reason,
-            {
-                DraftOptions: ["skip", "block_attention", "draft_mode"],
-                TrainDraftConfig: ["fit_rows"],
-            },
-        )
+        refuse(arguments, reason, {DraftOptions: ["block_attention", "draft_mode"]})
         choose_draft(arguments.model, config.start)  # says which drafts there are
         start = read_draft(arguments.model, config.start, model, weights=False)
-        draft = start.config.replace(**given(DraftOptions, arguments))
+        changed = given(DraftOptions, arguments)
+        if "skip" in changed:
+            changed["skip"] = parse_skip(changed["skip"], model.num_layers)
+        draft = start.config.replace(**changed)
         adapter = build(AdapterConfig, arguments, rank=0, bridge_rank=0, chain_rank=0, recall=0)
     rate = 3e-4 if config.mode == "full" else 2e-3
     config = dataclasses.replace(

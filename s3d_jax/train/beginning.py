@@ -28,21 +28,9 @@ def beginning(
         raise ConfigError("kind 's3d' takes a DraftConfig as its draft, got a FeatureConfig")
     if config.start is None:
         adapter = config.adapter or AdapterConfig()
-        if config.fit_rows and (config.mode != "adapter" or adapter.bridge_rank < 2):
-            raise ConfigError(
-                "fit_rows (--fit-rows) fits bridges: it needs mode 'adapter' and a bridge_rank "
-                "(--bridge-rank) of 2 or more"
-            )
         draft = config.draft or default_draft(target)
-        if config.fit_rows and not any(draft.skip):
-            raise ConfigError(
-                "fit_rows (--fit-rows) fits bridges, and without skipped layers there are none"
-            )
+        _check_fit(config, draft, adapter)
         return draft, adapter, None
-    if config.fit_rows:
-        raise ConfigError(
-            "start (--start) takes that draft's bridges: leave out fit_rows (--fit-rows)"
-        )
     if config.mode != "adapter":
         raise ConfigError(f"mode {config.mode!r} starts from scratch: leave out start (--start)")
     name = config.start
@@ -51,9 +39,9 @@ def beginning(
     assert start.params is not None
     _check_same_vocabulary(config, start.params)
     draft = config.draft or start.config
-    if draft.replace(gamma=start.config.gamma) != start.config:
+    if draft.replace(gamma=start.config.gamma, skip=start.config.skip) != start.config:
         raise ConfigError(
-            f"start {name!r} has another skip, block attention or mode: only γ may differ"
+            f"start {name!r} has another block attention or mode: only γ and the skip may differ"
         )
     had = AdapterConfig(
         rank=_rank(start.params.deltas),
@@ -61,6 +49,19 @@ def beginning(
         chain_rank=_rank(start.params.chain),
         recall=recalled_layers(target, start.params.bridges),
     )
+    params = start.params
+    if draft.skip != start.config.skip:
+        # A bridge stands for the layers of its gap, and the gaps are others now.
+        kept = {f"layers_{i}" for i, skipped in enumerate(draft.skip) if not skipped}
+        deltas = {layer: x for layer, x in params.deltas.items() if layer in kept}
+        params = params.replace(deltas=deltas, bridges={})
+        if not any(draft.skip):
+            had = dataclasses.replace(had, bridge_rank=0, recall=0)
+    elif config.fit_rows:
+        raise ConfigError(
+            "start (--start) takes that draft's bridges: leave out fit_rows (--fit-rows), or "
+            "choose another skip (--skip)"
+        )
     ranks = config.adapter or NO_ADAPTER
     if ranks.bridge_rank and not any(draft.skip):
         raise ConfigError(
@@ -74,7 +75,22 @@ def beginning(
                 f"the draft {name!r} has {n.replace('_', ' ')} {getattr(had, n)}, which can grow "
                 f"but not shrink: got {getattr(adapter, n)} (--{n.replace('_', '-')})"
             )
-    return draft, adapter, start.params
+    _check_fit(config, draft, adapter)
+    return draft, adapter, params
+
+
+def _check_fit(config: TrainDraftConfig, draft: DraftConfig, adapter: AdapterConfig) -> None:
+    if not config.fit_rows:
+        return
+    if config.mode != "adapter" or adapter.bridge_rank < 2:
+        raise ConfigError(
+            "fit_rows (--fit-rows) fits bridges: it needs mode 'adapter' and a bridge_rank "
+            "(--bridge-rank) of 2 or more"
+        )
+    if not any(draft.skip):
+        raise ConfigError(
+            "fit_rows (--fit-rows) fits bridges, and without skipped layers there are none"
+        )
 
 
 def beginning_of_features(

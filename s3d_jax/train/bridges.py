@@ -43,16 +43,18 @@ def fitted_draft(
     batches: Callable[[int], Mapping[str, np.ndarray]],
     count: int,
     *,
+    start: DraftParams | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> DraftParams:
-    """The untrained draft with bridges that are fitted to data, one gap after the other.
+    """A draft with bridges that are fitted to data, one gap after the other.
 
     Args:
         config, params, draft_config: the target and the draft.
         adapter: bridge_rank and recall.
         batches: number -> {"tokens": int32 [B, T], "learn": bool [B, T]}.
         count: how many batches are used.
+        start: a draft without bridges that gets them; None is the untrained one.
         seed: of the anchors.
         progress: show a bar.
 
@@ -64,7 +66,7 @@ def fitted_draft(
     inputs = config.hidden_size + adapter.recall * config.num_kv_heads * config.head_dim
     _check_memory(inputs, "recall fewer layers (--recall), or leave out --fit-rows")
     mesh = mesh_of(params)
-    draft = place_draft(mesh, config, untrained_draft(config, params))
+    draft = place_draft(mesh, config, start or untrained_draft(config, params))
     for after in gaps(draft_config.skip):
         squares, products = np.zeros(()), np.zeros(())
         for i in tqdm(range(count), "fitting", unit=" batches", disable=not progress):

@@ -157,6 +157,7 @@ def train_draft(
                 adapter,
                 batches,
                 count,
+                start=task.start,
                 seed=config.loop.seed,
                 progress=progress,
             )

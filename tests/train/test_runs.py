@@ -1,6 +1,7 @@
 """Training as users do it: distill, train, generate; and a model from scratch."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -156,7 +157,8 @@ def test_a_draft_starts_from_another(start, model, capsys):
     assert second.training["before"] == reached.training["reached"]  # its starting point
     for arguments, message in (
         (("--rank", "2"), "has rank 3, which can grow but not shrink: got 2 (--rank)"),
-        (("--skip", "2"), "--skip: --start takes what that draft has"),
+        (("--block-attention", "bidirectional"), "--start takes what that draft has"),
+        (("--fit-rows", "9"), "leave out fit_rows (--fit-rows), or choose another skip (--skip)"),
         (("--start", "nobody"), "has no draft 'nobody'"),
     ):
         assert command("refused", *arguments) == 2
@@ -178,6 +180,26 @@ def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start
     assert two.config == reached.config.replace(gamma=2)
     assert two.params.mask_embeddings.shape == (1, 24)
     assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it starts from a trained one
+
+
+@pytest.mark.exhaustive
+def test_a_draft_of_other_layers_starts_from_what_both_have(start, model):
+    _, command = start
+    first = read_draft(model / "model", "first", tiny_config()).params
+    one = ("--skip", "2", "--steps", "1", "--learning-rate", "1e-9")
+    assert command("deeper", *one, "--fit-rows", "40", "--bridge-rank", "24") == 0
+    deeper = read_draft(model / "model", "deeper", tiny_config())
+    assert deeper.config.skip == (False, False, True, False)
+    same = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    same(deeper.params.mask_embeddings, first.mask_embeddings)
+    for layer in ("layers_0", "layers_3"):
+        jax.tree.map(same, deeper.params.deltas[layer], first.deltas[layer])
+    same(deeper.params.deltas["layers_1"]["mlp"]["down"]["up"], 0)
+    assert deeper.training["adapter"]["bridge_rank"] == 24
+    assert np.abs(deeper.params.bridges["layers_3"]["up"]).max() > 0.01  # fitted to its own gap
+    assert command("whole", *one, "--skip", "") == 0
+    whole = read_draft(model / "model", "whole", tiny_config()).params
+    assert set(whole.deltas) == {f"layers_{i}" for i in range(4)} and whole.bridges == {}
 
 
 def test_a_fit_is_where_training_begins(model, capsys):
@@ -303,7 +325,6 @@ def test_full_mode_writes_a_new_target_and_leaves_the_old_one(model, capsys):
             ("--fit-rows", "9", "--rank", "4", "--bridge-rank", "1"),
             "fit_rows (--fit-rows) fits bridges",
         ),
-        (("--fit-rows", "9", "--start", "x"), "--fit-rows: --start takes what that draft has"),
         (("--gamma", "0"), "gamma must be an integer >= 1"),
         (("--out", "x"), "takes no out"),
         (("--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
