@@ -74,9 +74,15 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Ours(Contestant):
-    """A method of `LM.generate`."""
+    """A method of `LM.generate`.
+
+    Attributes:
+        lm: with the draft that it uses.
+        draft: the name of that draft, if it was asked for.
+    """
 
     lm: "LM"
+    draft: str | None = None
 
     def run(self, prompt: Prompt, max_new_tokens: int) -> Run:
         options = self._options(prompt, max_new_tokens)
@@ -107,7 +113,8 @@ class Ours(Contestant):
         choice = registry.choose(target, self.method, **self.settings)
         if choice.drafter is None:
             return {}
-        found = choice.drafter.described(target, choice.costs)
+        named = {} if self.draft is None else {"draft": self.draft}
+        found = named | choice.drafter.described(target, choice.costs)
         return found | {"copies": True} if choice.copies else found
 
     def memory_bytes(self, prompt: Prompt, max_new_tokens: int) -> int:

@@ -57,6 +57,8 @@ def label(row: Mapping[str, Any]) -> str:
             words.append(f"{value} costs")
         elif name == "copies":
             words.append(name)
+        elif name == "draft":
+            words.append(f"draft {value}")
         elif name in ("dtype", "mode"):
             words.append(value)
         else:

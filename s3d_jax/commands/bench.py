@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.drafters import registry
+from s3d_jax.drafters.stored import KINDS, choose_draft
 from s3d_jax.errors import InputError
 from s3d_jax.settings.arguments import RAW, add_options, build
 from s3d_jax.settings.drafting import parse_leaves
@@ -35,11 +36,13 @@ weights: hf, hf-prompt-lookup; and, where llama-cpp-python is, llama.cpp on --gg
 llama.cpp-prompt-lookup. A method runs with the settings that are fastest on a few of the prompts,
 or with given ones: s3d:gamma=4, self-spec:gamma=2:skip=3-6, prompt-lookup:gamma=4:ngram=2,
 hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts, s3d:copies=no never copies from the text,
-and s3d:leaves=2+1 verifies other candidates as well. Each setting is a row of its own.
+and s3d:leaves=2+1 verifies other candidates as well; s3d:draft=NAME, and of eagle and medusa, takes
+another draft of the model. Each setting is a row of its own.
 
 examples:
   s3d bench --plot bench.png
   s3d bench --methods ar,s3d:gamma=2,s3d:gamma=6 --suite stories
+  s3d bench --model models/smollm --methods s3d:gamma=4,s3d:gamma=4:draft=deeper,eagle
   s3d bench --model models/smollm --suite mt_bench.jsonl --limit 4 --methods s3d,prompt-lookup,hf
   s3d bench --model models/smollm --methods s3d,hf:dtype=float32,llama.cpp --gguf smollm.gguf"""
 
@@ -102,6 +105,8 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
         options = dict(pairs)
         if len(options) < len(pairs):
             raise InputError(f"--methods: {entry!r} has the same setting twice: give several rows")
+        if "draft" in options and name not in KINDS:
+            raise InputError(f"--methods: {name} has no draft of the model, got {entry!r}")
         if name in fixed and (foreign := sorted(set(options) - set(own))):
             raise InputError(f"--methods: {name} has no {', '.join(foreign)}, got {entry!r}")
         if (name, options) not in chosen:
@@ -125,14 +130,17 @@ def _parse_setting(text: str, entry: str, own: Sequence[str]) -> tuple[str, Any]
                 return name, layers
         if name == "leaves":
             return name, parse_leaves(value)
-        known = {"gamma", "ngram", "adaptive", "copies", "skip", "leaves", "dtype"}
+        if name == "draft" and value:
+            return name, value
+        known = {"gamma", "ngram", "adaptive", "copies", "skip", "leaves", "dtype", "draft"}
         if name in set(own) - known and value:
             return name, int(value) if value.isdecimal() else value
     except (ValueError, KeyError, InputError):
         pass
     raise InputError(
         f"--methods: {entry!r} is not understood; settings are gamma=4, ngram=3, "
-        "skip=3-6, leaves=2+1, adaptive=no and copies=no; of hf dtype=float32, bfloat16 or float16"
+        "skip=3-6, leaves=2+1, draft=NAME, adaptive=no and copies=no; of hf dtype=float32, "
+        "bfloat16 or float16"
     )
 
 
@@ -142,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from s3d_jax.bench import measure, report
+    from s3d_jax.bench.contestants import Ours
     from s3d_jax.bench.external import LLAMA_CPP_METHODS, check_llama_cpp
     from s3d_jax.lm import EMBEDDED
     from s3d_jax.machine import peak_memory_bytes, peak_memory_kind, reset_peak_memory
@@ -168,9 +177,11 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = [measure.fastest(group, sample, options.max_new_tokens) for group in bar]
     # Otherwise the compile time of programs that several methods share counts for none of them or
     # for the wrong one, and the programs of slower settings count in the peak of memory.
-    lm.programs.clear()
-    jax.clear_caches()
     contestants = _different(chosen)
+    for one in contestants:
+        if isinstance(one, Ours):
+            one.lm.programs.clear()
+    jax.clear_caches()
     runs = len(contestants) * len(prompts) * (1 + options.repeats)
     with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
         records = measure.take_turns(
@@ -224,6 +235,8 @@ def _candidates(
     """
     from s3d_jax.bench import external
     from s3d_jax.bench.contestants import Ours
+    from s3d_jax.lm import with_draft
+    from s3d_jax.mesh import mesh_of
 
     groups: list[list[Contestant]] = []
     dtypes = [s.get("dtype", lm.config.dtype) for m, s in methods if m in external.HF_METHODS]
@@ -256,8 +269,14 @@ def _candidates(
                     f"{layers - 1}"
                 )
             given["skip"] = tuple(i in given["skip"] for i in range(layers))
-        settings = [given] if given else registry.candidates(lm.target, method)
+        model, draft = lm, given.pop("draft", None)
+        if draft is not None:
+            if mesh_of(lm.params) is not None:
+                raise InputError("--methods: draft=NAME takes one device, so leave out --mesh")
+            choose_draft(folder, draft, method)  # says which drafts there are
+            model = with_draft(lm, folder, draft)
+        settings = [given] if given else registry.candidates(model.target, method)
         for one in settings:
-            registry.choose(lm.target, method, **one)
-        groups.append([Ours(method, one, lm) for one in settings])
+            registry.choose(model.target, method, **one)
+        groups.append([Ours(method, one, model, draft) for one in settings])
     return groups

@@ -9,11 +9,15 @@ import pytest
 import convert
 import s3d_jax
 from s3d_jax.bench.external import hf_models
+from s3d_jax.bench.report import label
 from s3d_jax.commands.bench import parse_methods
 from s3d_jax.commands.main import main
+from s3d_jax.drafters.stored import save_draft
 from s3d_jax.engine.batch import Batch
 from s3d_jax.errors import InputError
 from s3d_jax.lm import EMBEDDED
+from s3d_jax.nn.draft import untrained_draft
+from s3d_jax.settings.drafting import DraftConfig
 from tests.bench import llama_cpp_stand_in
 from tests.conftest import need
 from tests.sampled import sampled
@@ -67,6 +71,28 @@ def test_all_kinds_of_methods_in_one_run(models, one_thread, tmp_path, capsys):
     assert rows[3]["tokens_per_iteration"] is None
     assert rows[3]["settings"] == {"dtype": "float32"} and found["precision"] == "float32"
     assert found["loaded_memory_bytes"] > 2**27 and found["about"]["versions"]["jax"]
+
+
+def test_several_drafts_of_a_model_in_one_run(models, tmp_path, capsys):
+    folder = shutil.copytree(models[0], tmp_path / "model")
+    lm = s3d_jax.load(folder)
+    layers = lm.config.num_layers
+    for name, skipped in (("default", 1), ("deep", 0)):
+        draft = DraftConfig((False,) * (layers - skipped) + (True,) * skipped, 2)
+        save_draft(folder, name, draft, untrained_draft(lm.config, lm.params), {})
+    suite = tmp_path / "one.jsonl"
+    suite.write_text('{"prompt": "Once upon a time"}')
+    command = ["bench", "--model", str(folder), "--suite", str(suite), "--max-new-tokens", "24"]
+    methods = "s3d:gamma=1:copies=no,s3d:gamma=1:copies=no:draft=deep:adaptive=no"
+    assert main([*command, "--methods", methods, "--repeats", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["settings"].get("draft") for row in rows] == [None, None, "deep"]
+    # The whole model as a draft is always right, and only the row that names it uses it.
+    assert rows[2]["acceptance_per_position"] == [1.0] != rows[1]["acceptance_per_position"]
+    assert rows[2]["identical_prompts"] == rows[1]["identical_prompts"] == 1
+    assert label(rows[2]).startswith("s3d draft deep, γ=1")
+    assert main([*command, "--methods", "s3d:draft=x"]) == 2
+    assert "has no draft 'x': it has deep, default" in capsys.readouterr().err
 
 
 def test_the_best_setting_is_looked_for(models, tmp_path, capsys):
@@ -138,6 +164,8 @@ def test_entries_of_methods():
         (["--methods", "s3d:gamma=x"], "'s3d:gamma=x' is not understood"),
         (["--methods", "s3d:gamma=0"], "'s3d:gamma=0' is not understood"),
         (["--methods", "hf:gamma=2"], "hf has no gamma"),
+        (["--methods", "self-spec:draft=x"], "self-spec has no draft of the model"),
+        (["--methods", "s3d:draft="], "'s3d:draft=' is not understood"),
         (["--methods", "hf:dtype=int8"], "'hf:dtype=int8' is not understood"),
         (["--methods", "llama.cpp:gamma=2"], "llama.cpp has no gamma"),
         (["--methods", "llama.cpp"], "give --gguf FILE"),
