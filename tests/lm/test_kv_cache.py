@@ -31,19 +31,16 @@ from tests.weights.test_int8 import quantized
 
 WINDOWS = (5, None, 5, None)
 FAMILIES = {
-    "llama": {},
     "one head per key": dict(num_heads=3, num_kv_heads=3),
     "mistral": dict(sliding_window=(5,) * 4, num_kv_heads=1),
     "gemma2": dict(
         sliding_window=WINDOWS,
+        local_rope=RopeConfig(theta=100.0),  # of gemma3
         post_norms=True,
         norm_offset=1.0,
         embedding_scale=5.0,
         attention_softcap=20.0,
         logit_softcap=10.0,
-    ),
-    "gemma3": dict(
-        sliding_window=WINDOWS, post_norms=True, qk_norm=True, local_rope=RopeConfig(theta=100.0)
     ),
     "phi3": dict(rope=ROPE, num_kv_heads=6),  # prefilled again after 20 tokens
 }

@@ -152,9 +152,11 @@ def test_four_bits_as_gpus_hold_them(quantization, tmp_path, monkeypatch):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("options", [{}, SAMPLED])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "options"), [(name, (SAMPLED, {})[i % 2]) for i, name in enumerate(FAMILIES)]
+)
 def test_all_families_on_all_meshes(family, options, tmp_path):
+    """Half of them sampled: what is drawn from the logits does not know the family."""
     check_equal(write(tmp_path, config_of(family)), MESHES, options)
 
 
@@ -164,12 +166,11 @@ def test_all_families_on_all_meshes(family, options, tmp_path):
 def test_drafts_on_all_meshes(merged, quantization, tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "MOST_MERGED", stored.MOST_MERGED if merged else 0)
     path = write(tmp_path, config_of("mistral", quantization=quantization), draft=True)
-    check_equal(path, MESHES, {})
-    check_equal(path, MESHES, SAMPLED)
+    check_equal(path, MESHES, {} if merged else SAMPLED)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("mesh", ["model=3", *MESHES])
+@pytest.mark.parametrize("mesh", ["model=3", "data=2,model=2"])
 def test_the_embedded_model(mesh):
     """Sums of int8 are exact: all tokens are those of one device."""
     one, lm = s3d_jax.load(), s3d_jax.load(mesh=mesh)
