@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, a draft that is fitted to them
-# and then trained on them, and more training on the answers in answers.xz.
+# Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, a draft of 11 layers that is
+# fitted to them and then trained on them, more training on the answers in answers.xz, and a draft of 15
+# layers that goes on from it.
 #
 #   recipes/smollm2_draft/make.sh PROMPTS.jsonl WORK_DIR [ANSWERS [MORE_ANSWERS]]
 #
@@ -43,4 +44,12 @@ if [ -f "$work/more_run/options.json" ]; then resume=--resume; fi
   --batch-size 8 --row-length 256 --seed 15 --save-every 50 --validate-every 0 \
   --valid-prompts 16 --valid-tokens 96
 
-[ -d "$work/draft" ] || s3d draft export continued "$work/draft" --model "$work/model"
+resume=
+if [ -f "$work/deeper_run/options.json" ]; then resume=--resume; fi
+[ -d "$work/model/drafts/deeper" ] || s3d train $resume --model "$work/model" --dtype float32 \
+  --data "$work/more.jsonl" --run "$work/deeper_run" --name deeper --start continued \
+  --skip 2-16 --fit-rows 160 --objective kl --steps 420 --learning-rate 0.0007 --warmup-steps 20 \
+  --anchors 64 --batch-size 6 --row-length 256 --seed 21 --save-every 50 --validate-every 0 \
+  --valid-prompts 16 --valid-tokens 96
+
+[ -d "$work/draft" ] || s3d draft export deeper "$work/draft" --model "$work/model"
