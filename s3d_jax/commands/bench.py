@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ llama.cpp-prompt-lookup. A method runs with the settings that are fastest on a f
 or with given ones: s3d:gamma=4, self-spec:gamma=2:skip=3-6, prompt-lookup:gamma=4:ngram=2,
 hf:dtype=bfloat16; s3d:gamma=4:adaptive=no always drafts, s3d:copies=no never copies from the text,
 and s3d:leaves=2+1 verifies other candidates as well; s3d:draft=NAME, and of eagle and medusa, takes
-another draft of the model. Each setting is a row of its own.
+another draft of the model (on one device). Each setting is a row of its own.
 
 examples:
   s3d bench --plot bench.png
@@ -177,11 +178,11 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = [measure.fastest(group, sample, options.max_new_tokens) for group in bar]
     # Otherwise the compile time of programs that several methods share counts for none of them or
     # for the wrong one, and the programs of slower settings count in the peak of memory.
-    contestants = _different(chosen)
-    for one in contestants:
+    for one in itertools.chain(*candidates):
         if isinstance(one, Ours):
             one.lm.programs.clear()
     jax.clear_caches()
+    contestants = _different(chosen)
     runs = len(contestants) * len(prompts) * (1 + options.repeats)
     with tqdm(total=runs, desc="measuring", unit=" runs", disable=None, leave=False) as bar:
         records = measure.take_turns(
@@ -235,13 +236,14 @@ def _candidates(
     """
     from s3d_jax.bench import external
     from s3d_jax.bench.contestants import Ours
-    from s3d_jax.lm import with_draft
+    from s3d_jax.lm import LM, with_draft
     from s3d_jax.mesh import mesh_of
 
     groups: list[list[Contestant]] = []
     dtypes = [s.get("dtype", lm.config.dtype) for m, s in methods if m in external.HF_METHODS]
     hf = external.hf_models(folder, dict.fromkeys(dtypes)) if dtypes else {}
     llama_cpp: dict[str, Any] = {}
+    with_drafts: dict[str, LM] = {}
     for method, given in methods:
         if method in external.HF_METHODS:
             model = hf[given.get("dtype", lm.config.dtype)]
@@ -269,12 +271,13 @@ def _candidates(
                     f"{layers - 1}"
                 )
             given["skip"] = tuple(i in given["skip"] for i in range(layers))
-        model, draft = lm, given.pop("draft", None)
-        if draft is not None:
+        draft = given.pop("draft", None)
+        if draft is not None and draft not in with_drafts:
             if mesh_of(lm.params) is not None:
                 raise InputError("--methods: draft=NAME takes one device, so leave out --mesh")
             choose_draft(folder, draft, method)  # says which drafts there are
-            model = with_draft(lm, folder, draft)
+            with_drafts[draft] = with_draft(lm, folder, draft)
+        model = lm if draft is None else with_drafts[draft]
         settings = [given] if given else registry.candidates(model.target, method)
         for one in settings:
             registry.choose(model.target, method, **one)

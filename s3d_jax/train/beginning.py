@@ -55,8 +55,6 @@ def beginning(
         kept = {f"layers_{i}" for i, skipped in enumerate(draft.skip) if not skipped}
         deltas = {layer: x for layer, x in params.deltas.items() if layer in kept}
         params = params.replace(deltas=deltas, bridges={})
-        if not any(draft.skip):
-            had = dataclasses.replace(had, bridge_rank=0, recall=0)
     elif config.fit_rows:
         raise ConfigError(
             "start (--start) takes that draft's bridges: leave out fit_rows (--fit-rows), or "
@@ -65,11 +63,16 @@ def beginning(
     ranks = config.adapter or NO_ADAPTER
     if ranks.bridge_rank and not any(draft.skip):
         raise ConfigError(
-            f"the draft {name!r} skips no layer, so there is no gap to bridge (--bridge-rank)"
+            f"a draft that starts from {name!r} and skips no layer has no gap to bridge "
+            "(--bridge-rank)"
         )
+    if not any(draft.skip):
+        had = dataclasses.replace(had, bridge_rank=0, recall=0)
     names = [field.name for field in dataclasses.fields(AdapterConfig)]
     adapter = AdapterConfig(*(getattr(ranks, n) or getattr(had, n) for n in names))
     for n in names:
+        if n in ("bridge_rank", "recall") and not params.bridges:
+            continue  # they begin anew
         if getattr(adapter, n) < getattr(had, n):
             raise ConfigError(
                 f"the draft {name!r} has {n.replace('_', ' ')} {getattr(had, n)}, which can grow "

@@ -16,7 +16,7 @@ from s3d_jax.machine import check_memory
 from s3d_jax.mesh import mesh_of, on_mesh
 from s3d_jax.nn.draft import DraftParams, bridge_name, untrained_draft
 from s3d_jax.nn.features import eagle_targets
-from s3d_jax.nn.sharding import on_host, place_draft
+from s3d_jax.nn.sharding import in_memory, on_host, place_draft
 from s3d_jax.nn.streams import gap_streams
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.settings.model import ModelConfig
@@ -54,7 +54,8 @@ def fitted_draft(
         adapter: bridge_rank and recall.
         batches: number -> {"tokens": int32 [B, T], "learn": bool [B, T]}.
         count: how many batches are used.
-        start: a draft without bridges that gets them; None is the untrained one.
+        start: a draft without bridges that gets them, with arrays as in files; None is the
+            untrained one.
         seed: of the anchors.
         progress: show a bar.
 
@@ -66,20 +67,20 @@ def fitted_draft(
     inputs = config.hidden_size + adapter.recall * config.num_kv_heads * config.head_dim
     _check_memory(inputs, "recall fewer layers (--recall), or leave out --fit-rows")
     mesh = mesh_of(params)
-    draft = place_draft(mesh, config, start or untrained_draft(config, params))
+    draft = start or untrained_draft(config, params)
     for after in gaps(draft_config.skip):
         squares, products = np.zeros(()), np.zeros(())
+        placed = place_draft(mesh, config, in_memory(config, draft, over_data=False))
         for i in tqdm(range(count), "fitting", unit=" batches", disable=not progress):
             key = jax.random.fold_in(make_key(seed), i)
             static = config, draft_config, after, adapter.recall
             with on_mesh(mesh):
-                sums = on_host(_sums(*static, params, draft, batches(i), key))
+                sums = on_host(_sums(*static, params, placed, batches(i), key))
             squares = squares + sums[0].astype(np.float64)
             products = products + sums[1].astype(np.float64)
         factors = linear_factors(squares, products, adapter.bridge_rank)
         name = bridge_name(after, config.num_layers)
         draft = draft.replace(bridges={**draft.bridges, name: factors})
-        draft = place_draft(mesh, config, draft)
     return draft if mesh is None else on_host(draft)
 
 

@@ -83,7 +83,8 @@ def test_several_drafts_of_a_model_in_one_run(models, tmp_path, capsys):
     suite = tmp_path / "one.jsonl"
     suite.write_text('{"prompt": "Once upon a time"}')
     command = ["bench", "--model", str(folder), "--suite", str(suite), "--max-new-tokens", "24"]
-    methods = "s3d:gamma=1:copies=no,s3d:gamma=1:copies=no:draft=deep:adaptive=no"
+    always = "s3d:gamma=1:copies=no:adaptive=no"
+    methods = f"{always},{always}:draft=deep"
     assert main([*command, "--methods", methods, "--repeats", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["settings"].get("draft") for row in rows] == [None, None, "deep"]

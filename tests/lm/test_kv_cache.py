@@ -35,7 +35,8 @@ FAMILIES = {
     "mistral": dict(sliding_window=(5,) * 4, num_kv_heads=1),
     "gemma2": dict(
         sliding_window=WINDOWS,
-        local_rope=RopeConfig(theta=100.0),  # of gemma3
+        local_rope=RopeConfig(theta=100.0),  # of gemma3, as the next
+        qk_norm=True,
         post_norms=True,
         norm_offset=1.0,
         embedding_scale=5.0,

@@ -16,15 +16,26 @@ from s3d_jax.commands.main import main
 from s3d_jax.drafters.stored import read_draft
 from s3d_jax.mesh import on_mesh
 from s3d_jax.nn.sharding import bytes_here, num_bytes, on_host
-from s3d_jax.settings.training import LoopConfig, TrainDraftConfig
+from s3d_jax.settings.training import AdapterConfig, LoopConfig, TrainDraftConfig
 from s3d_jax.storage import native
 from s3d_jax.storage.trees import flatten
 from s3d_jax.train import loop as training_loop
 from s3d_jax.train import runs
+from s3d_jax.train.bridges import fitted_draft
 from s3d_jax.train.loop import begin, make_step
 from s3d_jax.train.placement import mesh_for
-from tests.mesh.tiny_run import assert_close, batch_of, config_of, loop_of, losses, make_task, train
+from tests.mesh.tiny_run import (
+    DRAFT,
+    assert_close,
+    batch_of,
+    config_of,
+    loop_of,
+    losses,
+    make_task,
+    train,
+)
 from tests.tiny import tiny_params
+from tests.train.test_objective import noisy_draft
 
 MESHES = ("data=2", "data=2,model=2", "model=2")
 
@@ -42,6 +53,25 @@ def one(model, tmp_path_factory):
     run = tmp_path_factory.mktemp("one") / "run"
     tree = train(model, run)
     return losses(run), tree
+
+
+@pytest.mark.parametrize("mesh", ["model=2", "data=2,model=2"])
+def test_a_fit_that_starts_from_a_draft_is_that_of_one_device(mesh, model):
+    """Its deltas are divided as the model's matrices are."""
+    loaded = native.load(model)
+    start = noisy_draft(loaded.config, loaded.params, DRAFT).replace(bridges={})
+
+    def bridged(mesh: str | None) -> np.ndarray:
+        devices = mesh_for(mesh, loaded.config, loop_of())
+        lm = native.load(model, mesh=devices, over_data=devices is not None)
+        fit = fitted_draft(
+            lm.config, lm.params, DRAFT, AdapterConfig(bridge_rank=32), batch_of, 6, start=start
+        )
+        bridge = fit.bridges["final_norm"]
+        x = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
+        return np.asarray(jax.nn.silu(x @ bridge["down"]) @ bridge["up"])
+
+    np.testing.assert_allclose(bridged(mesh), bridged(None), atol=1e-3)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
