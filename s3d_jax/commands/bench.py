@@ -272,11 +272,12 @@ def _candidates(
                 )
             given["skip"] = tuple(i in given["skip"] for i in range(layers))
         draft = given.pop("draft", None)
-        if draft is not None and draft not in with_drafts:
+        if draft is not None:
             if mesh_of(lm.params) is not None:
                 raise InputError("--methods: draft=NAME takes one device, so leave out --mesh")
-            choose_draft(folder, draft, method)  # says which drafts there are
-            with_drafts[draft] = with_draft(lm, folder, draft)
+            choose_draft(folder, draft, method)  # says which drafts of the kind there are
+            if draft not in with_drafts:
+                with_drafts[draft] = with_draft(lm, folder, draft)
         model = lm if draft is None else with_drafts[draft]
         settings = [given] if given else registry.candidates(model.target, method)
         for one in settings:

@@ -85,14 +85,14 @@ def beginning(
 def _check_fit(config: TrainDraftConfig, draft: DraftConfig, adapter: AdapterConfig) -> None:
     if not config.fit_rows:
         return
+    if not any(draft.skip):
+        raise ConfigError(
+            "fit_rows (--fit-rows) fits bridges, and without skipped layers there are none"
+        )
     if config.mode != "adapter" or adapter.bridge_rank < 2:
         raise ConfigError(
             "fit_rows (--fit-rows) fits bridges: it needs mode 'adapter' and a bridge_rank "
             "(--bridge-rank) of 2 or more"
-        )
-    if not any(draft.skip):
-        raise ConfigError(
-            "fit_rows (--fit-rows) fits bridges, and without skipped layers there are none"
         )
 
 

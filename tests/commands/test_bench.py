@@ -94,6 +94,8 @@ def test_several_drafts_of_a_model_in_one_run(models, tmp_path, capsys):
     assert label(rows[2]).startswith("s3d draft deep, γ=1")
     assert main([*command, "--methods", "s3d:draft=x"]) == 2
     assert "has no draft 'x': it has deep, default" in capsys.readouterr().err
+    assert main([*command, "--methods", "s3d:draft=deep,eagle:draft=deep"]) == 2
+    assert "is of the kind 's3d', not 'eagle'" in capsys.readouterr().err
 
 
 def test_the_best_setting_is_looked_for(models, tmp_path, capsys):
