@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from s3d_jax.commands.generation import ModelOptions, add_model, load_model
 from s3d_jax.drafters import registry
-from s3d_jax.drafters.stored import KINDS, choose_draft
 from s3d_jax.errors import InputError
 from s3d_jax.settings.arguments import RAW, add_options, build
 from s3d_jax.settings.drafting import parse_leaves
@@ -93,6 +92,7 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
         InputError: a method or a setting that does not exist.
     """
     from s3d_jax.bench.external import EXTERNAL
+    from s3d_jax.drafters.stored import KINDS
 
     known = (*registry.method_names(), *EXTERNAL)
     fixed = {"ar": (), **EXTERNAL}
@@ -236,6 +236,7 @@ def _candidates(
     """
     from s3d_jax.bench import external
     from s3d_jax.bench.contestants import Ours
+    from s3d_jax.drafters.stored import choose_draft
     from s3d_jax.lm import LM, with_draft
     from s3d_jax.mesh import mesh_of
 
