@@ -9,6 +9,7 @@ from s3d_jax.settings.arguments import RAW
 _EPILOG = """\
 examples:
   s3d draft export default my-draft --model models/smollm2
+  s3d draft export default my-draft --model models/smollm2 --gamma 3
   s3d draft add my-draft --model models/smollm2-int8
   s3d draft add owner/smollm2-draft --model models/smollm2"""
 
@@ -27,6 +28,13 @@ def add_command(commands: Any) -> None:
     export = kinds.add_parser("export", help="write a draft into a folder of its own")
     export.add_argument("name", metavar="NAME", help="the draft; s3d info lists them")
     export.add_argument("out", metavar="FOLDER", help="the folder to write; it must not exist")
+    export.add_argument(
+        "--gamma",
+        type=int,
+        metavar="N",
+        help="draft tokens per iteration unless others are asked for; s3d bench shows which number "
+        "is fastest (default: as trained)",
+    )
     export.set_defaults(run=run_export)
     add = kinds.add_parser("add", help="add a draft from a folder or from the HF hub")
     add.add_argument("source", metavar="FOLDER_OR_ID", help="a folder, or an id on the hub")
@@ -47,9 +55,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Writes a draft into a folder of its own."""
     from s3d_jax.drafters.portable import export_draft
 
-    draft = export_draft(arguments.model, arguments.name, arguments.out)
-    print(f"{arguments.out}: draft {draft.name!r}, {draft.num_params:,} parameters")
-    print(f"next: s3d draft add {arguments.out} --model DIR")
+    out, gamma = arguments.out, arguments.gamma
+    draft = export_draft(arguments.model, arguments.name, out, gamma=gamma)
+    print(f"{out}: draft {draft.name!r}, γ = {draft.config.gamma}, {draft.num_params:,} parameters")
+    print(f"next: s3d draft add {out} --model DIR")
     return 0
 
 

@@ -35,6 +35,7 @@ from s3d_jax.nn.draft import DraftParams
 from s3d_jax.nn.features import FeatureDraft
 from s3d_jax.settings.drafting import default_name
 from s3d_jax.settings.model import ModelConfig
+from s3d_jax.settings.records import check
 from s3d_jax.storage.arrays import ArrayRecord, crc32, index_from_json, index_to_json
 from s3d_jax.storage.json_files import read_json_object, write_json
 from s3d_jax.storage.native import read_header, weights_checksum
@@ -50,7 +51,11 @@ _AGAIN = "get a good copy of the draft's folder"
 
 
 def export_draft(
-    model: str | os.PathLike[str], name: str, out: str | os.PathLike[str]
+    model: str | os.PathLike[str],
+    name: str,
+    out: str | os.PathLike[str],
+    *,
+    gamma: int | None = None,
 ) -> StoredDraft:
     """Writes a draft of a checkpoint into a folder of its own, whole or not at all.
 
@@ -58,9 +63,15 @@ def export_draft(
         model: the native checkpoint folder.
         name: the draft's name in it.
         out: the folder to write; it must not exist.
+        gamma: draft tokens that it proposes per iteration (γ) unless others are asked for, at most
+            as many as in the checkpoint; None is just as many.
+
+    Returns:
+        What was written.
 
     Raises:
         CheckpointError: there is no such draft, it is damaged, or `out` cannot be written.
+        ConfigError: `gamma` is below 1, or above what the draft proposes.
     """
     from safetensors.numpy import save
 
@@ -69,6 +80,13 @@ def export_draft(
         choose_draft(model, name)  # says which drafts there are
     draft = read_draft(model, name, header.config)
     assert draft.params is not None  # read_draft read the weights
+    if gamma is not None:
+        check(
+            gamma <= draft.config.gamma,
+            f"gamma (--gamma) is {gamma!r}, and the draft {name!r} proposes {draft.config.gamma} "
+            "tokens",
+        )
+        draft = dataclasses.replace(draft, config=draft.config.replace(gamma=gamma))
     arrays = {path: np.asarray(x) for path, x in flatten(draft_tree(draft.params)).items()}
     trained_for = draft.training.get("target_crc32", weights_checksum(header.path))
     target = {

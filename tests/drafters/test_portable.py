@@ -11,7 +11,7 @@ import s3d_jax
 from s3d_jax.commands.main import main
 from s3d_jax.drafters.portable import add_draft, export_draft
 from s3d_jax.drafters.stored import draft_names, read_draft, save_draft
-from s3d_jax.errors import CheckpointError
+from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.settings.drafting import DraftConfig
 from s3d_jax.storage import native as checkpoint
 from tests.sampled import sampled
@@ -62,6 +62,22 @@ def test_a_draft_comes_back_exactly(tmp_path, dtype):
     prompt = [1, 2, 3]
     texts = [s3d_jax.load(m).generate(prompt, max_new_tokens=20)[0].tokens for m in (model, other)]
     assert texts[0] == texts[1]
+
+
+def test_fewer_draft_tokens_can_be_handed_on(model, tmp_path, capsys):
+    out = tmp_path / "fewer"
+    assert main(["draft", "export", "good", str(out), "--model", str(model), "--gamma", "2"]) == 0
+    assert "γ = 2" in capsys.readouterr().out
+    add_draft(out, model, "fewer")
+    whole, fewer = (read_draft(model, name, tiny_config()) for name in ("good", "fewer"))
+    assert (whole.config, fewer.config) == (DRAFT, DRAFT.replace(gamma=2))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, fewer.params)
+    stats = s3d_jax.load(model, draft="fewer").generate([1, 2, 3], max_new_tokens=8)[0].stats
+    assert len(stats.accepted_per_position) == 2
+    for gamma, message in ((0, ">= 1"), (DRAFT.gamma + 1, f"proposes {DRAFT.gamma} tokens")):
+        with pytest.raises(ConfigError, match=message):
+            export_draft(model, "good", tmp_path / "none", gamma=gamma)
+        assert not (tmp_path / "none").exists()
 
 
 def test_other_weights_are_warned_of(model, tmp_path):
