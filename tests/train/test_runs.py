@@ -1,7 +1,5 @@
 """Training as users do it: distill, train, generate; and a model from scratch."""
 
-import dataclasses
-import functools
 import json
 
 import jax
@@ -9,26 +7,22 @@ import numpy as np
 import pytest
 
 import s3d_jax
-from s3d_jax.drafters.stored import read_draft, save_draft
-from s3d_jax.errors import CheckpointError, ConfigError, InputError
+from s3d_jax.drafters.stored import read_draft
+from s3d_jax.errors import CheckpointError, ConfigError
 from s3d_jax.settings.drafting import DraftConfig, parse_skip
 from s3d_jax.settings.training import (
     AdapterConfig,
-    DistillConfig,
     LoopConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
-    PromptsConfig,
     TrainDraftConfig,
     ValidationConfig,
 )
 from s3d_jax.storage import native as checkpoint
-from s3d_jax.texts.documents import Document
 from s3d_jax.train import runs
 from s3d_jax.train.beginning import beginning_of_features
-from s3d_jax.train.distill import distill, prompts_of
-from tests.tiny import tiny_config, tiny_lm
+from tests.tiny import tiny_config
 from tests.train.command import run, train
 
 
@@ -126,80 +120,6 @@ def test_a_run_is_continued_and_a_draft_not_replaced_by_accident(model, capsys):
     assert train(model, "again", "--steps", "20", "--overwrite") == 2
     assert "continue it with --resume" in capsys.readouterr().err
     assert train(model, "again", "--steps", "20", "--overwrite", "--resume") == 0
-
-
-START = """--steps 20 --learning-rate 1e-3 --batch-size 8 --row-length 32 --valid-prompts 8
-    --valid-tokens 24 --start first"""
-
-
-@pytest.fixture
-def start(model):
-    """A trained draft, and the command that trains another one from there."""
-    if not (model / "run-first").exists():
-        assert train(model, "first", "--steps", "40", "--rank", "3", "--bridge-rank", "5") == 0
-    reached = read_draft(model / "model", "first", tiny_config(), weights=False)
-
-    def command(name, *arguments):
-        files = ("--model", model / "model", "--data", model / "own.jsonl")
-        names = ("--run", model / f"run-{name}", "--name", name)
-        return run("train", *files, *START.split(), *names, *arguments)
-
-    return reached, command
-
-
-@pytest.mark.exhaustive
-def test_a_draft_starts_from_another(start, model, capsys):
-    reached, command = start
-    assert command("second") == 0
-    second = read_draft(model / "model", "second", tiny_config(), weights=False)
-    assert second.config == reached.config and second.num_params == reached.num_params
-    assert second.training["adapter"] == {"rank": 3, "bridge_rank": 5, "chain_rank": 0, "recall": 0}
-    assert second.training["before"] == reached.training["reached"]  # its starting point
-    for arguments, message in (
-        (("--rank", "2"), "has rank 3, which can grow but not shrink: got 2 (--rank)"),
-        (("--block-attention", "bidirectional"), "--start takes what that draft has"),
-        (("--fit-rows", "9"), "leave out fit_rows (--fit-rows), or choose another skip (--skip)"),
-        (("--start", "nobody"), "has no draft 'nobody'"),
-    ):
-        assert command("refused", *arguments) == 2
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.exhaustive
-def test_what_starts_from_another_may_grow_its_ranks_and_shorten_its_block(start, model):
-    reached, command = start
-    assert command("third", "--rank", "7", "--recall", "2") == 0
-    third = read_draft(model / "model", "third", tiny_config())
-    assert third.training["adapter"] == {"rank": 7, "bridge_rank": 5, "chain_rank": 0, "recall": 2}
-    assert third.training["before"] == reached.training["reached"]  # added ranks start at 0
-    added = third.params.deltas["layers_0"]["mlp"]["down"]["up"][3:]
-    assert added.shape == (4, 24)
-    assert np.all(np.any(np.asarray(added) != 0, axis=1))  # and they learn
-    assert command("two", "--gamma", "2") == 0
-    two = read_draft(model / "model", "two", tiny_config())
-    assert two.config == reached.config.replace(gamma=2)
-    assert two.params.mask_embeddings.shape == (1, 24)
-    assert two.training["before"]["tokens_per_iteration"] > 2  # of 3: it starts from a trained one
-
-
-@pytest.mark.exhaustive
-def test_a_draft_of_other_layers_starts_from_what_both_have(start, model):
-    _, command = start
-    first = read_draft(model / "model", "first", tiny_config()).params
-    one = ("--skip", "2", "--steps", "1", "--learning-rate", "1e-9")
-    assert command("deeper", *one, "--fit-rows", "40", "--bridge-rank", "24") == 0
-    deeper = read_draft(model / "model", "deeper", tiny_config())
-    assert deeper.config.skip == (False, False, True, False)
-    same = functools.partial(np.testing.assert_allclose, atol=1e-6)
-    same(deeper.params.mask_embeddings, first.mask_embeddings)
-    for layer in ("layers_0", "layers_3"):
-        jax.tree.map(same, deeper.params.deltas[layer], first.deltas[layer])
-    same(deeper.params.deltas["layers_1"]["mlp"]["down"]["up"], 0)
-    assert deeper.training["adapter"]["bridge_rank"] == 24
-    assert np.abs(deeper.params.bridges["layers_3"]["up"]).max() > 0.01  # fitted to its own gap
-    assert command("whole", *one, "--skip", "") == 0
-    whole = read_draft(model / "model", "whole", tiny_config()).params
-    assert set(whole.deltas) == {f"layers_{i}" for i in range(4)} and whole.bridges == {}
 
 
 def test_a_fit_is_where_training_begins(model, capsys):
@@ -355,130 +275,6 @@ def test_wrong_arguments_are_refused_before_anything_is_written(model, arguments
     assert train(model, "wrong", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (model / "run-wrong").exists()
-
-
-def test_distilled_lines_are_the_targets_output_and_a_cut_off_file_is_continued(model, tmp_path):
-    lm = tiny_lm()
-    prompts = [[i, i + 1] for i in range(10)]
-    config = DistillConfig(max_new_tokens=8, batch_size=4, sampled_fraction=0.5, seed=3)
-    whole = distill(lm, prompts, tmp_path / "whole.jsonl", config)
-    lines = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert [line["prompt_tokens"] for line in lines] == prompts
-    assert [line["temperature"] for line in lines] == [0.0, 1.0] * 5
-    greedy = lm.generate(prompts[::2], max_new_tokens=8, method="ar")
-    assert [line["tokens"] for line in lines[::2]] == [r.tokens for r in greedy]
-    assert len({tuple(line["tokens"]) for line in lines[1::2]}) == 5
-
-    with pytest.raises(InputError, match="exists: choose another file"):
-        distill(lm, prompts, whole, config)
-
-    text, other = whole.read_text(), tmp_path / "other.jsonl"
-    partial = interrupted(lm, prompts, other, config)
-    partial.write_text(partial.read_text() + '{"prompt_tokens": [8')  # cut off by a kill
-    assert distill(lm, prompts, other, config).read_text() == text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "whole.jsonl"]
-
-
-def interrupted(lm, prompts, out, config):
-    """Distills until four lines are written or more; returns the partial file."""
-    partial = out.with_name(out.name + ".partial")
-
-    class Interrupted(type(lm)):
-        def generate_many(self, *arguments, **more):
-            for found in super().generate_many(*arguments, **more):
-                if len(partial.read_text().splitlines()) >= 4:
-                    raise KeyboardInterrupt
-                yield found
-
-    with pytest.raises(KeyboardInterrupt):
-        distill(Interrupted(lm.config, lm.params), prompts, out, config)
-    assert 4 <= len(partial.read_text().splitlines()) < len(prompts)
-    return partial
-
-
-def test_what_another_call_left_unfinished_is_not_continued(tmp_path):
-    lm = tiny_lm()
-    prompts, out = [[i, i + 1] for i in range(7)], tmp_path / "own.jsonl"
-    config = DistillConfig(max_new_tokens=4, batch_size=2, seed=3)
-    partial = interrupted(lm, prompts, out, config)
-    for change, message in (
-        (dict(max_new_tokens=5), "max_new_tokens was 4, is now 5"),
-        (dict(temperature=0.5), "temperature was 1.0, is now 0.5"),
-    ):
-        with pytest.raises(InputError, match=message):
-            distill(lm, prompts, out, dataclasses.replace(config, **change))
-    with pytest.raises(InputError, match="target/model was None, is now 'b'"):
-        distill(lm, prompts, out, config, identity={"model": "b"})
-    with pytest.raises(InputError, match="prompts was 7, is now 6; prompts_sha256"):
-        distill(lm, prompts[1:], out, config)
-    assert len(partial.read_text().splitlines()) >= 4
-    fresh = distill(lm, prompts[1:], out, config, overwrite=True).read_text()
-    assert [json.loads(x)["prompt_tokens"] for x in fresh.splitlines()] == prompts[1:]
-    partial.write_text(fresh)
-    out.unlink()
-    with pytest.raises(InputError, match="its options are not known"):
-        distill(lm, prompts[1:], out, config)
-
-
-@pytest.mark.parametrize(
-    "prompts, message",
-    [
-        ([], "no prompts"),
-        ([[1], []], "prompt 1 is empty"),
-        ([[1], [31]], "prompt 1 holds token 31"),
-        ([[1], [1] * 127, [1] * 128], "1 of 3 prompts .*: prompt 2 has 128 tokens"),
-    ],
-)
-def test_wrong_prompts_are_refused_before_the_first_one_is_continued(prompts, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        distill(tiny_lm(), prompts, tmp_path / "x.jsonl")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"sampled_fraction": 2}, "sampled_fraction must be at least 0 and at most 1, got 2"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-    ],
-)
-def test_wrong_settings_of_distilling_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        DistillConfig(**options)
-
-
-def test_prompts_are_beginnings_of_texts_or_whole_ones():
-    def document(size, prompt_tokens=None):
-        return Document(np.arange(size), np.ones(size, bool), prompt_tokens)
-
-    documents = [document(5), document(3), document(9, 7), document(0), document(4, 0)]
-    lengths = lambda *a: [len(p) for p in prompts_of(documents, PromptsConfig(*a))]  # noqa: E731
-    assert lengths(None, 4) == [4, 3, 7, 4]
-    assert lengths(None, 5) == [5, 3, 7, 4]
-    assert lengths(3, 1, True) == [5, 3, 7]
-    assert lengths(3, 1, True, 5) == [5, 3, 4]
-    with pytest.raises(InputError, match=r"all 4 prompts have more than 2 tokens \(--longest"):
-        lengths(3, 1, True, 2)
-
-
-def test_distilling_needs_no_choice_of_a_draft(model, tmp_path, capsys):
-    import shutil
-
-    shutil.copytree(model / "model", tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / "drafts", ignore_errors=True)
-    lm = s3d_jax.load(tmp_path / "model")
-    for name in ("a", "b"):
-        save_draft(tmp_path / "model", name, lm.draft_config, lm.draft_params, {})
-    common = ("distill", "--model", tmp_path / "model", "--prompts", model / "prompts.jsonl")
-    common += ("--limit", "2", "--max-new-tokens", "4", "--batch-size", "2")
-    assert run(*common, "--out", tmp_path / "1.jsonl") == 0
-    assert run(*common, "--out", tmp_path / "2.jsonl", "--draft", "b") == 0
-    assert run(*common, "--out", tmp_path / "3.jsonl", "--draft", "c") == 2
-    assert "has no draft 'c': it has a, b" in capsys.readouterr().err
-    more = ("--whole-prompts", "--prompt-tokens", "3")
-    assert run(*common, "--out", tmp_path / "4.jsonl", *more) == 2
-    assert "leave out --prompt-tokens" in capsys.readouterr().err
 
 
 def test_skip_is_read_from_ranges_and_lists():
