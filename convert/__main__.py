@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from convert.options import ConversionOptions, VerificationOptions
 from s3d_jax import __version__
 from s3d_jax.errors import S3DError
-from s3d_jax.settings.arguments import RAW, add_options, build, json_stdout, prepare_streams
+from s3d_jax.settings.arguments import RAW, Parser, add_options, build, json_stdout, prepare_streams
 
 if TYPE_CHECKING:
     from convert.parity import Parity
@@ -404,10 +404,8 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
-def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=name, description=description, epilog=epilog, formatter_class=RAW
-    )
+def _parser(name: str, description: str, epilog: str) -> Parser:
+    return Parser(prog=name, description=description, epilog=epilog, formatter_class=RAW)
 
 
 if __name__ == "__main__":

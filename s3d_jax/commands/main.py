@@ -10,7 +10,7 @@ from s3d_jax.commands import bench, chat, distill, draft, generate, info, pretra
 from s3d_jax.commands.hosts import joined
 from s3d_jax.errors import S3DError
 from s3d_jax.machine import out_of_memory_explained
-from s3d_jax.settings.arguments import RAW, json_stdout, prepare_streams
+from s3d_jax.settings.arguments import RAW, Parser, json_stdout, prepare_streams
 
 _DESCRIPTION = """\
 S3D self-speculative decoding: the model drafts several tokens at once with its own middle layers
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="s3d", description=_DESCRIPTION, formatter_class=RAW)
+    parser = Parser(prog="s3d", description=_DESCRIPTION, formatter_class=RAW)
     parser.add_argument("--version", action="version", version=f"s3d_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (generate, chat, train, pretrain, distill, draft, bench, tune, info):

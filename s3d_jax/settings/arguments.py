@@ -7,6 +7,7 @@ and a command can tell what was given from what was not.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import sys
@@ -19,6 +20,20 @@ from s3d_jax.settings.records import kind_of
 
 T = TypeVar("T")
 RAW = argparse.RawDescriptionHelpFormatter
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses an unknown option with the usage of the subcommand that got it, and a likely one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            # A main parser would refuse what its subcommand left, with its own usage.
+            option = unknown[0].partition("=")[0]
+            likely = difflib.get_close_matches(option, self._option_string_actions, 1)
+            hint = f"; did you mean {likely[0]}?" if likely else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
 
 def prepare_streams() -> None:

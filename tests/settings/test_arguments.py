@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from s3d_jax.commands.main import main
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.arguments import add_options, build, given, refuse
 from s3d_jax.settings.options import option
@@ -61,6 +62,23 @@ def test_argparse_refuses_wrong_options(options, message, capsys):
     with pytest.raises(SystemExit):
         parse(*options.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("generate x --max-token 3", "generate: error: unrecognized arguments: --max-token 3; did "
+         "you mean --max-new-tokens?"),
+        ("generate x --temprature=0.5", "did you mean --temperature?"),
+        ("draft export a b --model m --gama 2", "usage: s3d draft export"),
+        ("info --zzz", "unrecognized arguments: --zzz\n"),
+        ("info more", "unrecognized arguments: more\n"),
+    ],
+)  # fmt: skip
+def test_an_unknown_option_is_refused_by_the_command_that_got_it(command, words, capsys):
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert words in capsys.readouterr().err
 
 
 def test_the_help_has_defaults(capsys):
