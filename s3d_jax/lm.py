@@ -106,8 +106,8 @@ def load(
 
     Warns:
         UserWarning: the device has no fast bfloat16, and the weights are of that type; jax computes
-            on the CPU next to a GPU, or shares a GPU with torch; or the tokenizer cannot be read,
-            and the model goes without.
+            on the CPU next to a GPU, or shares a GPU with torch; the tokenizer cannot be read, and
+            the model goes without; or `max_length` is more than the model was made for.
     """
     if path is None:
         path = EMBEDDED
@@ -138,7 +138,7 @@ def load(
             progress=progress,
         )
     config = loaded.config.replace(kv_cache=kv_cache)
-    return LM(
+    lm = LM(
         config,
         loaded.params,
         **_draft(path, config, loaded.params, name, devices),
@@ -148,6 +148,13 @@ def load(
         draft_model=draft_model,
         feature_drafts=StoredFeatures(path, config, loaded.params, chosen) if use_draft else None,
     )
+    if lm.max_length > config.max_position_embeddings:
+        warnings.warn(
+            f"max_length (--max-length) is {lm.max_length}, and the model was made for "
+            f"{config.max_position_embeddings} tokens: what it writes beyond may make no sense",
+            stacklevel=3,
+        )
+    return lm
 
 
 def _computing(

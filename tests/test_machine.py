@@ -145,7 +145,8 @@ def test_the_least_limit_counts(tmp_path, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
-    lm = s3d_jax.load(max_length=20_000_000)
+    with pytest.warns(UserWarning, match="is 20000000, and the model was made for 512 tokens"):
+        lm = s3d_jax.load(max_length=20_000_000)
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10**10)
     many = dict(max_new_tokens=19_000_000)
     with pytest.raises(
