@@ -148,10 +148,12 @@ def load(
         draft_model=draft_model,
         feature_drafts=StoredFeatures(path, config, loaded.params, chosen) if use_draft else None,
     )
-    if lm.max_length > config.max_position_embeddings:
+    # Dynamic rotary embeddings grow with the text: they are made to go on.
+    if lm.max_length > config.max_position_embeddings and config.rope.type != "dynamic":
         warnings.warn(
             f"max_length (--max-length) is {lm.max_length}, and the model was made for "
-            f"{config.max_position_embeddings} tokens: what it writes beyond may make no sense",
+            f"{config.max_position_embeddings} tokens: beyond these its text may make no sense, so "
+            "give fewer",
             stacklevel=3,
         )
     return lm

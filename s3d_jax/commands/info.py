@@ -272,6 +272,8 @@ def _draft_facts(header: "Header", name: str) -> dict[str, Any]:
         "parameters": draft.num_params,
         "vocabulary": draft.shapes.get("vocabulary", [None])[0],
         "tokens_per_iteration": reached.get("tokens_per_iteration"),
+        # A draft can be handed on with a smaller γ than it was trained for.
+        "gamma_when_trained": len(reached.get("acceptance_per_position", ())) or draft.config.gamma,
     }
     if kind != S3D:
         return common
@@ -309,6 +311,8 @@ def _draft_rows(
             parts += f", recalls {count} layer{'s' * (count > 1)}"
         what = layers(facts["skip"]) if "skip" in facts else f"of the kind {facts['kind']!r}"
         reached = "" if tau is None else f", {tau:.2f} tokens per iteration when trained"
+        if reached and (gamma := facts["gamma_when_trained"]) != facts["gamma"]:
+            reached += f" with gamma {gamma}"
         rows.append(
             (
                 "draft",

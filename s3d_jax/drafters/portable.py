@@ -84,7 +84,7 @@ def export_draft(
         check(
             gamma <= draft.config.gamma,
             f"gamma (--gamma) is {gamma!r}, and the draft {name!r} proposes {draft.config.gamma} "
-            "tokens",
+            f"tokens: choose 1 to {draft.config.gamma}",
         )
         draft = dataclasses.replace(draft, config=draft.config.replace(gamma=gamma))
     arrays = {path: np.asarray(x) for path, x in flatten(draft_tree(draft.params)).items()}

@@ -118,9 +118,9 @@ def beginning_of_features(
     found = read_draft(model, config.start, target)
     _check_same_vocabulary(config, found.params)
     draft = config.draft or found.config
-    if config.kind == "medusa" and draft.gamma != found.config.gamma:
+    if config.kind == "medusa" and draft.gamma != (heads := len(found.params.weights)):
         raise ConfigError(
-            f"the draft {config.start!r} has {found.config.gamma} heads: γ (--gamma) must be that, "
+            f"the draft {config.start!r} has {heads} heads: γ (--gamma) must be that, "
             f"got {draft.gamma}"
         )
     return draft, NO_ADAPTER, found.params

@@ -1,5 +1,7 @@
 """Drafts that read hidden states: exact for any weights, and in decoding as in training."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,9 @@ from s3d_jax.nn.features import (
 )
 from s3d_jax.nn.streams import text_states
 from s3d_jax.settings.drafting import FeatureConfig
-from s3d_jax.settings.training import LoopConfig, ObjectiveConfig, OptimizerConfig
+from s3d_jax.settings.training import LoopConfig, ObjectiveConfig, OptimizerConfig, TrainDraftConfig
 from s3d_jax.storage import native
+from s3d_jax.train.beginning import beginning_of_features
 from s3d_jax.train.bridges import fitted_fuse
 from s3d_jax.train.features import FeatureTask
 from s3d_jax.train.loop import begin, make_step
@@ -213,6 +216,15 @@ def test_stored_drafts_are_found_by_their_kind(checkpoint, tmp_path, capsys):
     # Another name, and a copy that was handed on.
     exported = export_draft(checkpoint, "medusa", tmp_path / "out")
     assert exported.kind == "medusa"
+    export_draft(checkpoint, "medusa", tmp_path / "fewer", gamma=2)
+    add_draft(tmp_path / "fewer", checkpoint, "fewer")
+    result = s3d_jax.load(checkpoint, draft="fewer").generate([1], method="medusa")[0]
+    assert len(result.stats.accepted_per_position) == 2
+    training = TrainDraftConfig(kind="medusa", start="fewer", draft=FeatureConfig(3))
+    assert beginning_of_features(checkpoint, lm.config, training)[0].gamma == 3  # all are left
+    with pytest.raises(ConfigError, match="has 3 heads"):
+        fewer = dataclasses.replace(training, draft=FeatureConfig(2))
+        beginning_of_features(checkpoint, lm.config, fewer)
     add_draft(tmp_path / "out", checkpoint, "other")
     assert read_draft(checkpoint, "other", lm.config).kind == "medusa"
     assert add_draft(tmp_path / "out", checkpoint, overwrite=True).name == "medusa"

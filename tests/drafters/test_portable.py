@@ -65,6 +65,10 @@ def test_a_draft_comes_back_exactly(tmp_path, dtype):
 
 
 def test_fewer_draft_tokens_can_be_handed_on(model, tmp_path, capsys):
+    draft = read_draft(model, "good", tiny_config())
+    reached = {"tokens_per_iteration": 1.75, "acceptance_per_position": [0.5, 0.25, 0.0]}
+    training = {"reached": reached}
+    save_draft(model, "good", draft.config, draft.params, training, overwrite=True)
     out = tmp_path / "fewer"
     assert main(["draft", "export", "good", str(out), "--model", str(model), "--gamma", "2"]) == 0
     assert "γ = 2" in capsys.readouterr().out
@@ -74,7 +78,11 @@ def test_fewer_draft_tokens_can_be_handed_on(model, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, whole.params, fewer.params)
     stats = s3d_jax.load(model, draft="fewer").generate([1, 2, 3], max_new_tokens=8)[0].stats
     assert len(stats.accepted_per_position) == 2
-    for gamma, message in ((0, ">= 1"), (DRAFT.gamma + 1, f"proposes {DRAFT.gamma} tokens")):
+    assert main(["info", "--model", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "1.75 tokens per iteration when trained\n" in shown  # of "good"
+    assert "1.75 tokens per iteration when trained with gamma 3\n" in shown
+    for gamma, message in ((0, ">= 1"), (4, "proposes 3 tokens: choose 1 to 3")):
         with pytest.raises(ConfigError, match=message):
             export_draft(model, "good", tmp_path / "none", gamma=gamma)
         assert not (tmp_path / "none").exists()

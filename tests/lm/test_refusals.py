@@ -1,12 +1,16 @@
 """Wrong prompts, options and models are refused; numbers of libraries are not."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import s3d_jax
-import s3d_jax.storage.native
 from s3d_jax.errors import ConfigError, InputError
+from s3d_jax.settings.model import RopeConfig
+from s3d_jax.storage import native
+from tests.tiny import tiny_config, tiny_params
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,18 @@ def test_bad_options(tiny, options, message):
 def test_bad_models_are_refused_when_they_are_made(tiny, options, message):
     with pytest.raises((InputError, ConfigError), match=message):
         s3d_jax.LM(tiny.config, tiny.params, **options)
+
+
+def test_more_tokens_than_the_model_was_made_for_are_warned_of(tmp_path):
+    for rope in (RopeConfig(), RopeConfig("dynamic", 2.0, original_max_position_embeddings=128)):
+        config = tiny_config(rope=rope)
+        native.save(tmp_path / rope.type, config, tiny_params(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            s3d_jax.load(tmp_path / rope.type, max_length=128)
+    assert s3d_jax.load(tmp_path / "dynamic", max_length=129).max_length == 129  # made to go on
+    with pytest.warns(UserWarning, match="is 129, and the model was made for 128 .* give fewer"):
+        s3d_jax.load(tmp_path / "default", max_length=129)
 
 
 def test_a_model_takes_numbers_of_numpy(tiny):

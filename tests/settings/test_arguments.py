@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from convert.__main__ import main as convert_main
 from s3d_jax.commands.main import main
 from s3d_jax.errors import ConfigError, InputError
 from s3d_jax.settings.arguments import add_options, build, given, refuse
@@ -79,6 +80,13 @@ def test_an_unknown_option_is_refused_by_the_command_that_got_it(command, words,
     with pytest.raises(SystemExit):
         main(command.split())
     assert words in capsys.readouterr().err
+
+
+def test_s3d_convert_refuses_it_as_well(capsys):
+    with pytest.raises(SystemExit):
+        convert_main(["verify", "a", "b", "--dtpe", "float32"])
+    assert "usage: s3d-convert verify" in (shown := capsys.readouterr().err)
+    assert "did you mean --dtype?" in shown
 
 
 def test_the_help_has_defaults(capsys):
