@@ -10,16 +10,19 @@ share of the time:
 exact      S3D's tokens against AR's in int8, int4, float32, bfloat16, float16; differences
            counted with the gap between the two best logits there; whether the state is donated,
            and copies of a cache in the compiled loop
-passes     AR step, verification of 4 to 33 rows, half-depth draft, by shape and precision; share of
-           the bandwidth; peak memory; temporary memory, which shows whether weights are widened
-texts      `s3d bench` on the model of the package, and on --model
+passes     AR step, verification of 2 to 33 rows, half-depth draft, by shape and precision; share of
+           the bandwidth; peak memory against the ledger; temporary memory, which shows whether
+           weights are widened
+texts      `s3d bench` on the model of the package, and on --model with all of its drafts
 distilling answers of --model to --prompts, as many as the time allows
-training   a draft for --model on --data and those answers, in the time that there is
+training   a draft for --model on --data and those answers, in the time that there is; a run in DIR
+           that was interrupted continues
 profile    kernels of one text: their time, their number, and the idle time between them
+variants   passes and texts under other settings of XLA
 
 Each finding is appended to DIR/results.jsonl at once, so that a run that is killed loses no more
-than the stage it is in; DIR/report.md is written after each stage. Runs on any machine with CUDA,
-and, with small models, on a CPU.
+than the stage it is in; DIR/report.md has them as tables after each stage. Runs on any machine with
+CUDA, and, with small models, on a CPU.
 """
 
 import argparse
@@ -38,15 +41,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 Findings = Iterator[dict[str, Any]]
 
 # Seconds of ten minutes.
-SHARES = dict(exact=100, passes=180, texts=90, distilling=80, training=100, profile=50)
+SHARES = dict(exact=90, passes=150, texts=80, distilling=70, training=90, profile=40, variants=80)
+# Settings of XLA on GPUs that may pay. Command buffers are CUDA graphs: kernels of a loop that are
+# launched as one, so that a small model does not wait for the host.
+VARIANTS = {
+    "as it is": "",
+    "loops in command buffers": "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,"
+    "CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "no command buffers": "--xla_gpu_enable_command_buffer=",
+    "products by cuBLAS, not Triton": "--xla_gpu_enable_triton_gemm=false",
+}
 PROMPT_TOKENS, NEW_TOKENS = 24, 96
+ROWS = (3, 5, 8, 16, 25, 33)  # of verification
 # The runs of one stage compile the same programs.
 _ENVIRON = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/s3d_gpu"}
 
@@ -200,17 +213,42 @@ def passes(options: argparse.Namespace) -> Findings:
                 yield found | json.loads(lines[-1]) | {"seconds_in_all": round(seconds, 1)}
 
 
-def one_shape(shape: str, precision: str, small: bool) -> dict[str, Any]:
+def variants(options: argparse.Namespace) -> Findings:
+    """The passes of one shape, and texts of the model of the package, under settings of XLA."""
+    shape, precision = ("llama-130m" if options.small else "phi-3-mini"), "bfloat16"
+    words = ["--shape", shape, "--precision", precision, "--out", str(options.out)]
+    for name, flags in VARIANTS.items():
+        environ = _ENVIRON | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+        command = [sys.executable, __file__, "--only", "one-shape", "--few-rows", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environ)
+        found = {"variant": name, "model": shape, "precision": precision}
+        if done.returncode:
+            yield found | {"error": done.stderr[-2000:]}
+        else:
+            yield found | json.loads(done.stdout.strip().splitlines()[-1])
+        methods = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=4"
+        yield {"variant": name} | _bench(None, methods, options.small, environ)
+
+
+def one_shape(shape: str, precision: str, small: bool, few: bool) -> dict[str, Any]:
     """The passes of one model of random weights."""
     import jax
     from passes import SHAPES, median_seconds, pass_runs, random_model, read_run
 
     from s3d_jax.machine import peak_memory_bytes
     from s3d_jax.nn.transformer import weight_bytes
+    from s3d_jax.weights.base import num_bytes
 
     lm = random_model(SHAPES[shape], precision)
-    passes = pass_runs(lm, (1, 4, 5, 8) if small else (1, 3, 5, 8, 16, 25, 33))
+    # Two rows: whether a step should be padded to them, since one row has kernels of its own.
+    passes = pass_runs(lm, (1, 2, 5) if few else (1, 2, 5, 8) if small else (1, 2, *ROWS))
     weights = weight_bytes(lm.config)
+    for one in passes.values():
+        one()
+    peak = peak_memory_bytes()  # before the array of the read benchmark
+    state = passes["1 row"].state[0]
+    temp = {name: one.temp_bytes for name, one in passes.items()}
+    ledger = num_bytes((lm.params, lm.draft_params, state)) + max(temp.values())
     read, read_bytes = read_run(min(weights, 1 << 30))
     seconds = median_seconds({**passes, "read": read}, 1 if small else 3)
     bandwidth = read_bytes / seconds.pop("read")
@@ -225,33 +263,41 @@ def one_shape(shape: str, precision: str, small: bool) -> dict[str, Any]:
         "read_gb_per_second": bandwidth / 1e9,
         "ar_share_of_bandwidth": (weights - table) / seconds["1 row"] / bandwidth,
         "weight_gb": weights / 1e9,
-        "peak_memory_gb": peak_memory_bytes() / 1e9,
-        "temp_bytes": {name: one.temp_bytes for name, one in passes.items()},
+        "peak_memory_gb": peak / 1e9,
+        "peak_over_ledger": peak / ledger,
+        "temp_bytes": temp,
     }
 
 
 def texts(options: argparse.Namespace) -> Findings:
     """`s3d bench`, end to end."""
-    models = [options.model, None] if options.model else [None]
-    for model in models:
-        new = "16" if options.small else "128"
-        methods = (
-            "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4:copies=no,s3d:gamma=4"
-        )
-        if not options.small:  # int8 models on CPUs take no leaves
-            methods += "".join(f",s3d:gamma=4:leaves={n}:adaptive=no" for n in ("2+1", "4+2+2"))
-        if importlib.util.find_spec("torch") and not options.small:
-            methods += ",hf"
-        command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]
-        command += ["--max-new-tokens", new, "--repeats", "1" if options.small else "2"]
-        command += ["--methods", methods] + (["--model", str(model)] if model else [])
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            yield {"model": str(model or "of the package"), "error": done.stderr[-2000:]}
-            continue
-        found = json.loads(done.stdout)
-        rows = [{k: v for k, v in row.items() if k != "categories"} for row in found["rows"]]
-        yield {"model": found["model"], "precision": found["precision"], "rows": rows}
+    from s3d_jax.drafters.stored import draft_kind, draft_names
+    from s3d_jax.settings.drafting import default_name
+
+    methods = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4:copies=no,s3d:gamma=4"
+    if not options.small:  # int8 models on CPUs take no leaves
+        methods += "".join(f",s3d:gamma=4:leaves={n}:adaptive=no" for n in ("2+1", "4+2+2"))
+    if importlib.util.find_spec("torch") and not options.small:
+        methods += ",hf"
+    if options.model:
+        drafts = [(name, draft_kind(options.model, name)) for name in draft_names(options.model)]
+        # Merged ones, and those of other kinds; they decode with their own γ.
+        more = [f"{kind}:draft={name}" for name, kind in drafts if name != default_name("s3d")]
+        yield _bench(options.model, ",".join([methods, *more]), options.small)
+    yield _bench(None, methods, options.small)
+
+
+def _bench(
+    model: Path | None, methods: str, small: bool, environ: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """What `s3d bench` finds, or its error."""
+    command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]
+    command += ["--max-new-tokens", "16" if small else "128", "--repeats", "1" if small else "2"]
+    command += ["--methods", methods] + (["--model", str(model)] if model else [])
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    if done.returncode:
+        return {"model": str(model or "of the package"), "error": done.stderr[-2000:]}
+    return json.loads(done.stdout)
 
 
 def distilling(options: argparse.Namespace) -> Findings:
@@ -294,7 +340,8 @@ def distilling(options: argparse.Namespace) -> Findings:
 def training(options: argparse.Namespace) -> Findings:
     """Trains a draft in the time that there is: OUT/run, and the draft in OUT/draft.
 
-    A first run of a few steps measures a step, so that the schedule of the second ends in time.
+    A first run of a few steps measures a step, so that the schedule of the second ends in time. A
+    run that is there already, of the same data and settings, gets as many steps more.
     """
     import numpy as np
 
@@ -333,18 +380,24 @@ def training(options: argparse.Namespace) -> Findings:
             words.append("--resume")
         else:
             shutil.rmtree(run, ignore_errors=True)
-        start, seen = time.monotonic(), []
+        metrics = run / "metrics.jsonl"
+
+        def lines() -> int:
+            return metrics.read_text().count("\n") if metrics.exists() else 0
+
+        # Resuming removes what was noted after the state.
+        start, before, seen = time.monotonic(), min(done, lines()), []
 
         def look() -> None:
-            metrics = run / "metrics.jsonl"
-            lines = metrics.read_text().count("\n") if metrics.exists() else 0
-            seen.extend([time.monotonic()] * (lines - len(seen)))
+            seen.extend([time.monotonic()] * (lines() - before - len(seen)))
 
         error = _run_until(until, [*command, *words], look)
         if not seen:
             return time.monotonic() - start, [], 0.0, error
         return seen[0] - start, np.diff(seen).tolist(), time.monotonic() - seen[-1], error
 
+    states = (options.out / "run" / "states").glob("[0-9]*")
+    done = max((int(state.name) for state in states if state.name.isdigit()), default=0)
     first, between, after, error = train("trial", trial_steps, 0)
     yield {"steps": trial_steps, "seconds_to_the_first": first, "error": error}
     if len(between) < 3:
@@ -354,15 +407,17 @@ def training(options: argparse.Namespace) -> Findings:
     # The run compiles nothing new; its beginning and end take no longer than those of the trial.
     left = end - time.monotonic() - first - after
     steps = max(trial_steps, int(0.85 * left / a_step))
-    yield {"seconds_a_step": a_step, "tokens_per_second": size * length / a_step, "steps": steps}
+    speed = size * length / a_step
+    yield {"seconds_a_step": a_step, "tokens_per_second": speed, "done": done, "steps": steps}
     save_every = max(1, int(15 / a_step))
     until = end - first - after
-    first, between, after, error = train("run", steps, save_every, until=until)
+    first, between, after, error = train("run", done + steps, save_every, done > 0, until)
     yield {"seconds_to_the_first": first, "steps": len(between), "error": error}
     if error:  # slower than the trial was: what has been saved counts
-        steps = (len(between) // save_every) * save_every
+        steps = done + (len(between) // save_every) * save_every
         *_, error = train("run", steps, save_every, resume=True, until=options.deadline - 10)
         yield {"steps": steps, "error": error}
+    shutil.rmtree(options.out / "draft", ignore_errors=True)
     export = [sys.executable, "-m", "s3d_jax", "draft", "export", "run", str(options.out / "draft")]
     error = _run_until(options.deadline, [*export, "--model", str(model)])
     yield {"draft": str(options.out / "draft"), "error": error}
@@ -470,19 +525,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], Findings]] = {
     "distilling": distilling,
     "training": training,
     "profile": profile,
+    "variants": variants,
 }
-
-
-def report(out: Path) -> None:
-    """Writes report.md from results.jsonl."""
-    lines = [json.loads(x) for x in (out / "results.jsonl").read_text().splitlines()]
-    parts = []
-    for stage in ("about", *STAGES):
-        rows = [line for line in lines if line["stage"] == stage]
-        if rows:
-            parts.append(f"## {stage}\n")
-            parts += ["```", *(json.dumps(row, indent=1) for row in rows), "```", ""]
-    (out / "report.md").write_text("\n".join(parts))
 
 
 def record(out: Path, stage: str, finding: dict[str, Any]) -> None:
@@ -508,6 +552,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small models (on CPUs: always)")
     for name in ("--only", "--shape", "--precision"):  # for the processes of the stages
         parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--few-rows", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -524,11 +569,14 @@ def main() -> int:
             for finding in one_dtype(options.precision, options.small):
                 print(json.dumps(finding), flush=True)
         elif options.only == "one-shape":
-            print(json.dumps(one_shape(options.shape, options.precision, options.small)))
+            found = one_shape(options.shape, options.precision, options.small, options.few_rows)
+            print(json.dumps(found))
         else:
             for finding in STAGES[options.only](options):
                 record(options.out, options.only, finding)
         return 0
+
+    import gpu_report
 
     whole = sum(SHARES[stage] for stage in options.stages)
     end = time.monotonic() + 60 * options.minutes
@@ -549,7 +597,7 @@ def main() -> int:
         words = [*command, "--only", stage, "--seconds", str(seconds)]
         if error := _run_until(stop, words, output=None):
             record(options.out, stage, {"error": error})
-        report(options.out)
+        gpu_report.report(options.out)
     return 0
 
 

@@ -93,12 +93,24 @@ def test_kernels_are_added_up_with_the_time_between_them():
 
 def test_what_a_stage_has_found_is_kept(tmp_path):
     gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
-    gpu["record"](tmp_path, "exact", {"identical": 8})
+    texts = {"dtype": "int8", "temperature": 0.0, "prompts": 9, "identical": 8, "tau": 2.5}
+    gpu["record"](tmp_path, "exact", texts | {"gaps_where_different": [0.001]})
     gpu["record"](tmp_path, "passes", {"error": "cut off after 3 s"})
-    gpu["report"](tmp_path)
+    passes = {
+        "model": "phi", "precision": "bfloat16", "milliseconds": {"1 row": 4.0, "5 rows": 5.0},
+        "over_ar": {"1 row": 1.0, "5 rows": 1.25}, "ar_share_of_bandwidth": 0.8, "weight_gb": 7.6,
+        "peak_over_ledger": 1.04, "temp_bytes": {"1 row": 1000000, "5 rows": 2000000},
+    }  # fmt: skip
+    gpu["record"](tmp_path, "passes", passes)
+    gpu["record"](tmp_path, "variants", passes | {"variant": "no graphs"})
+    runpy.run_path(str(BENCHMARKS / "gpu_report.py"))["report"](tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert text.index("## exact") < text.index('"identical": 8') < text.index("## passes")
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    exact, timed, variants = text.split("## ")[1:]
+    assert "| int8 | 0.0 | 8/9 | 1.0e-03 | 2.50 |" in exact
+    assert "| phi | bfloat16 | 4.000 | 1.25 | 80% | 7.60 | 1.04 | 2.00 |" in timed
+    assert '"error": "cut off after 3 s"' in timed
+    assert "| phi | bfloat16 | no graphs | 4.000 |" in variants
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.exhaustive
