@@ -6,20 +6,27 @@
 #   recipes/smollm2_draft/make.sh PROMPTS.jsonl WORK_DIR [ANSWERS [MORE_ANSWERS]]
 #
 # PROMPTS.jsonl(.gz) has one {"messages": [...]} a line. The result is WORK_DIR/draft. A finished step is
-# not repeated; an interrupted one continues.
+# not repeated; an interrupted one continues. answers.xz answers the prompts of the draft in the
+# repository; with other prompts the later steps train on the answers that the first ones distilled.
 set -euo pipefail
 prompts=$1 work=$2 answers=${3:-1393} more=${4:-1901}
+recipe=$(cd "$(dirname "$0")" && pwd)
 # A training step has large buffers: huge pages, and memory that is not returned, save page faults.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1
 GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$work"
 
-[ -d "$work/model" ] || python -m benchmarks.smollm2 "$work/model" --dtype bfloat16
-# First of all, since it fails with other prompts.
-[ -f "$work/more.jsonl" ] || {
-  python "$(dirname "$0")/answers.py" "$work/model" "$prompts" "$work/more.part"
-  mv "$work/more.part" "$work/more.jsonl"
-}
+[ -d "$work/model" ] ||
+  PYTHONPATH="$recipe/../.." python -m benchmarks.smollm2 "$work/model" --dtype bfloat16
+later=(--data "$work/more.jsonl")
+if [ ! -f "$work/more.jsonl" ]; then
+  if python "$recipe/answers.py" "$work/model" "$prompts" "$work/more.part"; then
+    mv "$work/more.part" "$work/more.jsonl"
+  else
+    echo "so the later steps train on the answers that are distilled here"
+    later=(--data "$work/own.jsonl" --data "$work/short.jsonl")
+  fi
+fi
 [ -f "$work/own.jsonl" ] || s3d distill --model "$work/model" --dtype float32 --prompts "$prompts" \
   --out "$work/own.jsonl" --limit "$answers" --max-new-tokens 192 --sampled-fraction 0.25 \
   --temperature 0.7 --batch-size 16
@@ -39,7 +46,7 @@ if [ -f "$work/run/options.json" ]; then resume=--resume; fi
 resume=
 if [ -f "$work/more_run/options.json" ]; then resume=--resume; fi
 [ -d "$work/model/drafts/continued" ] || s3d train $resume --model "$work/model" \
-  --data "$work/more.jsonl" --run "$work/more_run" --name continued --start trained \
+  "${later[@]}" --run "$work/more_run" --name continued --start trained \
   --objective kl --steps 700 --learning-rate 0.0004 --warmup-steps 30 --anchors 48 \
   --batch-size 8 --row-length 256 --seed 15 --save-every 50 --validate-every 0 \
   --valid-prompts 16 --valid-tokens 96
@@ -47,7 +54,7 @@ if [ -f "$work/more_run/options.json" ]; then resume=--resume; fi
 resume=
 if [ -f "$work/deeper_run/options.json" ]; then resume=--resume; fi
 [ -d "$work/model/drafts/deeper" ] || s3d train $resume --model "$work/model" --dtype float32 \
-  --data "$work/more.jsonl" --run "$work/deeper_run" --name deeper --start continued \
+  "${later[@]}" --run "$work/deeper_run" --name deeper --start continued \
   --skip 2-16 --fit-rows 160 --objective kl --steps 420 --learning-rate 0.0007 --warmup-steps 20 \
   --anchors 64 --batch-size 6 --row-length 256 --seed 21 --save-every 50 --validate-every 0 \
   --valid-prompts 16 --valid-tokens 96

@@ -156,7 +156,7 @@ class TrainDraftConfig(RunConfig):
         None,
         "continue from this draft of the model, with its block attention, mode and vocabulary; a "
         "higher --rank, --bridge-rank, --chain-rank or --recall adds to it, --gamma may differ, "
-        "and with another --skip its bridges begin anew: fit them, with --fit-rows",
+        "and with another --skip it needs new bridges: fit them, with --fit-rows",
         metavar="NAME",
     )
     out: str | None = option(None, "mode full: folder of the new checkpoint", metavar="DIR")

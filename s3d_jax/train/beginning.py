@@ -72,7 +72,7 @@ def beginning(
     adapter = AdapterConfig(*(getattr(ranks, n) or getattr(had, n) for n in names))
     for n in names:
         if n in ("bridge_rank", "recall") and not params.bridges:
-            continue  # they begin anew
+            continue  # they do not carry over
         if getattr(adapter, n) < getattr(had, n):
             raise ConfigError(
                 f"the draft {name!r} has {n.replace('_', ' ')} {getattr(had, n)}, which can grow "

@@ -20,7 +20,9 @@ from s3d_jax.weights.formats import bound_by_memory
 # (docs/log), and one leaf more adds ever less.
 COMBS: tuple[tuple[int, ...], ...] = ((2, 1), (2,), (1,))
 MOST_ROWS = max(map(sum, COMBS))
-_WORTH = 1.05  # of an iteration without leaves: what one with them may cost to be tried
+# Of an iteration without leaves: what one with them may cost to be tried. The least of COMBS gains
+# 7 percent; what was tried is chosen only where it was faster.
+_WORTH = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
