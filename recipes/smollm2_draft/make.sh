@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the draft for SmolLM2-135M-Instruct: the model, its own answers, a draft of 11 layers that is
-# fitted to them and then trained on them, more training on the answers in answers.xz, and a draft of 15
-# layers that goes on from it.
+# fitted to them and then trained on them, more training on the answers in answers.xz, a draft of 15
+# layers that starts from it, and more training of that.
 #
 #   recipes/smollm2_draft/make.sh PROMPTS.jsonl WORK_DIR [ANSWERS [MORE_ANSWERS]]
 #
@@ -59,5 +59,13 @@ if [ -f "$work/deeper_run/options.json" ]; then resume=--resume; fi
   --anchors 64 --batch-size 6 --row-length 256 --seed 21 --save-every 50 --validate-every 0 \
   --valid-prompts 16 --valid-tokens 96
 
+resume=
+if [ -f "$work/last_run/options.json" ]; then resume=--resume; fi
+[ -d "$work/model/drafts/last" ] || s3d train $resume --model "$work/model" --dtype float32 \
+  "${later[@]}" --run "$work/last_run" --name last --start deeper \
+  --objective kl --steps 400 --learning-rate 0.0005 --warmup-steps 20 \
+  --anchors 64 --batch-size 6 --row-length 256 --seed 22 --save-every 25 --validate-every 0 \
+  --valid-prompts 16 --valid-tokens 96
+
 # Trained for γ = 4; 3 is fastest on CPUs.
-[ -d "$work/draft" ] || s3d draft export deeper "$work/draft" --model "$work/model" --gamma 3
+[ -d "$work/draft" ] || s3d draft export last "$work/draft" --model "$work/model" --gamma 3
