@@ -16,9 +16,9 @@ passes     AR step, verification of 2 to 33 rows, half-depth draft, by shape and
 texts      `s3d bench` on the model of the package, and on --model with all of its drafts
 distilling answers of --model to --prompts, as many as the time allows
 training   a draft for --model on --data and those answers, in the time that there is; a run in DIR
-           that was interrupted continues
+           of the same data and settings continues, if the stage runs alone
 profile    kernels of one text: their time, their number, and the idle time between them
-variants   passes and texts under other settings of XLA
+variants   passes and texts under other settings of XLA; only where --stages names it
 
 Each finding is appended to DIR/results.jsonl at once, so that a run that is killed loses no more
 than the stage it is in; DIR/report.md has them as tables after each stage. Runs on any machine with
@@ -48,7 +48,9 @@ from typing import Any
 Findings = Iterator[dict[str, Any]]
 
 # Seconds of ten minutes.
-SHARES = dict(exact=90, passes=150, texts=80, distilling=70, training=90, profile=40, variants=80)
+SHARES = dict(
+    exact=100, passes=180, texts=90, distilling=80, training=100, profile=50, variants=300
+)
 # Settings of XLA on GPUs that may pay. Command buffers are CUDA graphs: kernels of a loop that are
 # launched as one, so that a small model does not wait for the host.
 VARIANTS = {
@@ -60,6 +62,8 @@ VARIANTS = {
 }
 PROMPT_TOKENS, NEW_TOKENS = 24, 96
 ROWS = (3, 5, 8, 16, 25, 33)  # of verification
+CUT_OFF = "cut off at the end of its time"
+METHODS = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=4"
 # The runs of one stage compile the same programs.
 _ENVIRON = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/s3d_gpu"}
 
@@ -200,34 +204,35 @@ def passes(options: argparse.Namespace) -> Findings:
     # The time is over before the list is: one shape in each precision, then each other shape.
     for shape, precision in itertools.product(shapes, precisions):
         if shape != "llama-1.1b" or precision in ("bfloat16", "int8"):
-            command = [sys.executable, __file__, "--only", "one-shape", "--shape", shape]
-            command += ["--precision", precision, "--out", str(options.out)]
+            words = ["--shape", shape, "--precision", precision]
             start = time.monotonic()
-            done = subprocess.run(command, capture_output=True, text=True, env=_ENVIRON)
-            found = {"model": shape, "precision": precision}
-            lines = done.stdout.strip().splitlines()
-            if done.returncode or not lines:
-                yield found | {"error": done.stderr[-2000:]}
-            else:
-                seconds = time.monotonic() - start
-                yield found | json.loads(lines[-1]) | {"seconds_in_all": round(seconds, 1)}
+            found = {"model": shape, "precision": precision} | _timed(options, words, _ENVIRON)
+            yield found | {"seconds_in_all": round(time.monotonic() - start, 1)}
+
+
+def _timed(
+    options: argparse.Namespace, words: list[str], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a process of its own finds of one shape, or its error."""
+    command = [sys.executable, __file__, "--only", "one-shape", "--out", str(options.out), *words]
+    command += ["--small"] * options.small
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"error": done.stderr[-2000:]}
+    return json.loads(lines[-1])
 
 
 def variants(options: argparse.Namespace) -> Findings:
-    """The passes of one shape, and texts of the model of the package, under settings of XLA."""
+    """The passes of one shape, and texts of the model of the package and of --model."""
     shape, precision = ("llama-130m" if options.small else "phi-3-mini"), "bfloat16"
-    words = ["--shape", shape, "--precision", precision, "--out", str(options.out)]
+    words = ["--few-rows", "--shape", shape, "--precision", precision]
     for name, flags in VARIANTS.items():
         environ = _ENVIRON | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-        command = [sys.executable, __file__, "--only", "one-shape", "--few-rows", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environ)
         found = {"variant": name, "model": shape, "precision": precision}
-        if done.returncode:
-            yield found | {"error": done.stderr[-2000:]}
-        else:
-            yield found | json.loads(done.stdout.strip().splitlines()[-1])
-        methods = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=4"
-        yield {"variant": name} | _bench(None, methods, options.small, environ)
+        yield found | _timed(options, words, environ)
+        for model in [None, options.model] if options.model else [None]:
+            yield {"variant": name} | _bench(model, METHODS, options.small, environ)
 
 
 def one_shape(shape: str, precision: str, small: bool, few: bool) -> dict[str, Any]:
@@ -239,13 +244,16 @@ def one_shape(shape: str, precision: str, small: bool, few: bool) -> dict[str, A
     from s3d_jax.nn.transformer import weight_bytes
     from s3d_jax.weights.base import num_bytes
 
+    # Peaks of all up to then: of making the weights, of XLA's trials of kernels, of passes.
     lm = random_model(SHAPES[shape], precision)
+    peaks = {"made": peak_memory_bytes() / 1e9}
     # Two rows: whether a step should be padded to them, since one row has kernels of its own.
     passes = pass_runs(lm, (1, 2, 5) if few else (1, 2, 5, 8) if small else (1, 2, *ROWS))
+    peaks["compiled"] = peak_memory_bytes() / 1e9
     weights = weight_bytes(lm.config)
     for one in passes.values():
         one()
-    peak = peak_memory_bytes()  # before the array of the read benchmark
+    peaks["ran"] = peak_memory_bytes() / 1e9  # before the array of the read benchmark
     state = passes["1 row"].state[0]
     temp = {name: one.temp_bytes for name, one in passes.items()}
     ledger = num_bytes((lm.params, lm.draft_params, state)) + max(temp.values())
@@ -263,41 +271,54 @@ def one_shape(shape: str, precision: str, small: bool, few: bool) -> dict[str, A
         "read_gb_per_second": bandwidth / 1e9,
         "ar_share_of_bandwidth": (weights - table) / seconds["1 row"] / bandwidth,
         "weight_gb": weights / 1e9,
-        "peak_memory_gb": peak / 1e9,
-        "peak_over_ledger": peak / ledger,
+        "peak_memory_gb": peaks,
+        "ledger_gb": ledger / 1e9,
         "temp_bytes": temp,
     }
 
 
 def texts(options: argparse.Namespace) -> Findings:
     """`s3d bench`, end to end."""
-    from s3d_jax.drafters.stored import draft_kind, draft_names
-    from s3d_jax.settings.drafting import default_name
+    from s3d_jax.drafters.stored import KINDS, draft_kind, draft_names, read_draft
+    from s3d_jax.storage.native import read_header
 
-    methods = "ar,s3d:gamma=4:adaptive=no,s3d:gamma=2:adaptive=no,s3d:gamma=4:copies=no,s3d:gamma=4"
+    more = ["s3d:gamma=2:adaptive=no", "s3d:gamma=4:copies=no"]
     if not options.small:  # int8 models on CPUs take no leaves
-        methods += "".join(f",s3d:gamma=4:leaves={n}:adaptive=no" for n in ("2+1", "4+2+2"))
+        more += [f"s3d:gamma=4:leaves={n}:adaptive=no" for n in ("2+1", "4+2+2")]
     if importlib.util.find_spec("torch") and not options.small:
-        methods += ",hf"
-    if options.model:
-        drafts = [(name, draft_kind(options.model, name)) for name in draft_names(options.model)]
-        # Merged ones, and those of other kinds; they decode with their own γ.
-        more = [f"{kind}:draft={name}" for name, kind in drafts if name != default_name("s3d")]
-        yield _bench(options.model, ",".join([methods, *more]), options.small)
-    yield _bench(None, methods, options.small)
+        more.append("hf")
+    yield _bench(None, ",".join([METHODS, *more]), options.small)
+    if options.model is None:
+        return
+    # SmolLM2's loops compile for longer than they run, so each group is kept once it is there.
+    yield _bench(options.model, METHODS, options.small)
+    for name in draft_names(options.model):
+        kind = draft_kind(options.model, name)
+        if kind in KINDS:
+            gamma = read_draft(
+                options.model, name, read_header(options.model).config, weights=False
+            ).config.gamma
+            yield _bench(options.model, f"{kind}:draft={name}:gamma={gamma}", options.small)
+    yield _bench(options.model, ",".join(more), options.small)
 
 
 def _bench(
-    model: Path | None, methods: str, small: bool, environ: Mapping[str, str] = os.environ
+    model: Path | None, methods: str, small: bool, environ: Mapping[str, str] = _ENVIRON
 ) -> dict[str, Any]:
     """What `s3d bench` finds, or its error."""
+    from s3d_jax.drafters.stored import DEFAULT_NAME, S3D, draft_kind, draft_names
+
     command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]
     command += ["--max-new-tokens", "16" if small else "128", "--repeats", "1" if small else "2"]
     command += ["--methods", methods] + (["--model", str(model)] if model else [])
+    names = [n for n in draft_names(model) if draft_kind(model, n) == S3D] if model else []
+    if names and DEFAULT_NAME not in names:
+        command += ["--draft", names[0]]  # with several, none would be used unasked
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
-    if done.returncode:
+    try:
+        return json.loads(done.stdout)
+    except json.JSONDecodeError:
         return {"model": str(model or "of the package"), "error": done.stderr[-2000:]}
-    return json.loads(done.stdout)
 
 
 def distilling(options: argparse.Namespace) -> Findings:
@@ -341,7 +362,8 @@ def training(options: argparse.Namespace) -> Findings:
     """Trains a draft in the time that there is: OUT/run, and the draft in OUT/draft.
 
     A first run of a few steps measures a step, so that the schedule of the second ends in time. A
-    run that is there already, of the same data and settings, gets as many steps more.
+    run that is there already, of the same data and settings, gets as many steps more; one of others
+    is replaced.
     """
     import numpy as np
 
@@ -369,10 +391,19 @@ def training(options: argparse.Namespace) -> Findings:
         command += ["--rank", "32", "--chain-rank", "256", "--draft-vocab", str(vocabulary)]
     command += shlex.split(options.train)  # what is said twice counts as it is said last
 
+    def newest(run: Path) -> int:
+        """The step of the newest state."""
+        states = (path.name for path in (run / "states").glob("[0-9]*"))
+        return max((int(name) for name in states if name.isdigit()), default=0)
+
+    def noted(run: Path) -> str:
+        metrics = run / "metrics.jsonl"
+        return metrics.read_text() if metrics.exists() else ""
+
     def train(
         name: str, steps: int, save_every: int, resume: bool = False, until: float = end
     ) -> tuple[float, list[float], float, str | None]:
-        """Seconds to the first line of the metrics, between the others, and after the last."""
+        """Seconds to the end of the first step, between the others, and after the last."""
         run = options.out / name
         words = ["--run", str(run), "--name", name, "--steps", str(steps), "--log-every", "1"]
         words += ["--warmup-steps", str(min(50, steps // 4)), "--save-every", str(save_every)]
@@ -380,43 +411,46 @@ def training(options: argparse.Namespace) -> Findings:
             words.append("--resume")
         else:
             shutil.rmtree(run, ignore_errors=True)
-        metrics = run / "metrics.jsonl"
-
-        def lines() -> int:
-            return metrics.read_text().count("\n") if metrics.exists() else 0
-
-        # Resuming removes what was noted after the state.
-        start, before, seen = time.monotonic(), min(done, lines()), []
+        begun, before = newest(run), noted(run)
+        start, seen = time.monotonic(), []
 
         def look() -> None:
-            seen.extend([time.monotonic()] * (lines() - before - len(seen)))
+            text = noted(run)
+            if text == before:  # what was noted after the newest state has not been removed yet
+                return
+            lines = (json.loads(line) for line in text.splitlines() if line.endswith("}"))
+            count = sum("loss" in line and line["step"] > begun for line in lines)
+            seen.extend([time.monotonic()] * (count - len(seen)))
 
         error = _run_until(until, [*command, *words], look)
         if not seen:
             return time.monotonic() - start, [], 0.0, error
         return seen[0] - start, np.diff(seen).tolist(), time.monotonic() - seen[-1], error
 
-    states = (options.out / "run" / "states").glob("[0-9]*")
-    done = max((int(state.name) for state in states if state.name.isdigit()), default=0)
     first, between, after, error = train("trial", trial_steps, 0)
     yield {"steps": trial_steps, "seconds_to_the_first": first, "error": error}
     if len(between) < 3:
         return
-    a_step = max(statistics.mean(between[1:-1]), 1e-3)  # the last one holds a validation
-    after += between[-1]
+    a_step = max(statistics.mean(between[1:]), 1e-3)
     # The run compiles nothing new; its beginning and end take no longer than those of the trial.
     left = end - time.monotonic() - first - after
-    steps = max(trial_steps, int(0.85 * left / a_step))
+    steps, run = max(trial_steps, int(0.85 * left / a_step)), options.out / "run"
+    done = newest(run)
     speed = size * length / a_step
     yield {"seconds_a_step": a_step, "tokens_per_second": speed, "done": done, "steps": steps}
     save_every = max(1, int(15 / a_step))
     until = end - first - after
     first, between, after, error = train("run", done + steps, save_every, done > 0, until)
-    yield {"seconds_to_the_first": first, "steps": len(between), "error": error}
-    if error:  # slower than the trial was: what has been saved counts
-        steps = done + (len(between) // save_every) * save_every
+    if error and "with other options" in error:  # of s3d train: other data, say
+        yield {"not_continued": error}
+        first, between, after, error = train("run", steps, save_every, until=until)
+    yield {"seconds_to_the_first": first, "steps_after_it": len(between), "error": error}
+    if error == CUT_OFF and newest(run):  # slower than the trial was: what has been saved counts
+        steps = newest(run) + 1  # the last step comes with a validation
         *_, error = train("run", steps, save_every, resume=True, until=options.deadline - 10)
         yield {"steps": steps, "error": error}
+    if error:
+        return
     shutil.rmtree(options.out / "draft", ignore_errors=True)
     export = [sys.executable, "-m", "s3d_jax", "draft", "export", "run", str(options.out / "draft")]
     error = _run_until(options.deadline, [*export, "--model", str(model)])
@@ -456,7 +490,7 @@ def _run_until(
         try:
             while process.poll() is None:
                 if time.monotonic() > deadline - 3:
-                    return "cut off at the end of its time"
+                    return CUT_OFF
                 look()
                 time.sleep(0.02)
         finally:
@@ -543,7 +577,8 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the findings")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all stages (default: 10)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES], metavar="STAGE")
+    usual = [stage for stage in STAGES if stage != "variants"]
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=usual, metavar="STAGE")
     parser.add_argument("--model", type=Path, help="a native checkpoint for texts and training")
     parser.add_argument("--data", type=Path, help="its own answers, to train on (s3d distill)")
     parser.add_argument("--prompts", type=Path, help="chats to answer, as for s3d distill")
@@ -597,7 +632,10 @@ def main() -> int:
         words = [*command, "--only", stage, "--seconds", str(seconds)]
         if error := _run_until(stop, words, output=None):
             record(options.out, stage, {"error": error})
-        gpu_report.report(options.out)
+        try:
+            gpu_report.report(options.out)
+        except Exception as error:  # the findings are kept, and the other stages run
+            print(f"no report: {error!r}", file=sys.stderr)
     return 0
 
 

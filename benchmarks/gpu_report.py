@@ -59,7 +59,11 @@ def _passes(found: Sequence[Finding]) -> list[Column]:
         *((name, _steps(name)) for name in names),
         ("AR / read bound", lambda x: f"{x['ar_share_of_bandwidth']:.0%}"),
         ("weights, GB", lambda x: f"{x['weight_gb']:.2f}"),
-        ("peak / ledger", lambda x: f"{x['peak_over_ledger']:.2f}"),
+        ("computed, GB", lambda x: f"{x['ledger_gb']:.2f}"),
+        (
+            "peak: made, compiled, ran",
+            lambda x: ", ".join(f"{peak:.2f}" for peak in x["peak_memory_gb"].values()),
+        ),
         ("most temporary, MB", lambda x: f"{max(x['temp_bytes'].values()) / 1e6:.2f}"),
     ]
 
@@ -71,13 +75,21 @@ def _steps(name: str) -> Callable[[Finding], str]:
 def markdown(columns: Sequence[Column], found: Sequence[Finding]) -> list[str]:
     """A table of markdown, a line each."""
     rows = [[name for name, _ in columns], ["---"] * len(columns)]
-    rows += [[cell(x) for _, cell in columns] for x in found]
+    rows += [[_filled(cell, x) for _, cell in columns] for x in found]
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _filled(cell: Callable[[Finding], str], found: Finding) -> str:
+    try:
+        return cell(found)
+    except (KeyError, AttributeError):  # a finding of an earlier version
+        return ""
 
 
 def report(out: Path) -> None:
     """Writes report.md from results.jsonl."""
-    lines = [json.loads(x) for x in (out / "results.jsonl").read_text().splitlines()]
+    text = (out / "results.jsonl").read_text()
+    lines = [json.loads(x) for x in text.splitlines() if x.endswith("}")]
     parts: list[str] = []
     for stage in dict.fromkeys(line["stage"] for line in lines):
         rows = [line for line in lines if line["stage"] == stage]

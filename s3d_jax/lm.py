@@ -148,7 +148,7 @@ def load(
         draft_model=draft_model,
         feature_drafts=StoredFeatures(path, config, loaded.params, chosen) if use_draft else None,
     )
-    # Dynamic rotary embeddings grow with the text: they are made to go on.
+    # Dynamic rotary embeddings grow with the text: they are made to continue.
     if lm.max_length > config.max_position_embeddings and config.rope.type != "dynamic":
         warnings.warn(
             f"max_length (--max-length) is {lm.max_length}, and the model was made for "

@@ -99,18 +99,23 @@ def test_what_a_stage_has_found_is_kept(tmp_path):
     passes = {
         "model": "phi", "precision": "bfloat16", "milliseconds": {"1 row": 4.0, "5 rows": 5.0},
         "over_ar": {"1 row": 1.0, "5 rows": 1.25}, "ar_share_of_bandwidth": 0.8, "weight_gb": 7.6,
-        "peak_over_ledger": 1.04, "temp_bytes": {"1 row": 1000000, "5 rows": 2000000},
+        "peak_memory_gb": {"made": 8.1, "ran": 8.2}, "ledger_gb": 7.9,
+        "temp_bytes": {"1 row": 1000000, "5 rows": 2000000},
     }  # fmt: skip
     gpu["record"](tmp_path, "passes", passes)
     gpu["record"](tmp_path, "variants", passes | {"variant": "no graphs"})
+    before = {k: v for k, v in passes.items() if k != "ledger_gb"}  # as an earlier version found it
+    gpu["record"](tmp_path, "variants", before | {"variant": "older", "peak_memory_gb": 9.9})
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"stage": "exact", "dty')  # killed
     runpy.run_path(str(BENCHMARKS / "gpu_report.py"))["report"](tmp_path)
     text = (tmp_path / "report.md").read_text()
     exact, timed, variants = text.split("## ")[1:]
     assert "| int8 | 0.0 | 8/9 | 1.0e-03 | 2.50 |" in exact
-    assert "| phi | bfloat16 | 4.000 | 1.25 | 80% | 7.60 | 1.04 | 2.00 |" in timed
+    assert "| phi | bfloat16 | 4.000 | 1.25 | 80% | 7.60 | 7.90 | 8.10, 8.20 | 2.00 |" in timed
     assert '"error": "cut off after 3 s"' in timed
     assert "| phi | bfloat16 | no graphs | 4.000 |" in variants
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    assert "| phi | bfloat16 | older | 4.000 | 1.25 | 80% | 7.60 |  |  | 2.00 |" in variants
 
 
 @pytest.mark.exhaustive

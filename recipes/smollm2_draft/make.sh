@@ -20,12 +20,15 @@ mkdir -p "$work"
   PYTHONPATH="$recipe/../.." python -m benchmarks.smollm2 "$work/model" --dtype bfloat16
 later=(--data "$work/more.jsonl")
 if [ ! -f "$work/more.jsonl" ]; then
-  if python "$recipe/answers.py" "$work/model" "$prompts" "$work/more.part"; then
-    mv "$work/more.part" "$work/more.jsonl"
-  else
-    echo "so the later steps train on the answers that are distilled here"
-    later=(--data "$work/own.jsonl" --data "$work/short.jsonl")
-  fi
+  code=0
+  python "$recipe/answers.py" "$work/model" "$prompts" "$work/more.part" || code=$?
+  case $code in
+    0) mv "$work/more.part" "$work/more.jsonl" ;;
+    2) # other prompts
+      echo "so the later steps train on the answers that are distilled here"
+      later=(--data "$work/own.jsonl" --data "$work/short.jsonl") ;;
+    *) exit "$code" ;;
+  esac
 fi
 [ -f "$work/own.jsonl" ] || s3d distill --model "$work/model" --dtype float32 --prompts "$prompts" \
   --out "$work/own.jsonl" --limit "$answers" --max-new-tokens 192 --sampled-fraction 0.25 \
@@ -68,4 +71,7 @@ if [ -f "$work/last_run/options.json" ]; then resume=--resume; fi
   --valid-prompts 16 --valid-tokens 96
 
 # Trained for γ = 4; 3 is fastest on CPUs.
-[ -d "$work/draft" ] || s3d draft export last "$work/draft" --model "$work/model" --gamma 3
+[ "$work/draft" -nt "$work/model/drafts/last" ] || { # or it is the draft of an earlier recipe
+  rm -rf "$work/draft"
+  s3d draft export last "$work/draft" --model "$work/model" --gamma 3
+}

@@ -169,7 +169,7 @@ def test_more_tokens_than_the_model_was_made_for_are_warned_of(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             s3d_jax.load(tmp_path / rope.type, max_length=128)
-    assert s3d_jax.load(tmp_path / "dynamic", max_length=129).max_length == 129  # made to go on
+    assert s3d_jax.load(tmp_path / "dynamic", max_length=129).max_length == 129  # made to continue
     with pytest.warns(UserWarning, match="is 129, and the model was made for 128 .* give fewer"):
         s3d_jax.load(tmp_path / "default", max_length=129)
 
