@@ -8,7 +8,7 @@ MODEL  ?=
 BIN    := $(VENV)/bin
 # pytest's processes: a file's tests run in one of them, the cases of a sweep in all
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 15
 
 .PHONY: test test-all lint demo bench format clean
 
