@@ -216,6 +216,7 @@ def test_predictions_are_what_is_measured_where_time_follows_a_law(monkeypatch):
             if contestant.settings:
                 kept = layers - sum(contestant.settings["skip"])
                 seconds = iteration(kept, contestant.settings["gamma"])
+                seconds += 0.1 * sum(contestant.settings.get("leaves", ()))
             for p, row in enumerate(rows):
                 n, count = len(row.tokens), row.stats.iterations
                 accepted = row.stats.accepted_per_position
@@ -238,7 +239,11 @@ def test_predictions_are_what_is_measured_where_time_follows_a_law(monkeypatch):
     unchecked = choose(plan.candidates, plan.costs, ())
     for chosen in (plan.tuning, unchecked):
         assert (chosen.skip, chosen.gamma) == best
-        assert chosen.improvement_factor == pytest.approx(truth[best])
+    assert unchecked.improvement_factor == pytest.approx(truth[best])
+    assert plan.combs[0].leaves == () and plan.combs[0].measured == pytest.approx(truth[best])
+    fastest = max(plan.combs, key=lambda comb: comb.measured)
+    assert plan.tuning.leaves == fastest.leaves
+    assert plan.tuning.improvement_factor == pytest.approx(fastest.measured)
     kept = layers - sum(best[0])
     assert unchecked.costs.iteration(best[1]) == pytest.approx(iteration(kept, best[1]) / 2)
 
