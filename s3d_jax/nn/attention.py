@@ -328,7 +328,7 @@ def attention_scores(rows: jax.Array, keys: Stored, exact: bool = False) -> jax.
     count, slots = rows.shape[2], keys.shape[2]
     plain = functools.partial(_batched, "bkqh,bksh->bkqs")
     if exact:
-        rows = _two_or_more(rows)
+        rows = _whole_tiles(rows)
 
         def in_pieces(rows: jax.Array, keys: jax.Array) -> jax.Array:
             cuts = _cuts(rows.shape[3], _EIGEN_PIECE)
@@ -365,7 +365,7 @@ def attention_mix(weights: jax.Array, values: Stored, exact: bool = False) -> ja
     plain = functools.partial(_batched, "bkqs,bksh->bkqh")
 
     def padded(weights: jax.Array, values: jax.Array) -> jax.Array:
-        return plain(_two_or_more(weights), values)[:, :, : weights.shape[2]]
+        return plain(_whole_tiles(weights), values)[:, :, : weights.shape[2]]
 
     if exact and count <= _MOST_EXACT:  # only CPUs sum in another order
         pieces = functools.partial(_exact_mix, padded)
@@ -414,6 +414,19 @@ def _in_turn(parts: list[jax.Array]) -> jax.Array:
 def _two_or_more(rows: jax.Array) -> jax.Array:
     """Pads [B, K, Q, ...] to Q ≥ 2: a CPU sums a single row slowly and in another order."""
     return jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, 2 - rows.shape[2])), (0, 0)))
+
+
+def _whole_tiles(rows: jax.Array) -> jax.Array:
+    """Pads [B, K, Q, ...] so that the bits of a row do not depend on Q.
+
+    Without AVX-512 Eigen takes twelve rows at once. Of the rest it sums four in the same order, and
+    some of eight, or of fewer than four, in another.
+    """
+    if not _EIGEN:
+        return _two_or_more(rows)
+    count = -(-rows.shape[2] // 4) * 4
+    count += 4 * (count % 12 == 8)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, count - rows.shape[2]), (0, 0)))
 
 
 def _batched(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

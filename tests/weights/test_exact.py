@@ -89,8 +89,12 @@ def test_a_query_gets_the_same_bits_beside_any_number_of_others(head_size, slots
     for product, rows in ((attention_scores, queries), (attention_mix, weights)):
         run = jax.jit(functools.partial(product, exact=True))
         alone = np.asarray(run(rows[:, :, :1], values))
-        for count in (2, 3, 7, 12, 40, 56, 64, 192):
-            np.testing.assert_array_equal(run(rows[:, :, :count], values)[:, :, :1], alone)
+        seventh = np.asarray(run(rows[:, :, 6:7], values))
+        for count in (2, 3, 7, 12, 20, 32, 40, 56, 64, 192):
+            together = np.asarray(run(rows[:, :, :count], values))
+            np.testing.assert_array_equal(together[:, :, :1], alone)
+            if count >= 7:
+                np.testing.assert_array_equal(together[:, :, 6:7], seventh)
     half = slice(slots // 2)
     fewer = run(weights[:, :, :12, half], values[:, :, half])
     np.testing.assert_array_equal(run(weights[:, :, :12], values), fewer)
