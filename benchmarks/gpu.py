@@ -305,7 +305,7 @@ def texts(options: argparse.Namespace) -> Findings:
 def _bench(
     model: Path | None, methods: str, small: bool, environ: Mapping[str, str] = _ENVIRON
 ) -> dict[str, Any]:
-    """What `s3d bench` finds, or its error."""
+    """What `s3d bench` finds, or its error; programs that were compiled before are not again."""
     from s3d_jax.drafters.stored import DEFAULT_NAME, S3D, draft_kind, draft_names
 
     command = [sys.executable, "-m", "s3d_jax", "bench", "--json", "--limit", "1"]

@@ -328,11 +328,12 @@ def attention_scores(rows: jax.Array, keys: Stored, exact: bool = False) -> jax.
     count, slots = rows.shape[2], keys.shape[2]
     plain = functools.partial(_batched, "bkqh,bksh->bkqs")
     if exact:
-        rows = _whole_tiles(rows)
+        rows = _two_or_more(rows)
 
         def in_pieces(rows: jax.Array, keys: jax.Array) -> jax.Array:
-            cuts = _cuts(rows.shape[3], _EIGEN_PIECE)
-            return _in_turn([plain(rows[..., cut], keys[..., cut]) for cut in cuts])
+            tiles, cuts = _whole_tiles(rows), _cuts(rows.shape[3], _EIGEN_PIECE)
+            parts = [plain(tiles[..., cut], keys[..., cut]) for cut in cuts]
+            return _in_turn(parts)[:, :, : rows.shape[2]]
 
         cpu = in_pieces if _EIGEN else plain
         return jax.lax.platform_dependent(rows, keys, cpu=cpu, default=plain)[:, :, :count]
@@ -365,10 +366,13 @@ def attention_mix(weights: jax.Array, values: Stored, exact: bool = False) -> ja
     plain = functools.partial(_batched, "bkqs,bksh->bkqh")
 
     def padded(weights: jax.Array, values: jax.Array) -> jax.Array:
+        return plain(_two_or_more(weights), values)[:, :, : weights.shape[2]]
+
+    def in_tiles(weights: jax.Array, values: jax.Array) -> jax.Array:
         return plain(_whole_tiles(weights), values)[:, :, : weights.shape[2]]
 
     if exact and count <= _MOST_EXACT:  # only CPUs sum in another order
-        pieces = functools.partial(_exact_mix, padded)
+        pieces = functools.partial(_exact_mix, in_tiles if _EIGEN else padded)
         return jax.lax.platform_dependent(weights, values, cpu=pieces, default=padded)
     if count > 1 or weights.dtype == jnp.float32:
         return plain(weights, values)
@@ -417,13 +421,11 @@ def _two_or_more(rows: jax.Array) -> jax.Array:
 
 
 def _whole_tiles(rows: jax.Array) -> jax.Array:
-    """Pads [B, K, Q, ...] so that the bits of a row do not depend on Q.
+    """Pads [B, K, Q, ...] so that the bits of a row that Eigen sums do not depend on Q.
 
     Without AVX-512 Eigen takes twelve rows at once. Of the rest it sums four in the same order, and
     some of eight, or of fewer than four, in another.
     """
-    if not _EIGEN:
-        return _two_or_more(rows)
     count = -(-rows.shape[2] // 4) * 4
     count += 4 * (count % 12 == 8)
     return jnp.pad(rows, ((0, 0), (0, 0), (0, count - rows.shape[2]), (0, 0)))
