@@ -44,7 +44,7 @@ def test_all_but_the_bridges_carries_over(wide):
     np.testing.assert_array_equal(found, stored.vocabulary)
 
 
-def test_bridges_that_begin_anew_have_any_rank(wide):
+def test_new_bridges_have_any_rank(wide):
     config = TrainDraftConfig(start="wide", draft=DEEPER, adapter=AdapterConfig(0, 2, 0, 0))
     assert beginning(wide[0], CONFIG, config)[1] == AdapterConfig(3, 2, 2, 1)
 
