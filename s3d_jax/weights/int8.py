@@ -26,6 +26,10 @@ _COLUMNS = 4  # what a sum is made for at the cost of one
 _SHORT = 1024  # inputs; the order of matrices with fewer depends on how tall they are
 _TALL, _TALLEST = 4, 32  # outputs for each input: of a feed-forward layer; of a vocabulary
 _ANY_COLUMNS = jax.__version_info__ >= (0, 11)  # its XLA is fast for 3, 5, 6 and 7 columns too
+_SLOW_PRODUCTS = jax.__version_info__ < (0, 10)  # its XLA has no kernels for int8
+_LANES = 16  # sums side by side; so many slices XLA does not fuse with what they are taken from
+_FEWEST_TERMS, _TERMS = 8, 24  # of such a sum that are written out: more take long to compile
+_IN_LANES = 32  # rows at most
 AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 
 
@@ -177,6 +181,8 @@ def _w8a8(
 def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """`rows @ weight.T`, int32 [B, out], of int8 matrices, in the order that is fastest on CPUs."""
     count, (outputs, inputs) = rows.shape[0], weight.shape
+    if _takes_lanes(count, inputs):
+        return _sums_in_lanes(rows, weight)
     weight_first = _multiplies_int8() and inputs >= max(_WIDE, _WIDE_PER_ROW * count)
     folds = _COLUMNS // max(count, 1)
     if axis_size(MODEL) > 1:
@@ -199,6 +205,39 @@ def _int8_sums(rows: jax.Array, weight: jax.Array) -> jax.Array:
     if weight_first:  # as in dense.py
         return jax.lax.optimization_barrier(_product(weight, rows)).T[:count]
     return _product(rows, weight)[:count]
+
+
+def _takes_lanes(count: int, inputs: int) -> bool:
+    """Whether `_sums_in_lanes` is faster for so many rows than a product."""
+    few = _SLOW_PRODUCTS and count <= _IN_LANES
+    # A mesh might divide the inputs of a row, or outputs that are read together.
+    return few and _terms(inputs) >= _FEWEST_TERMS and axis_size(MODEL) == 1
+
+
+def _terms(inputs: int) -> int:
+    """How many numbers each lane sums at once: the most that divide its share of the inputs."""
+    share = inputs // _LANES if inputs % _LANES == 0 else 0
+    return max((n for n in range(1, _TERMS + 1) if share % n == 0), default=0) if share else 0
+
+
+@jax.jit  # traced once for all layers
+def _sums_in_lanes(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """As `_int8_sums`, without a product of matrices: XLA makes one vectorised loop of it.
+
+    Each row costs as much as the first one. Without VNNI, newer versions would gain a factor of two
+    for one row as well, but compile twice as long.
+    """
+    (count, inputs), outputs = rows.shape, weight.shape[0]
+    terms = _terms(inputs)
+    shape = (inputs // _LANES // terms, terms, _LANES)
+    # The barrier: rows are widened once, and not for each output; and slices of the weight do not
+    # seem to be the same in each step, or XLA would keep a copy of all of them.
+    rows, weight = jax.lax.optimization_barrier((rows.astype(jnp.int32), weight))
+    rows, weight = rows.reshape(1, count, *shape), weight.reshape(outputs, 1, *shape)
+    products = (weight[..., n, :].astype(jnp.int32) * rows[..., n, :] for n in range(terms))
+    lanes = jax.lax.optimization_barrier(functools.reduce(jnp.add, products)).sum(2)
+    # Not `.sum(2)`: XLA, ignoring the barrier, would make one slow loop of both.
+    return functools.reduce(jnp.add, (lanes[..., n] for n in range(_LANES))).T
 
 
 def _folded_sums(rows: jax.Array, weight: jax.Array, folds: int) -> jax.Array:

@@ -240,18 +240,37 @@ def test_the_gradient_is_that_of_the_product_without_rounding(rotated):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(576, 576), (96, 4096), (40, 1152), (4096, 576), (18500, 576)])
+@pytest.mark.parametrize(
+    "shape", [(576, 576), (96, 4096), (40, 1152), (4096, 576), (18500, 576), (50, 1552), (50, 1000)]
+)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9])
 def test_sums_are_the_same_in_each_order(monkeypatch, rows, shape):
     """With and without VNNI, by old and new versions of jax: only one of them runs here."""
     rng = np.random.default_rng(0)
     x = rng.integers(-127, 128, (rows, shape[1]), np.int8)
     weight = rng.integers(-127, 128, shape, np.int8)
-    for has, recent in ((True, False), (True, True), (False, True)):
+    x[0], weight[0] = 127, -127  # the largest sum
+    for has, recent, slow in (
+        (True, False, False),
+        (True, True, False),
+        (False, True, False),
+        (False, False, True),
+    ):
         monkeypatch.setattr(int8, "_multiplies_int8", lambda has=has: has)
         monkeypatch.setattr(int8, "_ANY_COLUMNS", recent)
+        monkeypatch.setattr(int8, "_SLOW_PRODUCTS", slow)
         sums = int8._int8_sums(jnp.asarray(x), jnp.asarray(weight))
         np.testing.assert_array_equal(sums, x.astype(np.int32) @ weight.T.astype(np.int32))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_few_rows_are_summed_in_lanes_where_products_are_slow(monkeypatch, slow):
+    monkeypatch.setattr(int8, "_SLOW_PRODUCTS", slow)
+    weight = jax.ShapeDtypeStruct((40, 1152), jnp.int8)
+    for count in (1, 32, 33):
+        rows = jax.ShapeDtypeStruct((count, 1152), jnp.int8)
+        text = jax.jit(lambda x, w: int8._int8_sums(x, w)).lower(rows, weight).as_text()
+        assert ("dot_general" not in text) is (slow and count <= 32)
 
 
 # --- the model ------------------------------------------------------------------------------------
