@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from s3d_jax.mesh import DATA, MODEL, axis_size, constrained
 
-_GROUP = 128  # numbers
+_GROUP, _SMALL_GROUP = 128, 16  # numbers
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -52,18 +52,20 @@ def largest_few(x: jax.Array, count: int) -> jax.Array:
     Returns:
         int32 [..., k].
     """
-    if x.shape[-1] <= count * _GROUP:
+    size = x.shape[-1]
+    if size <= 2 * count * _SMALL_GROUP:
         return jax.lax.top_k(x, count)[1]
     # Each of the k largest is in one of the k groups with the largest maxima.
-    groups = _in_groups(x)
+    group = _GROUP if size > count * _GROUP else _SMALL_GROUP
+    groups = _in_groups(x, group)
     chosen = jnp.sort(jax.lax.top_k(jnp.max(groups, axis=-1), count)[1], axis=-1)
     few = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
-    best = jax.lax.top_k(few.reshape(*few.shape[:-2], -1), count)[1]
-    return jnp.take_along_axis(chosen, best // _GROUP, axis=-1) * _GROUP + best % _GROUP
+    best = largest_few(few.reshape(*few.shape[:-2], -1), count)
+    return jnp.take_along_axis(chosen, best // group, axis=-1) * group + best % group
 
 
-def _in_groups(x: jax.Array) -> jax.Array:
+def _in_groups(x: jax.Array, group: int = _GROUP) -> jax.Array:
     """[..., V] -> [..., ceil(V / group), group]."""
-    if missing := -x.shape[-1] % _GROUP:  # -infinity at the end is never the first of equal ones
+    if missing := -x.shape[-1] % group:  # -infinity at the end is never the first of equal ones
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
-    return x.reshape(*x.shape[:-1], -1, _GROUP)
+    return x.reshape(*x.shape[:-1], -1, group)

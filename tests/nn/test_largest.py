@@ -28,7 +28,10 @@ def test_the_largest_is_that_of_argmax(size):
     assert np.all((np.asarray(largest(x)) >= 0) & (np.asarray(largest(x)) < size))
 
 
-@pytest.mark.parametrize("size, count", [(16, 16), (129, 1), (513, 4), (2049, 16), (49152, 16)])
+@pytest.mark.parametrize(
+    "size, count",
+    [(16, 16), (129, 1), (513, 4), (512, 16), (523, 16), (2048, 16), (2049, 16), (49152, 16)],
+)
 def test_the_largest_few_are_those_of_top_k(size, count):
     x = rows_of(size)
     found = jax.jit(largest_few, static_argnames="count")(x, count=count)
