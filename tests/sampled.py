@@ -1,6 +1,7 @@
 """Sweeps of which `make test` runs a sample."""
 
 from collections.abc import Collection, Iterable
+from itertools import combinations as pairwise
 from itertools import product
 from typing import Any
 
@@ -28,6 +29,30 @@ def sampled(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     return parameters
 
 
-def combinations(*axes: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """All combinations of the axes, as `sampled` gives them."""
-    return sampled(product(*axes), quick)
+def combinations(*axes: Iterable[Any], quick: Collection[tuple[Any, ...]]) -> list[Any]:
+    """Combinations in which each two values of two axes meet, as `sampled` gives them.
+
+    Faults need more than two values together seldom, and all combinations take much longer. Of two
+    axes these are all. They begin with those of `quick`, and go on with what adds most pairs.
+    """
+    left = list(product(*axes))
+    unknown = [case for case in quick if case not in left]
+    assert not unknown, f"no such cases: {unknown}"
+    chosen: list[tuple[Any, ...]] = []
+    met: set[Any] = set()
+    for case in quick:
+        chosen.append(case)
+        met |= _pairs(case)
+    while left:
+        case = max(left, key=lambda case: len(_pairs(case) - met))
+        if _pairs(case) <= met:
+            break
+        left.remove(case)
+        chosen.append(case)
+        met |= _pairs(case)
+    return sampled(chosen, quick)
+
+
+def _pairs(case: tuple[Any, ...]) -> set[Any]:
+    """Each two of its values, with their axes."""
+    return set(pairwise(list(enumerate(case)), 2))
