@@ -32,10 +32,11 @@ def sampled(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
 def combinations(*axes: Iterable[Any], quick: Collection[tuple[Any, ...]]) -> list[Any]:
     """Combinations in which each two values of two axes meet, as `sampled` gives them.
 
-    Faults need more than two values together seldom, and all combinations take much longer. Of two
-    axes these are all. They begin with those of `quick`, and go on with what adds most pairs.
+    Faults seldom need more than two values together. With two axes these are all combinations.
+    `quick` comes first, then whatever adds the most pairs.
     """
     left = list(product(*axes))
+    assert all(len(case) > 1 for case in left), "one axis has no pairs; take `sampled`"
     unknown = [case for case in quick if case not in left]
     assert not unknown, f"no such cases: {unknown}"
     chosen: list[tuple[Any, ...]] = []

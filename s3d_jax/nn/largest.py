@@ -58,7 +58,7 @@ def largest_few(x: jax.Array, count: int) -> jax.Array:
     # Each of the k largest is in one of the k groups with the largest maxima.
     group = _GROUP if size > count * _GROUP else _SMALL_GROUP
     groups = _in_groups(x, group)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(groups, axis=-1), count)[1], axis=-1)
+    chosen = jnp.sort(largest_few(jnp.max(groups, axis=-1), count), axis=-1)
     few = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
     best = largest_few(few.reshape(*few.shape[:-2], -1), count)
     return jnp.take_along_axis(chosen, best // group, axis=-1) * group + best % group

@@ -26,9 +26,9 @@ _COLUMNS = 4  # what a sum is made for at the cost of one
 _SHORT = 1024  # inputs; the order of matrices with fewer depends on how tall they are
 _TALL, _TALLEST = 4, 32  # outputs for each input: of a feed-forward layer; of a vocabulary
 _ANY_COLUMNS = jax.__version_info__ >= (0, 11)  # its XLA is fast for 3, 5, 6 and 7 columns too
-_SLOW_PRODUCTS = jax.__version_info__ < (0, 10)  # its XLA has no kernels for int8
-_LANES = 16  # sums side by side; so many slices XLA does not fuse with what they are taken from
-_FEWEST_TERMS, _TERMS = 8, 24  # of such a sum that are written out: more take long to compile
+_SLOW_PRODUCTS = jax.__version_info__ < (0, 10)  # measured: 0.7.2, which has no kernels for int8
+_LANES = 16  # sums side by side; XLA does not fuse this many slices with the loop that makes them
+_FEWEST_TERMS, _TERMS = 8, 24  # of a lane's sum, written out; more take long to compile
 _IN_LANES = 32  # rows at most
 AT_ONCE = 1 << 20  # numbers that are quantised at once; keeps numpy's temporary arrays small
 

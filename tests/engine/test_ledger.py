@@ -41,7 +41,7 @@ def test_the_ledger_is_what_a_generation_takes(method):
     plan = plan_of(context, batch, gamma if drafts else 0, lm.max_length)
     found = ledger(lm.config, plan, (draft.config, draft.params) if drafts else None, 0)
     assert taken == pytest.approx(found.weights + found.draft + found.cache, rel=0.05)
-    assert (found.draft > 2e6) == drafts
+    assert (found.draft > 1.5e6) == drafts
 
 
 def test_scratch_holds_what_a_pass_computes():
@@ -96,7 +96,7 @@ def test_info_prints_it(capsys):
     assert main(["info", "--gamma", "2", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["memory"]
     assert row["total"] == sum(row[k] for k in ("weights", "draft", "cache", "scratch"))
-    assert row["draft"] > 2e6 and row["fits"] == list(CARDS)
+    assert row["draft"] > 1.5e6 and row["fits"] == list(CARDS)
 
 
 @pytest.mark.parametrize(
