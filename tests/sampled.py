@@ -1,8 +1,7 @@
 """Sweeps of which `make test` runs a sample."""
 
+import itertools
 from collections.abc import Collection, Iterable
-from itertools import combinations as pairwise
-from itertools import product
 from typing import Any
 
 import pytest
@@ -35,25 +34,24 @@ def combinations(*axes: Iterable[Any], quick: Collection[tuple[Any, ...]]) -> li
     Faults seldom need more than two values together. With two axes these are all combinations.
     `quick` comes first, then whatever adds the most pairs.
     """
-    left = list(product(*axes))
+    left = list(itertools.product(*axes))
     assert all(len(case) > 1 for case in left), "one axis has no pairs; take `sampled`"
-    unknown = [case for case in quick if case not in left]
-    assert not unknown, f"no such cases: {unknown}"
     chosen: list[tuple[Any, ...]] = []
     met: set[Any] = set()
-    for case in quick:
-        chosen.append(case)
-        met |= _pairs(case)
-    while left:
-        case = max(left, key=lambda case: len(_pairs(case) - met))
-        if _pairs(case) <= met:
-            break
+
+    def take(case: tuple[Any, ...]) -> None:
+        assert case in left, f"no such case: {case}"
         left.remove(case)
         chosen.append(case)
-        met |= _pairs(case)
+        met.update(_pairs(case))
+
+    for case in quick:
+        take(case)
+    while left and _pairs(case := max(left, key=lambda case: len(_pairs(case) - met))) - met:
+        take(case)
     return sampled(chosen, quick)
 
 
 def _pairs(case: tuple[Any, ...]) -> set[Any]:
     """Each two of its values, with their axes."""
-    return set(pairwise(list(enumerate(case)), 2))
+    return set(itertools.combinations(enumerate(case), 2))

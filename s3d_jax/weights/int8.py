@@ -215,9 +215,12 @@ def _takes_lanes(count: int, inputs: int) -> bool:
 
 
 def _terms(inputs: int) -> int:
-    """How many numbers each lane sums at once: the most that divide its share of the inputs."""
-    share = inputs // _LANES if inputs % _LANES == 0 else 0
-    return max((n for n in range(1, _TERMS + 1) if share % n == 0), default=0) if share else 0
+    """How many numbers each lane sums at once: the most that divide its share of the inputs.
+
+    0: the inputs cannot be shared out.
+    """
+    share, rest = divmod(inputs, _LANES)
+    return 0 if rest else max(n for n in range(1, _TERMS + 1) if share % n == 0)
 
 
 @jax.jit  # traced once for all layers
